@@ -1,0 +1,287 @@
+"""The `lmcode` command. Exit codes: 0 done, 1 failed, 2 bad usage or config, 75 saved and asks to be requeued
+(130 after Ctrl-C).
+
+Every rank of a job runs this same program, so what is wrong with a command line is said once, by rank 0. Subcommands
+import what they need when they run: `lmcode --help` and `lmcode config` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lmcode import __version__
+from lmcode.config import ConfigError, RunConfig, load_run_config, near_match, to_yaml
+
+DONE, FAILED, BAD_USAGE, REQUEUE, INTERRUPTED = 0, 1, 2, 75, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are ConfigErrors, so that `main` reports all of them alike."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise ConfigError(f"'{self.prog}' has no command '{value}': expected one of {', '.join(action.choices)}."
+                              f"{near_match(str(value), action.choices)}")
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; errors other than ConfigError are left to Python's traceback.
+
+    Args:
+        argv: the words after `lmcode`; those of the process when None.
+    """
+    try:
+        arguments = parse(list(sys.argv[1:] if argv is None else argv))
+        return arguments.run(arguments)
+    except ConfigError as error:
+        complain(" ".join(str(error).split()))
+        return BAD_USAGE
+    except BrokenPipeError:  # the reader of our output (head, less) has had enough; Python would complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def complain(message: str) -> None:
+    """Says what is wrong on stderr, once per job."""
+    from lmcode.dist import discover
+
+    try:
+        rank = discover().rank
+    except ValueError:
+        rank = 0
+    if rank == 0:
+        print(f"lmcode: error: {message}", file=sys.stderr)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Arguments of one command; words of the form section.key=value end up in `overrides`, wherever they stand.
+
+    Raises:
+        ConfigError: for anything that is not understood, with the nearest known word.
+    """
+    arguments, rest = build_parser().parse_known_args(argv)
+    parser = arguments.parser
+    for word in rest:
+        if word.startswith("-"):
+            known = [option for action in parser._actions for option in action.option_strings]
+            raise ConfigError(f"'{parser.prog}' has no option '{word}'.{near_match(word.split('=')[0], known)}")
+        if not arguments.takes_overrides or "=" not in word:
+            raise ConfigError(f"'{parser.prog}' does not understand '{word}'"
+                              + ("; an override looks like section.key=value" if arguments.takes_overrides else ""))
+    arguments.overrides = rest
+    return arguments
+
+
+def build_parser() -> Parser:
+    """The parser of the whole command line."""
+    parser = Parser(prog="lmcode", description="A transformer with one long-term memory, sliced over all ranks.")
+    parser.add_argument("--version", action="version", version=f"lmcode {__version__}")
+    _ignore_local_rank(parser)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_eval(commands)
+    _add_generate(commands)
+    _add_doctor(commands)
+    _add_config(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], *, help: str, usage: str,
+             examples: str, overrides: bool) -> Parser:
+    parser = commands.add_parser(name, help=help, description=help, usage=usage, epilog=f"examples:\n{examples}")
+    parser.set_defaults(run=run, parser=parser, takes_overrides=overrides)
+    _ignore_local_rank(parser)
+    return parser
+
+
+def _ignore_local_rank(parser: Parser) -> None:
+    """The DeepSpeed launcher puts --local_rank=N before everything; ranks are found in the environment instead."""
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+
+
+def _add_source(parser: Parser) -> None:
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--preset", metavar="NAME", help="start from a preset (tiny if neither is given)")
+    source.add_argument("--config", metavar="FILE", help="start from a YAML file, such as a run folder's config.yaml")
+
+
+def _add_train(commands: Any) -> None:
+    parser = _command(
+        commands, "train", train, overrides=True, help="train a model and leave a run folder",
+        usage="lmcode train [--preset NAME | --config FILE.yaml] [section.key=value ...]",
+        examples="  lmcode train train.total_steps=100\n"
+                 "  lmcode train --preset small data.path=books/ train.run_dir=runs/books\n"
+                 "  deepspeed --num_gpus 2 --module lmcode train --preset tiny train.deepspeed=zero3\n"
+                 "  mpirun -n 4 python -m lmcode train --config runs/books/config.yaml train.seed=1")
+    _add_source(parser)
+
+
+def _add_eval(commands: Any) -> None:
+    parser = _command(
+        commands, "eval", evaluate, overrides=True, help="held-out loss of a run, with the memory on, off and shuffled",
+        usage="lmcode eval RUN [--windows N] [--json] [section.key=value ...]",
+        examples="  lmcode eval runs/books\n  lmcode eval runs/books --windows 16 eval.slots=4096")
+    parser.add_argument("path", metavar="RUN", type=Path, help="a run folder, or one checkpoint in it")
+    parser.add_argument("--windows", metavar="N", type=_number(int, lowest=1),
+                        help="windows that each held-out stream reads; short for eval.final_windows=N")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _add_generate(commands: Any) -> None:
+    parser = _command(
+        commands, "generate", generate, overrides=False, help="continue a text with a trained model",
+        usage="lmcode generate RUN --prompt TEXT [options]",
+        examples="  lmcode generate runs/books --prompt 'Call me'\n"
+                 "  lmcode generate runs/books --prompt 'def main(' --temperature 0 --no-memory")
+    parser.add_argument("path", metavar="RUN", type=Path, help="a run folder, or one checkpoint in it")
+    parser.add_argument("--prompt", metavar="TEXT", required=True, help="what comes before; at least one token")
+    parser.add_argument("--max-new-tokens", metavar="N", type=_number(int, lowest=1), default=128,
+                        help="tokens to add (%(default)s)")
+    parser.add_argument("--temperature", metavar="X", type=_number(float, lowest=0), default=1.0,
+                        help="0 takes the most likely token (%(default)s)")
+    parser.add_argument("--top-k", metavar="N", type=_number(int, lowest=0), default=0,
+                        help="draw from the N most likely tokens; 0 from all (%(default)s)")
+    parser.add_argument("--top-p", metavar="P", type=_number(float, lowest=1e-9, highest=1), default=1.0,
+                        help="draw from the fewest tokens that reach probability P (%(default)s)")
+    parser.add_argument("--seed", metavar="N", type=_number(int, lowest=0), default=0,
+                        help="of the draws (%(default)s)")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="switch the long-term memory off")
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = _command(
+        commands, "doctor", doctor, overrides=False, help="check that this machine can run the project",
+        usage="lmcode doctor [--json] [--run-dir FOLDER]",
+        examples="  lmcode doctor\n  mpirun -n 2 python -m lmcode doctor --run-dir runs/books")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--run-dir", metavar="FOLDER", type=Path, default=Path("runs"),
+                        help="check the file system of this folder (%(default)s)")
+
+
+def _add_config(commands: Any) -> None:
+    parser = commands.add_parser("config", help="show, check or describe settings",
+                                 description="show, check or describe settings")
+    _ignore_local_rank(parser)
+    kinds = parser.add_subparsers(title="commands", metavar="show|check|schema", required=True)
+    source = "[--preset NAME | --config FILE.yaml]"
+    show = _command(kinds, "show", config_show, overrides=True, help="print the resolved settings as YAML",
+                    usage=f"lmcode config show {source} [section.key=value ...]",
+                    examples="  lmcode config show --preset small train.seed=1 > my-run.yaml")
+    check = _command(kinds, "check", config_check, overrides=True,
+                     help="say whether a run could start with these settings",
+                     usage=f"lmcode config check {source} [--world N] [section.key=value ...]",
+                     examples="  lmcode config check --config my-run.yaml --world 8")
+    _command(kinds, "schema", config_schema, overrides=False, help="print the JSON schema of a config file",
+             usage="lmcode config schema", examples="  lmcode config schema > lmcode.schema.json")
+    for kind in (show, check):
+        _add_source(kind)
+    check.add_argument("--world", metavar="N", type=_number(int, lowest=1),
+                       help="also check that N ranks can share the run")
+
+
+def _number(kind: type[int] | type[float], *, lowest: float, highest: float = float("inf")) -> Callable[[str], Any]:
+    """An argparse type: a number between two bounds, both allowed."""
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not lowest <= value <= highest:
+            raise argparse.ArgumentTypeError(f"expected {lowest} or more{f', {highest} or less' * (highest < 1e9)}: "
+                                             f"got {text}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it when the text is not a number at all
+    return convert
+
+
+def _run_config(arguments: argparse.Namespace) -> RunConfig:
+    if arguments.config is not None and not arguments.config.endswith((".yaml", ".yml")):
+        raise ConfigError(f"--config takes a file ending in .yaml or .yml: got '{arguments.config}'")
+    return load_run_config(arguments.config or arguments.preset, arguments.overrides)
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """`lmcode train`."""
+    config = _run_config(arguments)
+    from lmcode.train import loop
+
+    return loop.run(config)
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """`lmcode eval`."""
+    from lmcode import dist
+    from lmcode.inference import evaluate_run
+
+    windows = [] if arguments.windows is None else [f"eval.final_windows={arguments.windows}"]
+    with dist.running() as me:
+        report = evaluate_run(arguments.path, [*windows, *arguments.overrides], as_json=arguments.json)
+    if me.rank == 0:
+        print(report)
+    return DONE
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """`lmcode generate`."""
+    from lmcode import dist
+    from lmcode.inference import generate_text
+
+    with dist.running() as me:
+        text = generate_text(arguments.path, arguments.prompt, max_new_tokens=arguments.max_new_tokens,
+                             temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
+                             seed=arguments.seed, memory=arguments.memory)
+    if me.rank == 0:
+        print(text)
+    return DONE
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """`lmcode doctor`; under a launcher rank 0 speaks, and each rank's exit code is about its own host."""
+    from lmcode import dist
+    from lmcode.doctor import exit_code, run_checks, to_json, to_table
+
+    rank = dist.discover().rank
+    rows = run_checks(arguments.run_dir)
+    if rank == 0:
+        print(to_json(rows) if arguments.json else to_table(rows))
+    return exit_code(rows)
+
+
+def config_show(arguments: argparse.Namespace) -> int:
+    """`lmcode config show`."""
+    print(to_yaml(_run_config(arguments)), end="")
+    return DONE
+
+
+def config_check(arguments: argparse.Namespace) -> int:
+    """`lmcode config check`: the settings, the sharding file they name, and the number of ranks if one is given."""
+    from lmcode.train.ds_config import load_sharding
+
+    config = _run_config(arguments)
+    stage = load_sharding(config.train.deepspeed)["zero_optimization"]["stage"]
+    if arguments.world is not None:
+        config.check_world_size(arguments.world)
+    slots = config.model.long_term_memory_slots
+    banks = len(config.model.memory_layer_indices) if slots else 0
+    ranks = "" if arguments.world is None else f", {arguments.world} ranks"
+    print(f"ok: preset {config.preset}, {config.train.total_steps} steps, "
+          f"{banks} bank{'s' * (banks != 1)} of {slots} slots, {config.train.deepspeed} (ZeRO stage {stage}){ranks}")
+    return DONE
+
+
+def config_schema(arguments: argparse.Namespace) -> int:
+    """`lmcode config schema`."""
+    print(json.dumps(RunConfig.model_json_schema(), indent=2))
+    return DONE

@@ -1,0 +1,304 @@
+"""The settings of a run: frozen pydantic models, read from YAML, changed by dotted overrides.
+
+A run is described by one `RunConfig` with five sections (`model`, `memory`, `data`, `train`, `eval`). Nothing else in the
+project holds settings, and a section is handed on whole. Unknown keys are refused with the nearest known name, and
+combinations that cannot work are refused here, before any rank starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+FAISS_GPU_MAX_K = 2048  # largest k of GPU FAISS without cuVS; kept on every machine so that a config is portable
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message is one line that states the rule, what was expected and what came."""
+
+
+def near_match(word: str, known: Iterable[str]) -> str:
+    """Returns " Did you mean 'x'?" for the known word closest to `word`, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, typed, closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            for key in values:
+                if key not in cls.model_fields:
+                    raise ValueError(f"unknown key '{key}' in {cls.__name__}.{near_match(str(key), cls.model_fields)}")
+        return values
+
+
+class LMCODEConfig(Section):
+    """Shape of the model. Sizes are counts or widths; letters are those of the glossary (C width, H heads, D key width)."""
+
+    vocab_size: int = Field(50257, ge=2)
+    hidden_size: int = Field(512, ge=8, description="C, the width of the residual stream")
+    num_layers: int = Field(6, ge=1)
+    num_heads: int = Field(8, ge=1)
+    feed_forward_size: int | None = Field(None, ge=1, description="inner width of the feed-forward; 4C when None")
+    context_length: int = Field(1024, ge=2, description="most tokens of one stream in one forward pass")
+    positions: Literal["rotary", "learned"] = "rotary"
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+
+    short_term_memory_size: int = Field(512, ge=0, description="slots per stream and layer; 0 leaves the module out")
+    short_term_dim: int = Field(64, ge=1, description="width of a short-term slot")
+    short_term_segment: int = Field(64, ge=1, description="tokens between two writes of the short-term memory")
+    memory_update_rate: float = Field(0.1, gt=0.0, le=1.0, description="eta: most of a slot that one write replaces")
+
+    long_term_memory_slots: int = Field(10000, ge=0, description="slots of one layer's bank over all ranks; 0 = no bank")
+    memory_layers: Literal["all"] | tuple[int, ...] = Field("all", description="layers that have a long-term memory")
+    memory_heads: int = Field(2, ge=1, description="H, heads of the long-term read")
+    memory_head_dim: int = Field(64, ge=1, description="D, width of a memory key and value")
+    memory_top_k: int = Field(32, ge=1, le=FAISS_GPU_MAX_K, description="K, hits per query and head")
+    memory_temperature: float = Field(7.389, gt=0.0, description="initial factor on the cosine of query and key")
+    memory_bias: float = Field(-4.0, description="initial logit bias on retrieved entries; learned per head")
+    successor_values: bool = Field(True, description="an entry's value comes from the token after its key's token")
+    retrieval_stride: int = Field(1, ge=1, description="tokens that share one retrieval")
+
+    @model_validator(mode="after")
+    def _check(self) -> LMCODEConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size must be a multiple of num_heads: {self.hidden_size} % {self.num_heads} != 0")
+        if self.positions == "rotary" and (self.hidden_size // self.num_heads) % 2:
+            raise ValueError("rotary positions need an even head width: "
+                             f"hidden_size / num_heads = {self.hidden_size // self.num_heads}")
+        if self.memory_layers != "all":
+            for layer in self.memory_layers:
+                if not 0 <= layer < self.num_layers:
+                    raise ValueError(f"memory_layers must lie in 0..{self.num_layers - 1}: got {layer}")
+            if len(set(self.memory_layers)) != len(self.memory_layers):
+                raise ValueError(f"memory_layers must not repeat: got {self.memory_layers}")
+        if self.long_term_memory_slots and self.memory_top_k > self.long_term_memory_slots:
+            raise ValueError(f"memory_top_k must not exceed long_term_memory_slots: "
+                             f"{self.memory_top_k} > {self.long_term_memory_slots}")
+        return self
+
+    @property
+    def memory_layer_indices(self) -> tuple[int, ...]:
+        """Layers with a long-term read, ascending (the read stays, with its local part, when there is no bank)."""
+        return tuple(range(self.num_layers)) if self.memory_layers == "all" else tuple(sorted(self.memory_layers))
+
+
+class MemoryConfig(Section):
+    """How a bank stores, searches, exchanges and forgets. The number of slots is `model.long_term_memory_slots`."""
+
+    virtual_shards: int = Field(16, ge=1, description="S, units of placement and storage; fixed for a bank's life")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="storage of keys and values")
+    tier: Literal["auto", "exact", "faiss-flat"] = "auto"
+    fetch: Literal["sums", "rows"] = Field("sums", description="phase 4 of the read protocol")
+    exchange: Literal["all_gather", "all_to_all", "auto"] = Field("all_gather", description="phase 3")
+    scope: Literal["document", "global"] = Field("document", description="which entries a query may see")
+    write: Literal["all", "every_nth", "surprise"] = Field("all", description="which tokens become entries")
+    write_every: int = Field(4, ge=1, description="n of write=every_nth")
+    write_share: float = Field(0.25, gt=0.0, le=1.0, description="share of tokens that write=surprise keeps")
+    eviction: Literal["fifo"] = "fifo"
+    second_chance_importance: float = Field(2.0, gt=0.0, description="from here on FIFO passes an entry over once")
+    importance_weight: float = Field(1.0, ge=0.0, description="factor on log-importance in an entry's score")
+    importance_growth: float = Field(0.01, ge=0.0, description="importance gained per unit of attention received")
+    max_norm: float = Field(100.0, gt=0.0, description="longer values are scaled down to this length")
+    recall_queries: int = Field(64, ge=0, description="queries per logged step that are checked against exact search")
+
+
+class DataConfig(Section):
+    """Where text comes from. With neither `path` nor `hf` the corpus is the Python standard library's own source."""
+
+    path: str | None = Field(None, description="file, folder or glob of text or JSONL")
+    hf: str | None = Field(None, description="Hugging Face dataset, 'name' or 'name:config:split'")
+    text_field: str = Field("text", description="field of a JSONL row or dataset row that holds the text")
+    tokenizer: str = Field("bpe", description="'bytes', 'bpe' (trained on the corpus), or a tokenizers JSON / folder")
+    held_out_share: float = Field(0.03, gt=0.0, lt=1.0, description="share of documents kept for evaluation")
+    min_document_tokens: int = Field(2, ge=2, description="shorter documents are left out and counted")
+    cache: str | None = Field(None, description="folder for tokenized corpora; the run folder's parent when None")
+
+
+class TrainConfig(Section):
+    """The optimisation. `learning_rate`, `weight_decay`, `gradient_clip`, `memory_consolidation_interval`, `warmup_steps`
+    and `total_steps` keep the meaning they have in the original README."""
+
+    learning_rate: float = Field(1e-4, gt=0.0)
+    min_learning_rate: float = Field(0.1, ge=0.0, le=1.0, description="share of the peak that the decay ends at")
+    weight_decay: float = Field(0.01, ge=0.0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    gradient_clip: float = Field(1.0, ge=0.0, description="largest global gradient norm; 0 does not clip")
+    warmup_steps: int = Field(1000, ge=0)
+    total_steps: int = Field(10000, ge=1)
+    streams: int = Field(32, ge=1, description="documents read side by side in one step, over all ranks")
+    sequence_length: int = Field(256, ge=2, description="tokens that one stream advances in one step")
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    activation_checkpointing: bool = False
+    deepspeed: str = Field("zero2", description="name of a file in ds_configs/ or a path")
+    seed: int = Field(0, ge=0)
+    log_every: int = Field(10, ge=1)
+    save_every: int = Field(0, ge=0, description="steps between checkpoints; 0 saves at the end only")
+    save_total_limit: int = Field(2, ge=1)
+    memory_consolidation_interval: int = Field(0, ge=0, description="steps between consolidations; 0 never")
+    run_dir: str | None = Field(None, description="the run folder; runs/<preset>-<time> when None")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.streams % self.gradient_accumulation_steps:
+            raise ValueError("train.streams must be a multiple of train.gradient_accumulation_steps: "
+                             f"{self.streams} % {self.gradient_accumulation_steps} != 0")
+        return self
+
+
+class EvalConfig(Section):
+    """Held-out evaluation: its own streams and its own bank, so that measuring changes nothing."""
+
+    every: int = Field(500, ge=0, description="steps between evaluations; 0 evaluates at the end only")
+    streams: int = Field(32, ge=1, description="held-out documents read side by side, over all ranks")
+    windows: int = Field(16, ge=1, description="windows that each stream reads in a periodic evaluation")
+    final_windows: int = Field(64, ge=1, description="the same for the evaluation that ends a run")
+    slots: int | None = Field(None, ge=1, description="slots of the evaluation bank; those of the model when None")
+
+
+class RunConfig(Section):
+    """Everything that decides what a run computes; the run folder's config.yaml is this, resolved."""
+
+    preset: str = "custom"
+    model: LMCODEConfig = LMCODEConfig()
+    memory: MemoryConfig = MemoryConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        slots, shards = self.model.long_term_memory_slots, self.memory.virtual_shards
+        if slots and slots < shards:
+            raise ValueError("model.long_term_memory_slots must be at least memory.virtual_shards: "
+                             f"{slots} < {shards}")
+        if self.train.sequence_length > self.model.context_length:
+            raise ValueError("train.sequence_length must not exceed model.context_length: "
+                             f"{self.train.sequence_length} > {self.model.context_length}")
+        if self.train.sequence_length % self.model.retrieval_stride:
+            raise ValueError("train.sequence_length must be a multiple of model.retrieval_stride: "
+                             f"{self.train.sequence_length} % {self.model.retrieval_stride} != 0")
+        if self.data.path is not None and self.data.hf is not None:
+            raise ValueError("give either data.path or data.hf, not both")
+        return self
+
+    def check_world_size(self, world_size: int) -> None:
+        """Refuses a number of ranks that this run cannot be spread over.
+
+        Raises:
+            ConfigError: if streams do not divide over the ranks and accumulation steps, or there are more ranks than
+                virtual shards.
+        """
+        parts = world_size * self.train.gradient_accumulation_steps
+        if self.train.streams % parts:
+            raise ConfigError(f"train.streams must be a multiple of ranks x gradient_accumulation_steps: "
+                              f"{self.train.streams} % ({world_size} x {self.train.gradient_accumulation_steps}) != 0")
+        if self.eval.streams % world_size:
+            raise ConfigError("eval.streams must be a multiple of the number of ranks: "
+                              f"{self.eval.streams} % {world_size} != 0")
+        if self.model.long_term_memory_slots and world_size > self.memory.virtual_shards:
+            raise ConfigError("memory.virtual_shards must be at least the number of ranks: "
+                              f"{self.memory.virtual_shards} < {world_size}")
+
+
+def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
+    """Splits 'train.learning_rate=1e-3' into its path and its YAML value.
+
+    Raises:
+        ConfigError: without '=' or with an empty path part.
+    """
+    import yaml
+
+    path, equals, value = text.partition("=")
+    parts = tuple(path.split("."))
+    if not equals or not all(parts):
+        raise ConfigError(f"an override looks like section.key=value: got '{text}'")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of override '{path}' is not valid YAML: {value!r}") from error
+    if isinstance(parsed, str):  # YAML 1.1 reads '1e-3' (no dot) as text
+        try:
+            parsed = float(parsed)
+        except ValueError:
+            pass
+    return parts, parsed
+
+
+def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Returns a nested copy of `values` in which each dotted override has been set."""
+    result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    for text in overrides:
+        path, value = parse_override(text)
+        target = result
+        for part in path[:-1]:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"override '{text}': '{part}' is a value, not a section")
+        target[path[-1]] = value
+    return result
+
+
+def build(cls: type[Section], values: Mapping[str, Any]) -> Any:
+    """Validates `values` as a `cls`, turning pydantic's report into one line.
+
+    Raises:
+        ConfigError: with the first thing that is wrong, its dotted place included.
+    """
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part not in ("literal['all']", "tuple[int, ...]"))
+        message = first["msg"].removeprefix("Value error, ")
+        given = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
+        raise ConfigError(f"{place}: {message}{given}" if place else f"{message}{given}") from None
+
+
+def load_run_config(source: str | Path | None, overrides: Iterable[str] = ()) -> RunConfig:
+    """Builds a run config from a YAML file or a preset name, then overrides.
+
+    Args:
+        source: path of a YAML file (ending in .yaml or .yml), the name of a preset, or None for the preset 'tiny'.
+        overrides: dotted settings such as 'train.total_steps=100'.
+
+    Raises:
+        ConfigError: unknown preset or key, missing file, bad value, impossible combination.
+    """
+    import yaml
+
+    from lmcode import presets
+
+    source = "tiny" if source is None else str(source)
+    if source.endswith((".yaml", ".yml")):
+        try:
+            values = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"there is no config file '{source}'") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"'{source}' cannot be read as YAML: {' '.join(str(error).split())}") from None
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            raise ConfigError(f"'{source}' must hold a mapping of sections: got {type(values).__name__}")
+    else:
+        values = presets.by_name(source).model_dump()
+    return build(RunConfig, with_overrides(values, overrides))
+
+
+def to_yaml(config: Section) -> str:
+    """The YAML text that `load_run_config` reads back to an equal config."""
+    import yaml
+
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

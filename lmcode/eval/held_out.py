@@ -1,0 +1,110 @@
+"""Held-out loss with the memory on, off and shuffled.
+
+Each evaluation reads held-out documents window by window, as training does, with a bank of its own: forked from the
+model's, written as the documents are read, thrown away at the end. The training bank is never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmcode.dist import Group
+from lmcode.memory.bank import LongTermMemory
+from lmcode.retrieval import Hits, NullRetriever, Retriever
+from lmcode.train.data import StreamSampler
+
+MODES = ("on", "off", "shuffled")
+FAR = 16  # a window this many windows into its document is "far": most of what it could recall is out of reach of attention
+
+
+class EvalResult(NamedTuple):
+    """Mean loss in nats per token over `tokens` targets; `far_loss` over those at least 16 windows into a document."""
+
+    loss: float
+    tokens: int
+    far_loss: float
+    far_tokens: int
+
+
+class ShuffledRetriever:
+    """Reads the memory of another document: the control that keeps the mechanism and takes away the content.
+
+    Every stream searches the namespace of the next stream (the last one that of the first), so each query still gets
+    hits written by the same model from real text, only not from its own document.
+    """
+
+    def __init__(self, bank: LongTermMemory) -> None:
+        self._bank = bank
+        self.top_k = bank.top_k
+        self.other: dict[int, int] = {}
+
+    def search(self, query_HND: Tensor, namespace_N: Tensor) -> Hits:
+        other = torch.tensor([self.other.get(n, -1) for n in namespace_N.tolist()], dtype=torch.int64,
+                             device=namespace_N.device)
+        return self._bank.search(query_HND, other)
+
+    def attend(self, query_HND: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
+        return self._bank.attend(query_HND, hits)
+
+
+def evaluation_banks(banks: Mapping[int, LongTermMemory], slots: int | None) -> dict[int, LongTermMemory]:
+    """Independent banks for one evaluation: empty when reads see their own document only, copies otherwise."""
+    return {layer: bank.fork(empty=bank.config.scope == "document", slots=slots) for layer, bank in banks.items()}
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[int, LongTermMemory], group: Group,
+             mode: str = "on", windows: int = 16, slots: int | None = None) -> EvalResult:
+    """Reads `windows` windows of every held-out stream and returns the mean loss. A collective.
+
+    Args:
+        model: the module itself (not DeepSpeed's wrapper); left in the mode it came in.
+        sampler: held-out documents, one pass, no shuffling.
+        banks: the model's banks; only forked, never written.
+        mode: "on", "off" (no retrieval, the rest unchanged) or "shuffled" (another document's memory).
+        slots: slots of the evaluation banks; None keeps those of `banks`.
+
+    Raises:
+        ValueError: for an unknown mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}: got '{mode}'")
+    forks = evaluation_banks(banks, slots) if mode != "off" else {}
+    shuffled = {layer: ShuffledRetriever(fork) for layer, fork in forks.items()} if mode == "shuffled" else {}
+    retrievers: dict[int, Retriever] = {layer: NullRetriever() for layer in banks}
+    retrievers.update(shuffled or forks)
+    device = next(model.parameters()).device
+    sums = torch.zeros(4, dtype=torch.float64)
+    was_training, state = model.training, None
+    model.eval()
+    with model.reading_from(retrievers):
+        for step in range(min(windows, sampler.num_steps)):
+            if shuffled:
+                everyone = sampler.batch(step, rank=0, world_size=1).namespace_B.tolist()
+                for retriever in shuffled.values():
+                    retriever.other = dict(zip(everyone, everyone[1:] + everyone[:1], strict=True))
+            batch = sampler.batch(step, rank=group.rank, world_size=group.size).to(device)
+            output = model(batch.input_ids_BT, targets_BT=batch.targets_BT, state=state, reset_B=batch.reset_B,
+                           namespace_B=batch.namespace_B, valid_BT=batch.valid_BT)
+            state = output.state
+            for layer, fork in forks.items():
+                fork.commit([output.memory[layer].candidates], [output.memory[layer].hits], step=step)
+            loss_B = output.token_loss.double().sum(1).cpu()
+            count_B = (batch.targets_BT >= 0).sum(1).cpu()
+            far_B = batch.window_B.cpu() >= FAR
+            sums += torch.stack([loss_B.sum(), count_B.sum(), loss_B[far_B].sum(), count_B[far_B].sum()])
+    model.train(was_training)
+    loss, tokens, far_loss, far_tokens = group.all_reduce(sums.to(device), phase="evaluation").tolist()
+    return EvalResult(loss / max(tokens, 1), int(tokens), far_loss / max(far_tokens, 1), int(far_tokens))
+
+
+def held_out_sampler(documents: object, config: object) -> StreamSampler:
+    """The sampler that every held-out evaluation of a run uses: one pass, document order fixed."""
+    return StreamSampler(documents, streams=config.eval.streams, sequence_length=config.train.sequence_length,
+                         seed=config.train.seed, epochs=1, shuffle=False)
+
+

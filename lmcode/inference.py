@@ -1,0 +1,58 @@
+"""Opening a saved run and using it: `lmcode eval` and `lmcode generate`.
+
+Both work on one process or on many; with many, every rank holds its slice of the banks and does the same work.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from lmcode import dist
+from lmcode.config import ConfigError
+from lmcode.dist import Group
+from lmcode.eval.held_out import MODES, evaluate, held_out_sampler
+from lmcode.model.generate import generate
+from lmcode.train.checkpoint import load_model
+
+
+def evaluate_run(run: Path, overrides: list[str], *, as_json: bool = False) -> str:
+    """Held-out loss of a run's newest checkpoint with the memory on, off and shuffled, as text or JSON. A collective.
+
+    Raises:
+        ConfigError: if there is no checkpoint, or its held-out documents cannot be found again.
+    """
+    from lmcode.train.loop import load_corpus
+
+    group = Group.world()
+    model, config, _, step = load_model(run, overrides, group=group, device=dist.device())
+    if config.eval.streams % group.size:
+        raise ConfigError(f"eval.streams must be a multiple of the number of ranks: {config.eval.streams} % {group.size}")
+    sampler = held_out_sampler(load_corpus(config).held_out, config)
+    modes = MODES if model.banks else ("on",)
+    results = {mode: evaluate(model, sampler, banks=model.banks, group=group, mode=mode, slots=config.eval.slots,
+                              windows=config.eval.final_windows) for mode in modes}
+    if as_json:
+        return json.dumps({"step": step, **{mode: result._asdict() for mode, result in results.items()}})
+    lines = [f"step {step}, {results['on'].tokens:,} held-out tokens, nats per token (far: 16 windows into a document)"]
+    lines += [f"  memory {mode:<9} {r.loss:.4f}   far {r.far_loss:.4f}" for mode, r in results.items()]
+    return "\n".join(lines)
+
+
+def generate_text(run: Path, prompt: str, *, max_new_tokens: int = 100, temperature: float = 0.8, top_k: int = 50,
+                  top_p: float = 0.9, seed: int = 0, memory: bool = True) -> str:
+    """Continues `prompt` with a run's newest checkpoint; returns prompt and continuation. A collective.
+
+    Raises:
+        ConfigError: for an empty prompt, or if there is no checkpoint.
+    """
+    if not prompt:
+        raise ConfigError("the prompt must not be empty")
+    model, _, tokenizer, _ = load_model(run, [], group=Group.world(), device=dist.device(), memory=memory)
+    ids = torch.tensor([[tokenizer.end_id, *tokenizer.encode(prompt)]], device=dist.device())
+    with model.reading_from(model.banks if memory else {}):
+        written = generate(model, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                           seed=seed)
+    return tokenizer.decode(written[0, 1:].tolist())

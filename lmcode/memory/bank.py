@@ -1,0 +1,401 @@
+"""The bank of one layer: what all ranks of a group do together, reads and writes.
+
+A method that is called collective must be called by all ranks of the group in the same order. Each issues a number of
+collectives that depends on settings only, never on data: zero rows take part as padding.
+Letters: n queries of one rank, padded to the same number everywhere; G = R * n gathered queries; Q = G * H.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lmcode.config import FAISS_GPU_MAX_K, ConfigError, MemoryConfig
+from lmcode.dist import Group
+from lmcode.memory import entry
+from lmcode.memory.faiss_index import TIERS, choose_tier
+from lmcode.memory.merge import logsumexp_of, merge_hits, pack_cuts, unpack_cuts, winners
+from lmcode.memory.placement import holder_of, shards_of
+from lmcode.memory.shard import Predicate, Scope, Shard, Ticket, align_rows, digest_of
+from lmcode.retrieval import NO_SCORE, Candidates, Hits
+
+MAX_QUERY = 1e15  # a longer component could overflow a score; such a query finds nothing and is counted
+_VERSIONS = itertools.count(1)  # no two states of any two banks in this process share a version
+
+
+class LongTermMemory:
+    """One logical memory over the ranks of a group; a `Retriever`. No module, parameter or buffer.
+
+    A read, `search` then `attend`, goes through these phases:
+      1. all_gather of queries and namespaces: every rank sees all G queries.
+      2. Each rank searches its shard for all of them: its local top K in total order.
+      3. The (score, id) lists are exchanged and merged: with `all_gather` all of them by every rank, with `all_to_all`
+         each by its query's owner, who then shares the K-th hit and the log-sum-exp, 16 bytes a query. So each rank
+         knows where merged lists end, hence which of its own hits won (a prefix), and their weights: the ticket.
+      4. `sums`: each rank adds up weight * value over its winners, and a reduce_scatter hands every owner its vector;
+         the backward pass gathers D + 2 numbers a query and scatters D back. `rows`: the winners' vectors travel.
+    The group counts bytes and seconds as queries, hits, values, gradients, writes and stats. Reads change nothing but
+    counters. `commit`, `write`, `delete` and `load` make earlier hits stale: attending to those is an error.
+
+    Attributes:
+        top_k: K of a search that does not say otherwise.
+        search_seconds: wall time of phase 2 and of merging since the start; exchange time is the group's.
+        blind_queries: own queries that were not finite and therefore found nothing, since the start.
+        next_id, rejected, clipped: ids given out, rows refused and rows scaled down so far; the same on every rank.
+    """
+
+    def __init__(self, *, heads: int, head_dim: int, slots: int, top_k: int, config: MemoryConfig,
+                 group: Group | None = None, device: torch.device | str = "cpu") -> None:
+        """Makes an empty bank; every rank of the group makes the same one.
+
+        Raises:
+            ConfigError: fewer slots than virtual shards, fewer virtual shards than ranks, K outside 1..2048, or FAISS
+                asked for where it cannot search.
+        """
+        self.group = Group() if group is None else group
+        self.heads, self.head_dim, self.slots, self.top_k, self.config = heads, head_dim, slots, top_k, config
+        self.device = torch.device(device)
+        _check_k(top_k)
+        self._tiers = {scope: choose_tier(config, scope, slots, self.device) for scope in ("document", "global")}
+        try:
+            self.owned = shards_of(self.group.rank, self.group.size, config.virtual_shards)
+            self.shard = Shard(heads=heads, head_dim=head_dim, slots=slots, owned=self.owned, config=config,
+                               device=self.device)
+        except ValueError as error:
+            raise ConfigError(f"bank: {error}") from None
+        self.next_id = self.rejected = self.clipped = 0
+        self.search_seconds, self.blind_queries = 0.0, 0
+        self._sample = (torch.zeros(heads, 0, head_dim), torch.zeros(0, dtype=torch.int64)), config.scope
+        self._version = next(_VERSIONS)
+
+    @torch.no_grad()
+    def search(self, query_HND: Tensor, namespace_N: Tensor, *, scope: Scope | None = None, top_k: int | None = None,
+               tier: str | None = None, ragged: bool = False) -> Hits:
+        """Phases 1 to 3: the best entries for each head and query by query . key + weight * log importance. Collective.
+
+        Args:
+            query_HND: fp32 or bf16, scaled by the temperature; N may be 0.
+            namespace_N: int64; a negative namespace sees nothing.
+            scope: "document" (entries of the query's namespace), "global", or the namespaces that every query may see;
+                the config's scope when None. The same on every rank, like `top_k` and `tier`.
+            tier: "exact" or "faiss-flat"; the config's when None.
+            ragged: whether N may differ between ranks; costs one more collective.
+
+        Raises:
+            ValueError: shapes that do not fit the bank, an unknown scope, or K outside 1..2048.
+        """
+        k, N = self.top_k if top_k is None else top_k, query_HND.shape[1]
+        scope = self.config.scope if scope is None else scope
+        self._check_search(query_HND, namespace_N, scope, k)
+        started, waited = time.perf_counter(), sum(self.group.seconds.values())
+        n = max(1, *self._counts(N, "queries") if ragged else (N,))
+        seeing_N = (query_HND.abs() < MAX_QUERY).all(-1).all(0)
+        self.blind_queries += N - int(seeing_N.sum())
+        query_NHD = query_HND.where(seeing_N[:, None], 0).transpose(0, 1)
+        query_GHD = self.group.all_gather(_pad(query_NHD, n), phase="queries")
+        namespace_G = self.group.all_gather(_pad(namespace_N.where(seeing_N, -1), n, -1), phase="queries")
+
+        query_HGE = F.pad(query_GHD.transpose(0, 1).float(), (0, 1), value=1.0)
+        tier = tier or self._tiers["document" if scope == "document" else "global"]
+        found = self.shard.search(query_HGE, namespace_G.cpu().numpy(), k, scope=scope, tier=TIERS[tier])
+        score_GHK, id_GHK, slot_GHK = (part.transpose(0, 1).contiguous() for part in found)
+        (own_score_NHK, own_id_NHK), (cut_score_GH, cut_id_GH, lse_GH) = self._exchange(score_GHK, id_GHK, n)
+        ticket = self.shard.ticket(winners(score_GHK, id_GHK, cut_score_GH, cut_id_GH), score_GHK, slot_GHK, lse_GH,
+                                   rows_per_rank=n, version=self._version)
+        self._sample = self._sample_of(query_HND, namespace_N), scope
+        self.search_seconds += time.perf_counter() - started - (sum(self.group.seconds.values()) - waited)
+        return Hits(*(part[:N].transpose(0, 1).contiguous() for part in (own_score_NHK, own_id_NHK)), ticket)
+
+    def _check_search(self, query_HND: Tensor, namespace_N: Tensor, scope: Scope, k: int) -> None:
+        H, N, D = query_HND.shape
+        if (H, D) != (self.heads, self.head_dim) or namespace_N.shape != (N,):
+            raise ValueError(f"queries must be [{self.heads}, N, {self.head_dim}] and namespaces [N]: "
+                             f"got {tuple(query_HND.shape)} and {tuple(namespace_N.shape)}")
+        if isinstance(scope, str) and scope not in self._tiers:
+            raise ValueError(f"scope must be 'document', 'global' or a list of namespaces: got '{scope}'")
+        _check_k(k)
+
+    def _counts(self, count: int, phase: str) -> list[int]:
+        return self.group.all_gather(torch.tensor([count], device=self.device), phase=phase).tolist()
+
+    def _exchange(self, score_GHK: Tensor, id_GHK: Tensor, n: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Phase 3: this rank's merged hits [n, H, K]; for all queries the cut's score and id and the log-sum-exp."""
+        R, k, lists = self.group.size, score_GHK.shape[-1], (score_GHK, id_GHK)
+        mode = self.config.exchange
+        if mode == "auto":  # bytes received per query, head and other rank
+            mode = "all_gather" if R * 12 * k <= 12 * k + 16 else "all_to_all"
+        if mode == "all_gather":
+            merged = _merge_lists(*(self.group.all_gather(part[None], phase="hits") for part in lists))
+            mine = slice(self.group.rank * n, (self.group.rank + 1) * n)
+            cuts = merged[0][..., -1], merged[1][..., -1], logsumexp_of(*merged)
+            return (merged[0][mine], merged[1][mine]), cuts
+        own = _merge_lists(*(self.group.all_to_all(part, phase="hits").view(R, n, -1, k) for part in lists))
+        return own, unpack_cuts(self.group.all_gather(pack_cuts(*own), phase="hits"))
+
+    def _ticket_of(self, hits: Hits) -> Ticket:
+        if not isinstance(hits.ticket, Ticket) or hits.ticket.version != self._version:
+            raise ValueError("hits must come from a search of this bank since it last changed: these do not")
+        return hits.ticket
+
+    def attend(self, query_HND: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
+        """Phase 4: softmax attention over `hits`, (value_HND in the query's dtype, logsumexp_HN fp32). Collective.
+
+        Differentiable once with respect to the query; entries are constants. The backward pass is collective, too. A
+        query without hits gets value 0, log-sum-exp `NO_SCORE` and gradient 0.
+
+        Args:
+            query_HND: the queries that `hits` were searched with.
+
+        Raises:
+            ValueError: if the bank has changed since the search.
+        """
+        if self.config.fetch == "sums":
+            value_HND, lse_HN = _Sums.apply(query_HND, hits.score_HNK, hits.id_HNK, self, self._ticket_of(hits))
+        else:
+            key_HNKD, value_HNKD = self.fetch(hits)
+            dot_HNK = torch.einsum("hnd,hnkd->hnk", query_HND.float(), key_HNKD)
+            moving_HNK = (dot_HNK - dot_HNK.detach()).where(hits.valid_HNK, 0.0)  # zero, with the gradient of q . k
+            score_HNK = hits.score_HNK + moving_HNK
+            value_HND = torch.einsum("hnk,hnkd->hnd", score_HNK.softmax(-1), value_HNKD)
+            lse_HN = score_HNK.logsumexp(-1).where(hits.valid_HNK[..., 0], NO_SCORE)
+        return value_HND.to(query_HND.dtype), lse_HN
+
+    @torch.no_grad()
+    def fetch(self, hits: Hits) -> tuple[Tensor, Tensor]:
+        """Keys and values of the hits, fp32 [H, N, K, D] each, zero where invalid. Collective.
+
+        Meant for inspection: all of [G, H, K, 2D] exists at once, padded, whichever rank holds what.
+        """
+        ticket, (H, N, k), R = self._ticket_of(hits), hits.score_HNK.shape, self.group.size
+        sent_GHKX = self.shard.rows(ticket, k).view(R * ticket.rows_per_rank, H, k, -1)
+        rows_RNHKX = self.group.all_to_all(sent_GHKX, phase="values").view(R, -1, H, k, 2 * self.head_dim)[:, :N]
+        id_NHK = hits.id_HNK.transpose(0, 1)
+        rows_NHKX = align_rows(rows_RNHKX, self._holder_of(id_NHK).where(id_NHK >= 0, -1))
+        key_HNKD, value_HNKD = rows_NHKX.transpose(0, 1).split(self.head_dim, dim=-1)
+        return key_HNKD, value_HNKD
+
+    def _holder_of(self, ids: Tensor) -> Tensor:
+        holder = holder_of(ids.cpu().numpy(), self.config.virtual_shards, self.group.size)
+        return torch.from_numpy(holder).to(ids.device)
+
+    @torch.no_grad()
+    def commit(self, candidates: Sequence[Candidates], hits: Sequence[Hits], *, step: int) -> entry.CommitReport:
+        """Counts the attention that entries received in this step, then writes what the policy chooses. Collective.
+
+        Called once per optimizer step, with a list item per micro-batch; either list may be empty. The global order of
+        candidates is rank, list item, position; the policy looks at all valid ones in that order, so its choice does
+        not depend on the number of ranks.
+
+        Raises:
+            ValueError: if any of the hits is stale.
+        """
+        mass_M, hit_M = np.zeros(self.shard.num_slots, np.int64), np.zeros(self.shard.num_slots, bool)
+        for ticket in [self._ticket_of(one) for one in hits]:
+            mass_M += self.shard.count_mass(ticket)
+            hit_M[ticket.row_W.cpu().numpy() % len(hit_M)] = True
+        self.shard.touch(hit_M, mass_M, step)
+        evicted, clipped = sum(self.shard.evicted.values()), self.clipped
+        offered, batch = self._gather_candidates(candidates)
+        id_E = self._store(*batch, step)
+        written = int((id_E >= 0).sum())
+        return entry.CommitReport(offered, written, len(id_E) - written, self.clipped - clipped,
+                                  sum(self.shard.evicted.values()) - evicted)
+
+    def _gather_candidates(self, candidates: Sequence[Candidates]) -> tuple[int, tuple[Any, ...]]:
+        """How many valid candidates there are; keys, values, namespaces and importance of those that are chosen.
+
+        The facts that decide travel first, so that the vectors of candidates that are not chosen never do.
+        """
+        vector_E2HD, facts_E2 = entry.stack_candidates(candidates, heads=self.heads, head_dim=self.head_dim,
+                                                       dtype=self.shard.key_HME.dtype, device=self.device)
+        count_R = self._counts(len(facts_E2), "writes")
+        namespace_E, surprise_E = entry.unpack_facts(self._gather_rows(facts_E2, count_R))
+        chosen_E = entry.choose(surprise_E, self.config)
+        chosen_RE = np.split(chosen_E, np.cumsum(count_R)[:-1])
+        vector_E2HD = vector_E2HD[torch.from_numpy(chosen_RE[self.group.rank]).to(self.device)]
+        vector_E2HD = self._gather_rows(vector_E2HD, [int(part.sum()) for part in chosen_RE])
+        return len(chosen_E), (vector_E2HD[:, 0], vector_E2HD[:, 1], namespace_E[chosen_E],
+                               entry.importance_of(surprise_E[chosen_E]))
+
+    def _gather_rows(self, rows_EX: Tensor, count_R: list[int]) -> Tensor:
+        """Concatenates the rows of all ranks, `count_R` of them each."""
+        padded = max(1, *count_R)
+        gathered_EX = self.group.all_gather(_pad(rows_EX, padded), phase="writes")
+        return torch.cat([part[:count] for part, count in zip(gathered_EX.split(padded), count_R, strict=True)])
+
+    @torch.no_grad()
+    def write(self, key_HED: Tensor, value_HED: Tensor, namespace_E: Tensor, importance_E: Tensor | None = None,
+              step: int = 0) -> Tensor:
+        """Writes entries directly; every rank passes the same batch. Returns their ids, int64 [E], -1 where rejected.
+
+        Args:
+            namespace_E: int64; rows with a negative one are rejected.
+            importance_E: fp32, cut off at 10; rows where it is not positive are rejected; 1 when None.
+        """
+        H, E, D = key_HED.shape
+        importance_E = torch.ones(E) if importance_E is None else importance_E
+        if ((H, D) != (self.heads, self.head_dim) or value_HED.shape != key_HED.shape
+                or not namespace_E.shape == importance_E.shape == (E,)):
+            raise ValueError(f"keys and values must be [{self.heads}, E, {self.head_dim}], the rest [E]: "
+                             f"got {[tuple(part.shape) for part in (key_HED, value_HED, namespace_E, importance_E)]}")
+        vectors = (part.detach().transpose(0, 1).to(self.device) for part in (key_HED, value_HED))
+        id_E = self._store(*vectors, namespace_E.cpu().long().numpy(), importance_E.cpu().float().numpy(), step)
+        return torch.from_numpy(id_E)
+
+    def _store(self, key_EHD: Tensor, value_EHD: Tensor, namespace_E: np.ndarray, importance_E: np.ndarray,
+               step: int) -> np.ndarray:
+        """Assigns ids, rejects, clips and writes a batch that is the same on every rank; ids with -1 where rejected."""
+        entries, accepted_E, clipped = entry.admit(key_EHD, value_EHD, namespace_E, importance_E, step=step,
+                                                   first_id=self.next_id, max_norm=self.config.max_norm)
+        self.shard.write(entries)
+        id_E = np.full(len(accepted_E), -1, np.int64)
+        id_E[accepted_E] = entries.id_E
+        self.next_id += len(id_E)
+        self.rejected += int((~accepted_E).sum())
+        self.clipped += clipped
+        self._version = next(_VERSIONS)
+        return id_E
+
+    def delete(self, *, ids: Sequence[int] | None = None, namespace: int | None = None, before_step: int | None = None,
+               predicate: Predicate | None = None) -> int:
+        """Removes, for good, the entries that meet all given conditions; returns how many there were. Collective.
+
+        Args:
+            before_step: entries written in an earlier step than this.
+            predicate: from the columns of `entry.METADATA` (arrays over slots, empty ones included) to a bool array.
+        """
+        chosen_M = self.shard.matching(ids=ids, namespace=namespace, before_step=before_step, predicate=predicate)
+        self._version = next(_VERSIONS)
+        return self._totals(self.shard.delete(chosen_M))[0]
+
+    def _totals(self, *numbers: int) -> list[int]:
+        return self.group.all_reduce(torch.tensor(numbers, device=self.device), phase="stats").tolist()
+
+    def stats(self) -> dict[str, Any]:
+        """Counts over all ranks: slots, live (and by rank), fill (live / slots), evicted, merged, ... Collective."""
+        live_M = self.shard.live_M
+        mine_R = [int(live_M.sum()) if rank == self.group.rank else 0 for rank in range(self.group.size)]
+        merged = int((self.shard.columns["count"] - 1)[live_M].sum())
+        *live_R, evicted, merged, blind = self._totals(*mine_R, sum(self.shard.evicted.values()), merged,
+                                                       self.blind_queries)
+        return {"slots": self.slots, "live": sum(live_R), "live_by_rank": live_R, "fill": sum(live_R) / self.slots,
+                "evicted": evicted, "merged": merged, "rejected": self.rejected, "clipped": self.clipped,
+                "blind_queries": blind, "next_id": self.next_id}
+
+    def take_search_seconds(self) -> float:
+        """`search_seconds` since the last call; starts counting anew."""
+        taken, self.search_seconds = self.search_seconds, 0.0
+        return taken
+
+    def ages(self, hits: Hits, *, step: int) -> Tensor:
+        """Steps since the winners that this rank holds were written, for all queries and heads: int64 [W]."""
+        return step - hits.ticket.step_W
+
+    def shares_by_rank(self, hits: Hits) -> Tensor:
+        """How many of these hits each rank's shard supplied: int64 [R]."""
+        return torch.bincount(self._holder_of(hits.id_HNK[hits.valid_HNK]), minlength=self.group.size)
+
+    def recall(self) -> float:
+        """`check_recall` of this bank as it is now, on queries of the latest search. Collective."""
+        (query_HND, namespace_N), scope = self._sample
+        return self.check_recall(query_HND, namespace_N, self.search(query_HND, namespace_N, scope=scope), scope=scope)
+
+    def check_recall(self, query_HND: Tensor, namespace_N: Tensor, hits: Hits, *, scope: Scope | None = None) -> float:
+        """Recall@K of fresh `hits` against an exact search, on `recall_queries` queries of every rank. Collective.
+
+        1.0 where there was nothing to find. N must be the same on every rank, `scope` that of the search.
+        """
+        found_id_HNK, _ = self._sample_of(hits.id_HNK, namespace_N)
+        sample = self._sample_of(query_HND, namespace_N)
+        exact = self.search(*sample, scope=scope, top_k=hits.id_HNK.shape[-1], tier="exact")
+        found_HNK = (exact.id_HNK.unsqueeze(-1) == found_id_HNK.unsqueeze(-2)).any(-1) & exact.valid_HNK
+        found, wanted = self._totals(int(found_HNK.sum()), int(exact.valid_HNK.sum()))
+        return found / wanted if wanted else 1.0
+
+    def _sample_of(self, rows_HNX: Tensor, namespace_N: Tensor) -> tuple[Tensor, Tensor]:
+        N = len(namespace_N)
+        count = min(N, self.config.recall_queries)
+        sample = torch.arange(count, device=namespace_N.device) * N // max(1, count)
+        return rows_HNX[:, sample], namespace_N[sample]
+
+    def fork(self, *, empty: bool, slots: int | None = None) -> LongTermMemory:
+        """An independent bank with the same settings: empty (only then may `slots` differ) or a copy of all entries."""
+        if slots not in (None, self.slots) and not empty:
+            raise ValueError(f"a copy must have the slots of its original, {self.slots}: got {slots}")
+        other = LongTermMemory(heads=self.heads, head_dim=self.head_dim, slots=slots or self.slots, top_k=self.top_k,
+                               config=self.config, group=self.group, device=self.device)
+        for shard in () if empty else self.owned:
+            other.load(shard, self.state(shard))
+        return other
+
+    def state(self, shard: int) -> dict[str, Tensor]:
+        """A copy of one virtual shard of this rank, with the bank's counters: see `Shard.state`."""
+        return {**self.shard.state(shard), **{name: torch.tensor(getattr(self, name)) for name in entry.COUNTERS}}
+
+    def load(self, shard: int, state: Mapping[str, Tensor]) -> None:
+        """Replaces one virtual shard of this rank, and the bank's counters, by a `state`.
+
+        Raises:
+            ValueError: if the state does not fit this bank; nothing has changed then.
+        """
+        self.shard.load(shard, state)
+        for name in entry.COUNTERS:
+            setattr(self, name, int(state[name]))
+        self._version = next(_VERSIONS)
+
+    def content_hash(self) -> str:
+        """blake2b over all virtual shards in order: equal for equal contents, on any number of ranks. Collective."""
+        parts = self.group.all_gather_object([(shard, digest_of(self.state(shard))) for shard in self.owned])
+        digests = [digest for _, digest in sorted(itertools.chain(*parts))]
+        return hashlib.blake2b(b"".join(digests), digest_size=32).hexdigest()
+
+
+class _Sums(torch.autograd.Function):
+    """Phase 4 by sums: values and keys stay where they are, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, query_HND: Tensor, score_HNK: Tensor, id_HNK: Tensor, bank: LongTermMemory,
+                ticket: Ticket) -> tuple[Tensor, Tensor]:
+        sum_GHD = bank.shard.sums(ticket).view(-1, bank.heads, bank.head_dim)
+        value_NHD = bank.group.reduce_scatter(sum_GHD, phase="values")[:query_HND.shape[1]]
+        value_HND = value_NHD.transpose(0, 1).contiguous()
+        ctx.bank, ctx.ticket, ctx.dtype = bank, ticket, query_HND.dtype
+        ctx.save_for_backward(value_HND)
+        return value_HND, logsumexp_of(score_HNK, id_HNK)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_HND: Tensor, grad_lse_HN: Tensor) -> tuple[Tensor | None, ...]:
+        (value_HND,), bank, ticket = ctx.saved_tensors, ctx.bank, ctx.ticket
+        if ticket.version != bank._version:
+            raise ValueError("the backward pass must run before the bank changes: it has changed since the search")
+        (_, N, D), n = value_HND.shape, ticket.rows_per_rank
+        dot_HN1 = (grad_HND * value_HND).sum(-1, keepdim=True)
+        sent_HNX = torch.cat([grad_HND.float(), dot_HN1, grad_lse_HN.unsqueeze(-1)], dim=-1)
+        grad_QX = bank.group.all_gather(_pad(sent_HNX.transpose(0, 1), n), phase="gradients").flatten(0, 1)
+        part_QD = bank.shard.sums_backward(ticket, grad_QX[:, :D].contiguous(), grad_QX[:, D], grad_QX[:, D + 1])
+        whole_NHD = bank.group.reduce_scatter(part_QD.view(-1, bank.heads, D), phase="gradients")[:N]
+        return whole_NHD.transpose(0, 1).to(ctx.dtype), None, None, None, None
+
+
+def _merge_lists(score_RXHK: Tensor, id_RXHK: Tensor) -> tuple[Tensor, Tensor]:
+    """Merges the ranks' lists: [R, ..., K] to [..., K]."""
+    return merge_hits(*(part.movedim(0, -2).flatten(-2) for part in (score_RXHK, id_RXHK)), score_RXHK.shape[-1])
+
+
+def _pad(rows_NX: Tensor, n: int, fill: float = 0) -> Tensor:
+    """Appends rows up to n."""
+    return torch.cat([rows_NX, rows_NX.new_full((n - len(rows_NX), *rows_NX.shape[1:]), fill)])
+
+
+def _check_k(k: int) -> None:
+    if not 1 <= k <= FAISS_GPU_MAX_K:
+        raise ConfigError(f"top_k must lie in 1..{FAISS_GPU_MAX_K}: got {k}")

@@ -1,0 +1,177 @@
+"""What an entry is, and the pure rules that a candidate passes before it becomes one: chosen, finite, not too long.
+
+Letters: E entries in a batch, H heads, D key width, C slots of a virtual shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmcode.config import MemoryConfig
+from lmcode.memory.placement import virtual_shard_of
+from lmcode.retrieval import Candidates
+
+MAX_IMPORTANCE = 10.0  # however much attention an entry receives
+MASS_UNIT = 2**20  # hit mass is counted in 1/MASS_UNIT of a unit of attention: integers add up the same in any order
+
+# Everything kept beside an entry's key and value, and how it is stored.
+METADATA = {"id": np.int64, "namespace": np.int64, "importance": np.float32, "step": np.int64, "last_hit": np.int64,
+            "hit_mass": np.int64, "count": np.int64, "chance": np.bool_}
+EMPTY = {name: kind(-1) if name == "id" else kind(0) for name, kind in METADATA.items()}
+COUNTERS = ("next_id", "rejected", "clipped")  # numbers of a whole bank, kept with each of its virtual shards
+
+
+class CommitReport(NamedTuple):
+    """What one commit did over all ranks, `evicted_here` excepted.
+
+    offered: valid candidates. written: entries that entered. rejected: chosen, but not finite or without a namespace.
+    clipped: entries with a vector that was scaled down. evicted_here: entries that this rank's shard gave up.
+    """
+
+    offered: int
+    written: int
+    rejected: int
+    clipped: int
+    evicted_here: int
+
+
+class Entries(NamedTuple):
+    """A batch of entries, in id order. Vectors are on the bank's device, the rest is on the CPU.
+
+    key_EHD, value_EHD: fp32; the bank stores them in its own dtype.
+    id_E: int64, global, never reused.
+    namespace_E: int64, at least 0.
+    importance_E: fp32 in (0, `MAX_IMPORTANCE`].
+    step_E: int64, the step that wrote the entry; also its last hit until it has one.
+    """
+
+    key_EHD: Tensor
+    value_EHD: Tensor
+    id_E: np.ndarray
+    namespace_E: np.ndarray
+    importance_E: np.ndarray
+    step_E: np.ndarray
+
+    def take(self, index: np.ndarray) -> Entries:
+        """The entries at these positions."""
+        on_device = torch.from_numpy(index).to(self.key_EHD.device)
+        return Entries(self.key_EHD[on_device], self.value_EHD[on_device], *(column[index] for column in self[2:]))
+
+    def metadata(self) -> dict[str, np.ndarray]:
+        """Columns of `METADATA` for entries that were never hit; the second chance is the shard's to give."""
+        E = len(self.id_E)
+        return {"id": self.id_E, "namespace": self.namespace_E, "importance": self.importance_E, "step": self.step_E,
+                "last_hit": self.step_E, "hit_mass": np.zeros(E, np.int64), "count": np.ones(E, np.int64),
+                "chance": np.zeros(E, np.bool_)}
+
+
+def choose(surprise_E: np.ndarray, config: MemoryConfig) -> np.ndarray:
+    """Which candidates become entries, bool [E].
+
+    `config.write` decides: all of them, every `write_every`-th by position, or the `write_share` with the greatest
+    surprise (rounded up; the earlier of equals; NaN never).
+    """
+    E = len(surprise_E)
+    if config.write == "all":
+        return np.ones(E, dtype=bool)
+    if config.write == "every_nth":
+        return np.arange(E) % config.write_every == 0
+    chosen_E = np.zeros(E, dtype=bool)
+    chosen_E[np.argsort(-surprise_E, kind="stable")[:math.ceil(config.write_share * E)]] = True
+    return chosen_E & ~np.isnan(surprise_E)
+
+
+def stack_candidates(candidates: Sequence[Candidates], *, heads: int, head_dim: int, dtype: torch.dtype,
+                     device: torch.device) -> tuple[Tensor, Tensor]:
+    """The valid rows of a list of candidates, in order, as two tensors that can travel.
+
+    Returns:
+        vector_E2HD: key and value in the bank's storage dtype.
+        facts_E2: int64, the namespace and the bits of the fp32 surprise.
+    """
+    vectors = [torch.empty(0, 2, heads, head_dim, dtype=dtype, device=device)]
+    facts = [torch.empty(0, 2, dtype=torch.int64, device=device)]
+    for one in candidates:
+        vector_N2HD = torch.stack([one.key_HND, one.value_HND]).permute(2, 0, 1, 3)
+        bits_N = one.surprise_N.float().contiguous().view(torch.int32).long()
+        vectors.append(vector_N2HD[one.valid_N].to(device, dtype))
+        facts.append(torch.stack([one.namespace_N, bits_N], dim=1)[one.valid_N].to(device))
+    return torch.cat(vectors), torch.cat(facts)
+
+
+def unpack_facts(facts_E2: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Namespace int64 [E] and surprise fp32 [E] of `stack_candidates`."""
+    facts_E2 = facts_E2.cpu()
+    return facts_E2[:, 0].numpy(), facts_E2[:, 1].int().view(torch.float32).numpy()
+
+
+def importance_of(surprise_E: np.ndarray) -> np.ndarray:
+    """Initial importance 0.5 + s / (1 + s) of surprise s >= 0 (in nats), fp32 in [0.5, 1.5); NaN and Inf give NaN."""
+    surprise_E = np.where(np.isfinite(surprise_E), np.maximum(surprise_E, 0.0), np.nan)
+    return (0.5 + surprise_E / (1.0 + surprise_E)).astype(np.float32)
+
+
+def acceptable(key_EHD: Tensor, value_EHD: Tensor, namespace_E: np.ndarray, importance_E: np.ndarray) -> np.ndarray:
+    """Rows that may enter a bank, bool [E]: every number finite, importance positive, namespace at least 0."""
+    finite_E = key_EHD.isfinite().flatten(1).all(1) & value_EHD.isfinite().flatten(1).all(1)
+    return finite_E.cpu().numpy() & np.isfinite(importance_E) & (importance_E > 0) & (namespace_E >= 0)
+
+
+def clip_norm(vector_EHD: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    """Scales vectors longer than `max_norm` down to it, in fp32; returns them and bool [E], rows that were too long.
+
+    Finite input gives finite output, even where the square of a component overflows.
+    """
+    vector_EHD = vector_EHD.float()
+    largest_EH1 = vector_EHD.abs().amax(-1, keepdim=True).clamp(min=1.0)
+    unit_EHD = vector_EHD / largest_EH1
+    norm_EH1 = unit_EHD.norm(dim=-1, keepdim=True)
+    long_EH1 = norm_EH1 * (largest_EH1 / max_norm) > 1.0
+    clipped_EHD = torch.where(long_EH1, unit_EHD * (max_norm / norm_EH1), vector_EHD)
+    return clipped_EHD, long_EH1.flatten(1).any(1)
+
+
+def admit(key_EHD: Tensor, value_EHD: Tensor, namespace_E: np.ndarray, importance_E: np.ndarray, *, first_id: int,
+          step: int, max_norm: float) -> tuple[Entries, np.ndarray, int]:
+    """Turns a batch into entries with consecutive ids: those acceptable, which rows they are, how many were clipped."""
+    accepted_E = acceptable(key_EHD, value_EHD, namespace_E, importance_E)
+    key_EHD, long_key_E = clip_norm(key_EHD, max_norm)
+    value_EHD, long_value_E = clip_norm(value_EHD, max_norm)
+    clipped = int(((long_key_E | long_value_E).cpu().numpy() & accepted_E).sum())
+    id_E = first_id + np.arange(len(namespace_E), dtype=np.int64)
+    importance_E = np.minimum(importance_E, np.float32(MAX_IMPORTANCE))
+    entries = Entries(key_EHD, value_EHD, id_E, namespace_E, importance_E, np.full_like(id_E, step))
+    return entries.take(np.flatnonzero(accepted_E)), accepted_E, clipped
+
+
+def check_content(state: Mapping[str, Tensor], virtual_shards: int) -> None:
+    """Raises ValueError for a state that no sequence of writes can lead to.
+
+    Refused: a number that is not finite; a hand outside the ring; a negative counter; an id that is not below next_id,
+    occurs twice or hashes to another virtual shard; a live entry with importance outside (0, `MAX_IMPORTANCE`] or a
+    negative namespace.
+    """
+    shard, id_C = int(state["shard"]), state["id"].numpy()
+    where = f"virtual shard {shard}"
+    for name in ("key", "value", "importance"):
+        if not bool(state[name].isfinite().all()):
+            raise ValueError(f"{where}: '{name}' must be finite")
+    if not 0 <= int(state["hand"]) < len(id_C) or int(state["evicted"]) < 0:
+        raise ValueError(f"{where}: the hand must lie in 0..{len(id_C) - 1} and the evicted count at or above 0: "
+                         f"got {int(state['hand'])} and {int(state['evicted'])}")
+    live_C = id_C >= 0
+    if id_C.max() >= int(state["next_id"]) or min(int(state[name]) for name in COUNTERS) < 0:
+        raise ValueError(f"{where}: next_id must exceed every id, and counters be at or above 0")
+    if len(np.unique(id_C[live_C])) != live_C.sum():
+        raise ValueError(f"{where}: an id must not occur twice")
+    if (virtual_shard_of(id_C[live_C], virtual_shards) != shard).any():
+        raise ValueError(f"{where}: every id must belong here among {virtual_shards} virtual shards")
+    importance_C, namespace_C = state["importance"].numpy()[live_C], state["namespace"].numpy()[live_C]
+    if (importance_C <= 0).any() or (importance_C > MAX_IMPORTANCE).any() or (namespace_C < 0).any():
+        raise ValueError(f"{where}: importance must lie in (0, {MAX_IMPORTANCE}] and namespaces at or above 0")

@@ -1,0 +1,137 @@
+"""Exact search with torch alone: the oracle of every other tier, and the fastest one for a few thousand rows on a CPU.
+
+Scores come from matrix products of fixed width (rows are padded to a block), so a pair of query and entry gets the same
+bits wherever the entry sits and however many ranks share the bank. `torch.topk` gives no order among equals and cuts
+ties at the k-th place as it likes; here every row that reaches the k-th score is kept and then put in total order.
+Letters: E = D + 1, the width of a stored key; Q queries and P rows of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lmcode.memory.merge import order_hits
+from lmcode.retrieval import NO_SCORE
+
+QUERY_BLOCK = 256
+ROW_BLOCK = 256  # width of a matrix product
+CHUNK = 4096  # rows whose scores are held at once
+_REAL = NO_SCORE / 2  # scores below come from empty slots
+
+Found = tuple[Tensor, Tensor, Tensor]  # score fp32, id int64, slot int64; (NO_SCORE, -1, -1) where invalid
+Search = Callable[[Tensor, Tensor, Tensor, int], Found]
+
+
+def search_exact(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int) -> Found:
+    """The k best rows for each head and query, in total order: (score_HNK, id_HNK, slot_HNK).
+
+    Args:
+        query_HNE: fp32, finite, trailing component 1.
+        key_HME: fp32 or bf16; the trailing component is an addend to the score, `NO_SCORE` in an empty slot.
+        id_M: int64, ids of the rows, in any order; -1 in an empty slot.
+        k: hits wanted; may exceed M.
+    """
+    H, N, _ = query_HNE.shape
+    heads = []
+    for head in range(H):
+        blocks = [_search_block(query_HNE[head, start:start + QUERY_BLOCK], key_HME[head], id_M, k)
+                  for start in range(0, N, QUERY_BLOCK)]
+        heads.append(tuple(torch.cat(parts) for parts in zip(*blocks, strict=True)) if blocks
+                     else no_hits((0, k), query_HNE.device))
+    score_HNK, id_HNK, slot_HNK = (torch.stack(parts) for parts in zip(*heads, strict=True))
+    return score_HNK, id_HNK, slot_HNK
+
+
+def search_by_sorting(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int) -> Found:
+    """What `search_exact` returns, by scoring and sorting everything in fp64: slow and obvious, for tests."""
+    score_HNM = (query_HNE.double() @ key_HME.double().transpose(1, 2)).float().numpy()
+    order_HNM = np.lexsort((np.broadcast_to(id_M.numpy(), score_HNM.shape), -score_HNM), axis=-1)[..., :k]
+    score_HNK = torch.from_numpy(np.take_along_axis(score_HNM, order_HNM, -1))
+    return finish(score_HNK, id_M[torch.from_numpy(order_HNM)], torch.from_numpy(order_HNM), k)
+
+
+def no_hits(shape: tuple[int, ...], device: torch.device) -> Found:
+    """Lists of invalid hits."""
+    return (torch.full(shape, NO_SCORE, device=device), torch.full(shape, -1, device=device),
+            torch.full(shape, -1, device=device))
+
+
+def finish(score_L: Tensor, id_L: Tensor, slot_L: Tensor, k: int) -> Found:
+    """Marks hits on empty slots as invalid and makes lists k long; the order stays as it is."""
+    real_L = (score_L > _REAL) & (id_L >= 0)
+    found = score_L.where(real_L, NO_SCORE), id_L.where(real_L, -1), slot_L.where(real_L, -1)
+    short = k - score_L.shape[-1]
+    if short <= 0:
+        return found[0][..., :k], found[1][..., :k], found[2][..., :k]
+    return (F.pad(found[0], (0, short), value=NO_SCORE), F.pad(found[1], (0, short), value=-1),
+            F.pad(found[2], (0, short), value=-1))
+
+
+def in_order(score_L: Tensor, id_L: Tensor, slot_L: Tensor, k: int) -> Found:
+    """The first k hits of the total order with their slots."""
+    order_K = order_hits(score_L, id_L)[..., :k]
+    return finish(score_L.gather(-1, order_K), id_L.gather(-1, order_K), slot_L.gather(-1, order_K), k)
+
+
+def kth_largest(score_QM: Tensor, k: int) -> Tensor:
+    """The k-th largest score of each row, [Q, 1]; -inf where there are fewer than k."""
+    if score_QM.shape[1] <= k:
+        return score_QM.new_full((len(score_QM), 1), -float("inf"))
+    if score_QM.device.type != "cpu":
+        return score_QM.topk(k, dim=1).values[:, -1:]
+    ascending_QM = score_QM.numpy().copy()
+    ascending_QM.partition(-k, axis=1)
+    return torch.from_numpy(ascending_QM[:, -k][:, None].copy())
+
+
+def candidates_above(score_QM: Tensor, bound_Q1: Tensor, id_M: Tensor) -> Found:
+    """All hits that reach the bound, ties included, as unordered lists padded to the longest."""
+    Q, M = score_QM.shape
+    keep_QM = score_QM >= bound_Q1
+    flat_W = (torch.from_numpy(np.flatnonzero(keep_QM.numpy())) if keep_QM.device.type == "cpu"
+              else keep_QM.flatten().nonzero().squeeze(1))
+    query_W, slot_W = flat_W // M, flat_W % M
+    count_Q = query_W.bincount(minlength=Q)
+    width = int(count_Q.max()) if Q else 0
+    if len(flat_W) == Q * width:  # no ties: the lists are already as wide as each other
+        slot_QL = slot_W.view(Q, width)
+        return score_QM.gather(1, slot_QL), id_M[slot_W].view(Q, width), slot_QL
+    place_W = torch.arange(len(flat_W), device=flat_W.device) - (count_Q.cumsum(0) - count_Q)[query_W]
+    score_QL, id_QL, slot_QL = no_hits((Q, width), score_QM.device)
+    score_QL[query_W, place_W] = score_QM[query_W, slot_W]
+    id_QL[query_W, place_W] = id_M[slot_W]
+    slot_QL[query_W, place_W] = slot_W
+    return score_QL, id_QL, slot_QL
+
+
+def _search_block(query_QE: Tensor, key_ME: Tensor, id_M: Tensor, k: int) -> Found:
+    """One block of queries against all rows, chunk by chunk; the k-th score so far bounds what a chunk may add."""
+    Q, M = len(query_QE), len(key_ME)
+    padded = max(16, 1 << (Q - 1).bit_length())  # a function of Q only, which is the same however rows are spread
+    query_QE = F.pad(query_QE, (0, 0, 0, padded - Q))
+    found = no_hits((Q, k), query_QE.device)
+    for start in range(0, M, CHUNK):
+        score_QP = _scores(query_QE, key_ME[start:start + CHUNK])[:Q]
+        bound_Q1 = kth_largest(score_QP, k) if start == 0 else found[0][:, -1:]
+        score_QL, id_QL, slot_QL = candidates_above(score_QP, bound_Q1, id_M[start:start + CHUNK])
+        more = (score_QL, id_QL, slot_QL + start)
+        if start:
+            more = tuple(torch.cat([old, new], dim=1) for old, new in zip(found, more, strict=True))
+        found = in_order(*more, k)
+    return found
+
+
+def _scores(query_QE: Tensor, key_PE: Tensor) -> Tensor:
+    """fp32 scores [Q, P] from products of fixed width."""
+    P = len(key_PE)
+    score_QP = query_QE.new_empty(len(query_QE), -(-P // ROW_BLOCK) * ROW_BLOCK)
+    for start in range(0, P, ROW_BLOCK):
+        block_PE = key_PE[start:start + ROW_BLOCK].float()
+        block_PE = F.pad(block_PE, (0, 0, 0, ROW_BLOCK - len(block_PE)))
+        torch.mm(query_QE, block_PE.T, out=score_QP[:, start:start + ROW_BLOCK])
+    return score_QP[:, :P]

@@ -1,0 +1,353 @@
+"""What one rank holds of a bank: the rows of its virtual shards, each a ring in a contiguous range of slots.
+
+The shard does what needs no other rank: it searches its rows, weighs and differentiates those that won, and writes,
+deletes and counts. Keys are stored `[H, M, D+1]`: the last component is `importance_weight * log(importance)` of a live
+entry and `NO_SCORE` in an empty slot, and a query carries 1 there, so that a score is one inner product.
+Letters: E = D + 1; M slots of this rank; G gathered queries; Q = G * H bags of winners, bag = query * H + head;
+W winners.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lmcode.config import MemoryConfig
+from lmcode.memory.entry import COUNTERS, EMPTY, MASS_UNIT, MAX_IMPORTANCE, METADATA, Entries, check_content
+from lmcode.memory.evict import choose_slots
+from lmcode.memory.exact import Found, Search, no_hits
+from lmcode.memory.placement import capacity_of, virtual_shard_of
+from lmcode.retrieval import NO_SCORE
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Predicate = Callable[[Mapping[str, np.ndarray]], np.ndarray]
+Scope = Union[str, Sequence[int]]  # noqa: UP007  (evaluated at run time)
+
+
+class Ticket(NamedTuple):
+    """The winners that this rank holds for all gathered queries, as `Hits.ticket`; valid until the bank changes.
+
+    row_W: int64, head * M + slot: a row of the flattened tables. Winners are ordered by bag, then by the total order.
+    bag_W: int64, the bag of each winner.
+    offset_Q: int64, where each bag starts.
+    weight_W: fp32, share of the softmax over the query's hits.
+    step_W: int64, the step that wrote each winner.
+    rows_per_rank: queries that each rank contributed, padding included.
+    version: of the bank that was searched.
+    """
+
+    row_W: Tensor
+    bag_W: Tensor
+    offset_Q: Tensor
+    weight_W: Tensor
+    step_W: Tensor
+    rows_per_rank: int
+    version: int
+
+
+def align_rows(rows_RNHKX: Tensor, holder_NHK: Tensor) -> Tensor:
+    """Rows [N, H, K, X] in the order of the hits, zero where there is none, from those that each rank sent.
+
+    Args:
+        rows_RNHKX: every rank's winners, its own order, padded.
+        holder_NHK: the rank that holds each hit; -1 where invalid.
+    """
+    rows_NHKX = torch.zeros_like(rows_RNHKX[0])
+    for rank in range(len(rows_RNHKX)):  # the j-th hit from a rank is its j-th winner: both lists are in total order
+        held_NHK = holder_NHK == rank
+        place_NHK1 = (held_NHK.cumsum(-1) - 1).clamp(min=0).unsqueeze(-1)
+        held_NHKX = rows_RNHKX[rank].gather(2, place_NHK1.expand_as(rows_NHKX))
+        rows_NHKX = held_NHKX.where(held_NHK.unsqueeze(-1), rows_NHKX)
+    return rows_NHKX
+
+
+def weighted_sums(table_RD: Tensor, row_W: Tensor, offset_Q: Tensor, weight_W: Tensor) -> Tensor:
+    """fp32 [Q, D]: for each bag the weighted sum of its table rows, without a copy of the rows."""
+    if table_RD.dtype != torch.float32:  # the sum must be fp32, so convert the rows in use, each once
+        unique_U, row_W = row_W.unique(return_inverse=True)
+        table_RD = table_RD[unique_U].float()
+    if len(row_W) == 0:
+        return table_RD.new_zeros(len(offset_Q), table_RD.shape[1])
+    return F.embedding_bag(row_W, table_RD, offset_Q, mode="sum", per_sample_weights=weight_W)
+
+
+class Shard:
+    """The rows of the virtual shards `owned`. Keys and values lie on `device`, everything else on the CPU."""
+
+    def __init__(self, *, heads: int, head_dim: int, slots: int, owned: Sequence[int], config: MemoryConfig,
+                 device: torch.device) -> None:
+        self.config, self.slots, self.owned = config, slots, tuple(owned)
+        capacities = [capacity_of(shard, slots, config.virtual_shards) for shard in self.owned]
+        bounds = np.cumsum([0, *capacities]).tolist()
+        self.range_of = {shard: slice(*ends) for shard, ends in
+                         zip(self.owned, zip(bounds, bounds[1:], strict=False), strict=True)}
+        self.num_slots = M = bounds[-1]
+        self.key_HME = torch.zeros(heads, M, head_dim + 1, dtype=DTYPES[config.dtype], device=device)
+        self.key_HME[..., -1] = NO_SCORE
+        self.value_HMD = torch.zeros(heads, M, head_dim, dtype=DTYPES[config.dtype], device=device)
+        self.columns = {name: np.full(M, EMPTY[name], kind) for name, kind in METADATA.items()}
+        self.hand = dict.fromkeys(self.owned, 0)
+        self.evicted = dict.fromkeys(self.owned, 0)
+        self._index: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+
+    @property
+    def live_M(self) -> np.ndarray:
+        """bool, slots that hold an entry."""
+        return self.columns["id"] >= 0
+
+    # --- writing ---------------------------------------------------------------------------------------------------
+
+    def write(self, entries: Entries) -> None:
+        """Stores those entries that belong here, in id order, and evicts what is in their way."""
+        shard_E = virtual_shard_of(entries.id_E, self.config.virtual_shards)
+        kept, slots = [], []
+        for shard, place in self.range_of.items():
+            batch = np.flatnonzero(shard_E == shard)
+            lost = max(0, len(batch) - (place.stop - place.start))
+            ring = choose_slots(self.hand[shard], self.live_M[place], self.columns["chance"][place], len(batch) - lost)
+            slot_n = ring.slot_n + place.start
+            self.evicted[shard] += lost + int(self.live_M[slot_n].sum())
+            self.hand[shard] = ring.hand
+            self.columns["chance"][place][ring.spent_C] = False
+            kept.append(batch[lost:])
+            slots.append(slot_n)
+        self._put(np.concatenate(slots), entries.take(np.concatenate(kept)))
+
+    def _put(self, slot_E: np.ndarray, entries: Entries) -> None:
+        slots = self._on_device(slot_E)
+        self.key_HME[:, slots, :-1] = entries.key_EHD.transpose(0, 1).to(self.key_HME.dtype)
+        self.value_HMD[:, slots] = entries.value_EHD.transpose(0, 1).to(self.value_HMD.dtype)
+        for name, column_E in entries.metadata().items():
+            self.columns[name][slot_E] = column_E
+        self.columns["chance"][slot_E] = entries.importance_E >= self.config.second_chance_importance
+        self._refresh_scores(slot_E)
+        self._index = None
+
+    def _refresh_scores(self, slot_E: np.ndarray) -> None:
+        """Puts importance into the keys. The logarithm is fp64, so that its fp32 value is the same on every path."""
+        importance_E = np.where(self.live_M[slot_E], self.columns["importance"][slot_E], 1.0).astype(np.float64)
+        addend_E = np.where(self.live_M[slot_E], self.config.importance_weight * np.log(importance_E), NO_SCORE)
+        addend_E = torch.from_numpy(addend_E.astype(np.float32)).to(self.key_HME)
+        self.key_HME[:, self._on_device(slot_E), -1] = addend_E
+
+    def matching(self, *, ids: Sequence[int] | None, namespace: int | None, before_step: int | None,
+                 predicate: Predicate | None) -> np.ndarray:
+        """Slots that meet all given conditions, bool [M]; ValueError without any. See `LongTermMemory.delete`."""
+        columns = self.columns
+        conditions = []
+        if ids is not None:
+            conditions.append(np.isin(columns["id"], np.asarray(ids, np.int64)))
+        if namespace is not None:
+            conditions.append(columns["namespace"] == namespace)
+        if before_step is not None:
+            conditions.append(columns["step"] < before_step)
+        if predicate is not None:
+            conditions.append(np.asarray(predicate({name: column.copy() for name, column in columns.items()}), bool))
+        if not conditions:
+            raise ValueError("delete needs at least one of ids, namespace, before_step, predicate: got none")
+        return np.logical_and.reduce(conditions)
+
+    def delete(self, mask_M: np.ndarray) -> int:
+        """Empties the live slots of the mask, leaving nothing of their entries; returns how many there were."""
+        slot_E = np.flatnonzero(mask_M & self.live_M)
+        for name, column in self.columns.items():
+            column[slot_E] = EMPTY[name]
+        slots = self._on_device(slot_E)
+        self.key_HME[:, slots] = 0
+        self.value_HMD[:, slots] = 0
+        self._refresh_scores(slot_E)
+        self._index = None
+        return len(slot_E)
+
+    def count_mass(self, ticket: Ticket) -> np.ndarray:
+        """Attention that each slot received, over all heads, in units of 1 / `MASS_UNIT`: int64 [M]."""
+        unit_W = (ticket.weight_W.double() * MASS_UNIT).round().long().cpu()
+        slot_W = ticket.row_W.cpu() % self.num_slots
+        return torch.zeros(self.num_slots, dtype=torch.int64).index_add_(0, slot_W, unit_W).numpy()
+
+    def touch(self, hit_M: np.ndarray, mass_M: np.ndarray, step: int) -> None:
+        """Applies the hit statistics of one step: last hit, hit mass, importance and its effect on scores.
+
+        Importance grows by `importance_growth` per unit of attention; where it crosses `second_chance_importance`, the
+        entry gets its second chance.
+        """
+        slot_E = np.flatnonzero(hit_M & self.live_M)
+        columns = self.columns
+        columns["last_hit"][slot_E] = step
+        columns["hit_mass"][slot_E] += mass_M[slot_E]
+        before_E = columns["importance"][slot_E]
+        growth_E = self.config.importance_growth * mass_M[slot_E] / MASS_UNIT
+        after_E = np.minimum(before_E + growth_E, MAX_IMPORTANCE).astype(np.float32)
+        columns["importance"][slot_E] = after_E
+        threshold = self.config.second_chance_importance
+        columns["chance"][slot_E] |= (before_E < threshold) & (after_E >= threshold)
+        self._refresh_scores(slot_E)
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    def slots_by_namespace(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Live slots sorted by (namespace, id), the namespaces ascending, and where each starts (with the end)."""
+        if self._index is None:
+            live = np.flatnonzero(self.live_M)
+            order = live[np.lexsort((self.columns["id"][live], self.columns["namespace"][live]))]
+            names, starts = np.unique(self.columns["namespace"][order], return_index=True)
+            self._index = order, names, np.append(starts, len(order))
+        return self._index
+
+    def slots_of(self, namespaces: np.ndarray) -> np.ndarray:
+        """Live slots of these namespaces, by (namespace, id)."""
+        order, names, starts = self.slots_by_namespace()
+        found = np.flatnonzero(np.isin(names, namespaces))
+        return np.concatenate([order[:0], *(order[starts[at]:starts[at + 1]] for at in found)])
+
+    def search(self, query_HGE: Tensor, namespace_G: np.ndarray, k: int, *, scope: Scope, tier: Search) -> Found:
+        """The k best rows of this rank for each head and query: score, id and slot, [H, G, K], in total order.
+
+        A query with a negative namespace sees nothing, whatever the scope.
+        """
+        H, G, _ = query_HGE.shape
+        found = no_hits((H, G, k), query_HGE.device)
+        for queries, slot_P in self._groups(namespace_G, scope):
+            if slot_P is None:
+                key_HPE, id_P = self.key_HME, self.columns["id"]
+            else:
+                on_device = self._on_device(slot_P)
+                key_HPE, id_P = self.key_HME.index_select(1, on_device), self.columns["id"][slot_P]
+            positions = self._on_device(queries)
+            score_HQK, id_HQK, slot_HQK = tier(query_HGE.index_select(1, positions), key_HPE, self._on_device(id_P), k)
+            if slot_P is not None:
+                slot_HQK = on_device[slot_HQK.clamp(min=0)].where(slot_HQK >= 0, -1)
+            for whole, part in zip(found, (score_HQK, id_HQK, slot_HQK), strict=True):
+                whole.index_copy_(1, positions, part)
+        return found
+
+    def _groups(self, namespace_G: np.ndarray, scope: Scope) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Queries that see the same slots, and those slots (None: all); groups without either are left out."""
+        if scope == "document":
+            order = np.argsort(namespace_G, kind="stable")
+            names, starts = np.unique(namespace_G[order], return_index=True)
+            groups = [(queries, self.slots_of(np.array([name]))) for name, queries in
+                      zip(names, np.split(order, starts[1:]), strict=True) if name >= 0]
+            return [(queries, slot_P) for queries, slot_P in groups if len(slot_P)]
+        queries, live = np.flatnonzero(namespace_G >= 0), int(self.live_M.sum())
+        if scope != "global":
+            slot_P = self.slots_of(np.asarray(scope))
+            return [(queries, slot_P)] if len(queries) and len(slot_P) else []
+        if not len(queries) or not live:
+            return []
+        # Below half full, a copy of the live rows costs less than scores of empty slots.
+        return [(queries, np.flatnonzero(self.live_M) if 2 * live < self.num_slots else None)]
+
+    def ticket(self, won_GHK: Tensor, score_GHK: Tensor, slot_GHK: Tensor, lse_GH: Tensor, *, rows_per_rank: int,
+               version: int) -> Ticket:
+        """The ticket for those of this rank's local hits that won.
+
+        Weights are computed in fp64, so that their fp32 value does not depend on how a processor vectorises exp.
+        """
+        flat_W = won_GHK.flatten().nonzero().squeeze(1)
+        bag_W, slot_W = flat_W // won_GHK.shape[-1], slot_GHK.flatten()[flat_W]
+        count_Q = won_GHK.sum(-1).flatten()
+        weight_W = (score_GHK.flatten()[flat_W].double() - lse_GH.flatten()[bag_W].double()).exp().float()
+        step_W = torch.from_numpy(self.columns["step"][slot_W.cpu().numpy()]).to(slot_W.device)
+        row_W = slot_W + (bag_W % won_GHK.shape[1]) * self.num_slots
+        return Ticket(row_W, bag_W, count_Q.cumsum(0) - count_Q, weight_W, step_W, rows_per_rank, version)
+
+    def sums(self, ticket: Ticket) -> Tensor:
+        """For each bag the sum of weight * value over its winners: fp32 [Q, D]."""
+        return weighted_sums(self.value_HMD.flatten(0, 1), ticket.row_W, ticket.offset_Q, ticket.weight_W)
+
+    def sums_backward(self, ticket: Ticket, grad_QD: Tensor, dot_Q: Tensor, grad_lse_Q: Tensor) -> Tensor:
+        """This shard's part of the gradient with respect to the queries, fp32 [Q, D].
+
+        With weights p_j, value o = sum_j p_j v_j, gradient g of o and g_l of the log-sum-exp, a score's gradient is
+        ds_j = p_j (g . v_j - g . o + g_l), and the query's is sum_j ds_j k_j.
+
+        Args:
+            grad_QD: g.
+            dot_Q: g . o.
+            grad_lse_Q: g_l.
+        """
+        with torch.enable_grad():  # the weights' gradient of a weighted sum is g . v_j, without a copy of the rows
+            weight_W = ticket.weight_W.detach().requires_grad_()
+            sum_QD = weighted_sums(self.value_HMD.flatten(0, 1), ticket.row_W, ticket.offset_Q, weight_W)
+        dot_W = (torch.autograd.grad(sum_QD, weight_W, grad_QD)[0] if len(weight_W)
+                 else torch.zeros_like(ticket.weight_W))
+        score_grad_W = ticket.weight_W * (dot_W + (grad_lse_Q - dot_Q)[ticket.bag_W])
+        keys_RE = self.key_HME.flatten(0, 1)
+        return weighted_sums(keys_RE, ticket.row_W, ticket.offset_Q, score_grad_W)[:, :-1]
+
+    def rows(self, ticket: Ticket, k: int) -> Tensor:
+        """Keys and values of the winners, fp32 [Q, K, 2D]: a bag's first rows are its winners, the rest is zero."""
+        D = self.value_HMD.shape[-1]
+        rows_QKD = self.value_HMD.new_zeros(len(ticket.offset_Q) * k, 2 * D, dtype=torch.float32)
+        place_W = torch.arange(len(ticket.row_W), device=ticket.row_W.device) - ticket.offset_Q[ticket.bag_W]
+        at_W = ticket.bag_W * k + place_W
+        rows_QKD[at_W, :D] = self.key_HME.flatten(0, 1)[ticket.row_W, :D].float()
+        rows_QKD[at_W, D:] = self.value_HMD.flatten(0, 1)[ticket.row_W].float()
+        return rows_QKD.view(-1, k, 2 * D)
+
+    # --- state -----------------------------------------------------------------------------------------------------
+
+    def state(self, shard: int) -> dict[str, Tensor]:
+        """A copy of one virtual shard on the CPU: key and value [H, C, D], one column per item of `entry.METADATA`, and
+        the numbers shard, virtual_shards, slots, hand and evicted as int64 scalars."""
+        place = self._place_of(shard)
+        columns = {name: torch.from_numpy(column[place].copy()) for name, column in self.columns.items()}
+        numbers = {"shard": shard, "virtual_shards": self.config.virtual_shards, "slots": self.slots,
+                   "hand": self.hand[shard], "evicted": self.evicted[shard]}
+        return {"key": self.key_HME[:, place, :-1].cpu().clone(), "value": self.value_HMD[:, place].cpu().clone(),
+                **columns, **{name: torch.tensor(number) for name, number in numbers.items()}}
+
+    def load(self, shard: int, state: Mapping[str, Tensor]) -> None:
+        """Replaces one virtual shard by a state; scores are computed anew.
+
+        Raises:
+            ValueError: if the state does not fit (names, shapes, dtypes) or is not one a bank can be in: see
+                `check_content`. Nothing has changed then.
+        """
+        self.check(shard, state)
+        place = self._place_of(shard)
+        self.key_HME[:, place, :-1] = state["key"].to(self.key_HME)
+        self.value_HMD[:, place] = state["value"].to(self.value_HMD)
+        for name, column in self.columns.items():
+            column[place] = state[name].numpy()
+        self.hand[shard], self.evicted[shard] = int(state["hand"]), int(state["evicted"])
+        self._refresh_scores(np.arange(place.start, place.stop))
+        self._index = None
+
+    def check(self, shard: int, state: Mapping[str, Tensor]) -> None:
+        """Raises ValueError where a state, bank-wide counters included, is not one of this virtual shard."""
+        mine = {**self.state(shard), **dict.fromkeys(COUNTERS, torch.tensor(0))}
+        if {*mine} != {*state}:
+            raise ValueError(f"virtual shard {shard}: a state holds {sorted(mine)}: got {sorted(state)}")
+        for name, tensor in mine.items():
+            expected, came = ((tuple(one.shape), one.dtype) for one in (tensor, state[name]))
+            if expected != came:
+                raise ValueError(f"virtual shard {shard}: '{name}' must be {expected}: got {came}")
+        for name in ("shard", "virtual_shards", "slots"):
+            if int(state[name]) != int(mine[name]):
+                raise ValueError(f"virtual shard {shard}: '{name}' must be {int(mine[name])}: got {int(state[name])}")
+        check_content(state, self.config.virtual_shards)
+
+    def _place_of(self, shard: int) -> slice:
+        if shard not in self.range_of:
+            raise ValueError(f"this rank holds the virtual shards {self.owned}: got {shard}")
+        return self.range_of[shard]
+
+    def _on_device(self, index: np.ndarray) -> Tensor:
+        return torch.from_numpy(index).to(self.key_HME.device)
+
+
+def digest_of(state: Mapping[str, Tensor]) -> bytes:
+    """blake2b over the names, dtypes, shapes and bytes of a state, by name."""
+    digest = hashlib.blake2b(digest_size=32)
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()

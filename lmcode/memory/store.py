@@ -1,0 +1,106 @@
+"""Banks on disk: one safetensors file per virtual shard, so that any number of ranks can load what any other wrote.
+
+    shard-00003.safetensors
+      header entry "lmcode"  JSON object of integers: format (1), shard, virtual_shards, slots, hand, evicted,
+                             next_id, rejected, clipped
+      key, value             [H, C, D] fp32 or bf16; C slots of this virtual shard, zero in an empty one
+      id, namespace, step, last_hit, hit_mass, count     [C] int64; id -1 in an empty slot
+      importance             [C] fp32
+      chance                 [C] bool
+
+Refused, each with a ValueError that names the file: what is not safetensors or is cut short; a header without the
+entry, of another format or with other keys; missing or additional tensors; other shapes, dtypes, numbers of slots or
+virtual shards than the bank's; numbers that are not finite; ids that are repeated, not below next_id or of another
+virtual shard; importance out of range; a hand outside the ring. Flipped bits can pass all this: whoever keeps the files
+keeps their hashes. Scores are not stored: importance and the bank's settings give them anew. No file here is a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lmcode.memory.entry import COUNTERS, METADATA
+
+if TYPE_CHECKING:
+    from lmcode.memory.bank import LongTermMemory
+
+FORMAT = 1
+NUMBERS = ("shard", "virtual_shards", "slots", "hand", "evicted", *COUNTERS)
+TENSORS = ("key", "value", *METADATA)
+
+
+def shard_file(folder: Path | str, shard: int) -> Path:
+    """The file of a virtual shard."""
+    return Path(folder) / f"shard-{shard:05d}.safetensors"
+
+
+def save_shard(path: Path | str, state: dict[str, Tensor]) -> None:
+    """Writes one virtual shard, a `LongTermMemory.state`. Not atomic: a commit of several files is the caller's."""
+    from safetensors.torch import save_file
+
+    header = {"format": FORMAT, **{name: int(state[name]) for name in NUMBERS}}
+    save_file({name: state[name].contiguous() for name in TENSORS}, path, metadata={"lmcode": json.dumps(header)})
+
+
+def load_shard(path: Path | str) -> dict[str, Tensor]:
+    """Reads what `save_shard` wrote; `LongTermMemory.load` judges the content.
+
+    Raises:
+        ValueError: if the file is missing or not of this format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("lmcode", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a readable shard file: {error}") from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(f"{path}: the header entry 'lmcode' must be an object of format {FORMAT}: got {header}")
+    if {*header} != {"format", *NUMBERS} or not all(type(number) is int for number in header.values()):
+        raise ValueError(f"{path}: the header entry 'lmcode' must hold the integers {NUMBERS}: got {header}")
+    if {*tensors} != {*TENSORS}:
+        raise ValueError(f"{path}: tensors must be {sorted(TENSORS)}: got {sorted(tensors)}")
+    try:
+        return {**tensors, **{name: torch.tensor(header[name], dtype=torch.int64) for name in NUMBERS}}
+    except (OverflowError, RuntimeError) as error:
+        raise ValueError(f"{path}: a number of the header is out of range: {error}") from None
+
+
+def save_bank(folder: Path | str, bank: LongTermMemory) -> None:
+    """Writes the virtual shards of this rank; together the ranks write all of them. The folder must exist."""
+    for shard in bank.owned:
+        save_shard(shard_file(folder, shard), bank.state(shard))
+
+
+def load_bank(folder: Path | str, bank: LongTermMemory) -> None:
+    """Loads the virtual shards of this rank, whatever number of ranks saved them. Collective.
+
+    Raises:
+        ValueError: on every rank, if any rank finds a file that is missing, refused (see above) or of another moment
+            than the rest; no rank's bank has changed then.
+    """
+    states: dict[int, dict[str, Tensor]] = {}
+    problem = None
+    try:
+        for shard in bank.owned:
+            states[shard] = load_shard(shard_file(folder, shard))
+            bank.shard.check(shard, states[shard])
+    except ValueError as error:
+        problem = f"{shard_file(folder, shard)}: {error}" if str(folder) not in str(error) else str(error)
+    counters = {tuple(int(state[name]) for name in COUNTERS) for state in states.values()}
+    outcomes = bank.group.all_gather_object((problem, counters))
+    problems = [one for one, _ in outcomes if one]
+    if problems:
+        raise ValueError("; ".join(problems))
+    moments = set().union(*(one for _, one in outcomes))
+    if len(moments) != 1:
+        raise ValueError(f"{folder}: all shard files must agree in {COUNTERS}: got {sorted(moments)}")
+    for shard, state in states.items():
+        bank.load(shard, state)

@@ -1,0 +1,11 @@
+"""The model: plain `nn.Module`s that are built and tested with torch alone and know nothing of ranks or banks."""
+
+from __future__ import annotations
+
+from lmcode.model.layer import MemoryAugmentedLayer
+from lmcode.model.lm import LayerMemory, LMCODEOutput, MemoryLM, StreamState
+from lmcode.model.long_term import LongTermRead, ReadTape, Window, merge_partials
+from lmcode.model.short_term import ShortTermMemory
+
+__all__ = ["LMCODEOutput", "LayerMemory", "LongTermRead", "MemoryAugmentedLayer", "MemoryLM", "ReadTape",
+           "ShortTermMemory", "StreamState", "Window", "merge_partials"]

@@ -1,0 +1,76 @@
+"""One layer: self-attention, short-term memory, long-term read with gate, feed-forward, all pre-norm residual.
+
+The layer returns its tensor and nothing else; hits, candidates and new slots go on the `ReadTape` it is handed. Its
+`long_term_memory` is a plain attribute: whoever shards, casts or saves the modules must not see the bank.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lmcode.config import LMCODEConfig
+from lmcode.model.attention import SelfAttention
+from lmcode.model.long_term import LongTermRead, ReadTape, Window
+from lmcode.model.short_term import ShortTermMemory
+from lmcode.retrieval import NullRetriever, Retriever
+
+NORM_EPSILON = 1e-6  # the default of nn.RMSNorm would be bf16's own, 0.008
+
+
+def norm(width: int) -> nn.RMSNorm:
+    """The normalisation used before every branch and the head (Zhang and Sennrich 2019)."""
+    return nn.RMSNorm(width, eps=NORM_EPSILON)
+
+
+class FeedForward(nn.Module):
+    """Two linear maps around a GELU: [B, T, C] -> [B, T, C], inner width `feed_forward_size` or 4C."""
+
+    def __init__(self, config: LMCODEConfig) -> None:
+        super().__init__()
+        inner = config.feed_forward_size or 4 * config.hidden_size
+        self.input = nn.Linear(config.hidden_size, inner, bias=False)
+        self.output = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        return self.output(F.gelu(self.input(x_BTC)))
+
+
+class MemoryAugmentedLayer(nn.Module):
+    """Layer number `index` of the model.
+
+    long_term_memory: the retriever this layer reads, never a submodule; None if the layer is no memory layer.
+    """
+
+    long_term_memory: Retriever | None
+
+    def __init__(self, config: LMCODEConfig, index: int) -> None:
+        super().__init__()
+        C = config.hidden_size
+        has_slots, has_read = config.short_term_memory_size > 0, index in config.memory_layer_indices
+        self.dropout = nn.Dropout(config.dropout)
+        self.attention_norm, self.attention = norm(C), SelfAttention(config)
+        self.short_term_norm = norm(C) if has_slots else None
+        self.short_term = ShortTermMemory(config) if has_slots else None
+        self.long_term_norm = norm(C) if has_read else None
+        self.long_term_read = LongTermRead(config) if has_read else None
+        self.feed_forward_norm, self.feed_forward = norm(C), FeedForward(config)
+        self.read_from(NullRetriever() if has_read else None)
+
+    def read_from(self, retriever: Retriever | None) -> None:
+        """Sets `long_term_memory`, past nn.Module's own bookkeeping: even a module stays outside."""
+        object.__setattr__(self, "long_term_memory", retriever)
+
+    def forward(self, x_BTC: Tensor, *, window: Window, tape: ReadTape) -> Tensor:
+        """Runs one window of each stream; [B, T, C] -> [B, T, C], side products on `tape`."""
+        x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), rotation=window.rotation))
+        if self.short_term is not None:
+            read_BTC, slots_BSE = self.short_term(self.short_term_norm(x_BTC), slots_BSE=window.slots_BSE,
+                                                  reset_B=window.reset_B, valid_BT=window.valid_BT)
+            tape.record(slots_BSE=slots_BSE)
+            x_BTC = x_BTC + self.dropout(read_BTC)
+        if self.long_term_read is not None:
+            recalled_BTC = self.long_term_read(self.long_term_norm(x_BTC), window=window,
+                                               retriever=self.long_term_memory, tape=tape)
+            x_BTC = x_BTC + self.dropout(recalled_BTC)
+        return x_BTC + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTC)))

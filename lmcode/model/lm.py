@@ -1,0 +1,324 @@
+"""The language model: embedding, memory-augmented layers, norm, tied head; and what one forward pass returns.
+
+A forward pass reads memory and never writes it: it returns candidate entries, which whoever runs the training loop
+commits after the optimizer step. Parameters are touched only inside the forward of the module that owns them, because
+ZeRO-3 gathers a module's parameters around its call and nowhere else.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lmcode.config import LMCODEConfig
+from lmcode.model.attention import rotary_table
+from lmcode.model.layer import MemoryAugmentedLayer, norm
+from lmcode.model.long_term import LongTermRead, ReadTape, Window
+from lmcode.model.short_term import ShortTermMemory
+from lmcode.retrieval import Candidates, Hits, NullRetriever, Retriever
+
+IGNORED = -100  # the target that is not counted, as in torch and Hugging Face
+INITIAL_STD = 0.02  # of every matrix (Radford et al. 2019)
+
+
+class StreamState(NamedTuple):
+    """What a batch of streams carries from one window to the next; all detached. S slots of width E.
+
+    slots: fp32 [B, S, E] for each layer; empty without short-term memory.
+    pending_key: fp32 [B, H, D] for each memory layer, ascending: the key of the last token, whose successor is to come.
+    pending_valid_B: bool, False until a stream has seen a token.
+    pending_surprise_B: fp32, the loss of predicting the token to come, in nats; 0 where unknown.
+    """
+
+    slots: tuple[Tensor, ...]
+    pending_key: tuple[Tensor, ...]
+    pending_valid_B: Tensor
+    pending_surprise_B: Tensor
+
+
+class LayerMemory(NamedTuple):
+    """One memory layer's traffic in one forward pass; all detached. N = B * ceil(T / retrieval_stride), b-major.
+
+    hits: what the retriever found, one row per query.
+    candidates: what may be written, one row per token (B * T, b-major).
+    gate_BT: fp32, the sigmoid gate of each token.
+    share_HN: fp32, share of the joint softmax that went to the hits; the mean over the tokens that share a query.
+    null_share_HN: fp32, the same for the null slot. The rest went to the sequence's own past.
+    """
+
+    hits: Hits
+    candidates: Candidates
+    gate_BT: Tensor
+    share_HN: Tensor
+    null_share_HN: Tensor
+
+
+class LMCODEOutput(NamedTuple):
+    """What `MemoryLM` returns.
+
+    logits: [B, T, V] in the model's dtype.
+    loss: fp32 scalar, mean of `token_loss` over counted targets (0 if none is counted); None without targets.
+    token_loss: fp32 [B, T], nats, 0 where ignored; None without targets.
+    state: for the streams' next window.
+    memory: by number of the memory layer.
+    """
+
+    logits: Tensor
+    loss: Tensor | None
+    token_loss: Tensor | None
+    state: StreamState
+    memory: dict[int, LayerMemory]
+
+
+class MemoryLM(nn.Module):
+    """A causal transformer language model with short-term slots and reads of a long-term memory.
+
+    Args:
+        config: the shape of the model.
+        retrievers: who answers the reads, by layer; memory layers that are left out find nothing.
+
+    Attributes:
+        activation_checkpointing: recompute layers in the backward pass. Searches are not repeated: the recomputation
+            uses the first execution's hits (`attend`, being differentiable, runs again).
+
+    Raises:
+        ValueError: if `retrievers` names a layer that has no long-term memory.
+    """
+
+    def __init__(self, config: LMCODEConfig, retrievers: Mapping[int, Retriever] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing: bool = False
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = (nn.Embedding(config.context_length, config.hidden_size)
+                          if config.positions == "learned" else None)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(MemoryAugmentedLayer(config, index) for index in range(config.num_layers))
+        self.norm = norm(config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.initialise()
+        self.head.weight = self.embedding.weight
+        self.set_retrievers(retrievers or {})
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Draws all parameters anew from torch's global generator.
+
+        Matrices are normal(0, 0.02); those that write into the residual stream are divided by sqrt(2 * num_layers)
+        (Radford et al. 2019). Slot addresses are normal(0, 1), on the scale of the write keys they are compared with.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                scale = math.sqrt(2 * self.config.num_layers) if name.endswith(".output") else 1.0
+                nn.init.normal_(module.weight, std=INITIAL_STD / scale)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+            if isinstance(module, ShortTermMemory):
+                nn.init.normal_(module.initial_slots_SE, std=INITIAL_STD)
+                nn.init.normal_(module.address_SE)
+            if isinstance(module, LongTermRead):
+                nn.init.constant_(module.log_temperature_H, math.log(self.config.memory_temperature))
+                nn.init.constant_(module.retrieved_bias_H, self.config.memory_bias)
+                nn.init.zeros_(module.null_logit_H)
+
+    def set_retrievers(self, retrievers: Mapping[int, Retriever]) -> None:
+        """Gives memory layers their retrievers; those left out find nothing from now on.
+
+        Raises:
+            ValueError: if a key is not the number of a memory layer.
+        """
+        memory_layers = self.config.memory_layer_indices
+        for index in retrievers:
+            if index not in memory_layers:
+                raise ValueError(f"a retriever belongs to a memory layer, one of {memory_layers}: got layer {index}")
+        for index in memory_layers:
+            self.layers[index].read_from(retrievers.get(index, NullRetriever()))
+
+    @contextmanager
+    def reading_from(self, retrievers: Mapping[int, Retriever]) -> Iterator[None]:
+        """Reads from `retrievers` inside the `with` block ({}: from nothing) and from the former ones after it."""
+        former = {index: self.layers[index].long_term_memory for index in self.config.memory_layer_indices}
+        self.set_retrievers(retrievers)
+        try:
+            yield
+        finally:
+            self.set_retrievers(former)
+
+    def forward(self, input_ids_BT: Tensor, labels_BT: Tensor | None = None, *, targets_BT: Tensor | None = None,
+                state: StreamState | None = None, reset_B: Tensor | None = None, namespace_B: Tensor | None = None,
+                valid_BT: Tensor | None = None) -> LMCODEOutput:
+        """Runs one window of B streams.
+
+        Args:
+            input_ids_BT: integer token ids.
+            labels_BT: int64, the ids themselves in the manner of Hugging Face, shifted in here; -100 is ignored.
+            targets_BT: int64, the next token of each position, already aligned; -100 is ignored.
+            state: the streams' state after their last window; None: they start here.
+            reset_B: bool, streams that start a new document here: initial slots, nothing pending.
+            namespace_B: int64, the document each stream is in; arange(B) if None. A negative one is no document: it
+                finds nothing and offers nothing for writing.
+            valid_BT: bool, False marks padding, which must trail. Targets there are ignored.
+
+        Raises:
+            ValueError: wrong shape, dtype or range of an argument; a state of other streams or another model; both
+                labels and targets; padding that does not trail.
+        """
+        self._check(input_ids_BT, labels_BT, targets_BT, state, reset_B, namespace_B, valid_BT)
+        window = self._window(input_ids_BT, state, reset_B, namespace_B, valid_BT)
+        x_BTC = self.embedding(input_ids_BT)
+        if self.positions is not None:
+            x_BTC = x_BTC + self.positions(torch.arange(x_BTC.shape[1], device=x_BTC.device))
+        x_BTC, tapes = self._run_layers(self.dropout(x_BTC), window, state)
+        logits_BTV = self.head(self.norm(x_BTC))
+
+        loss = token_loss_BT = None
+        target_BT = aligned_targets(labels_BT, targets_BT, valid_BT)
+        if target_BT is not None:
+            loss, token_loss_BT = next_token_loss(logits_BTV, target_BT)
+        known_BT = (torch.zeros_like(input_ids_BT, dtype=torch.float32) if token_loss_BT is None
+                    else token_loss_BT.detach())
+        surprise_BT, pending_surprise_B = surprises(known_BT, window, state)
+        memory = {index: layer_memory(tapes[index], surprise_BT) for index in self.config.memory_layer_indices}
+        return LMCODEOutput(logits_BTV, loss, token_loss_BT, next_state(tapes, window, pending_surprise_B), memory)
+
+    def _window(self, input_ids_BT: Tensor, state: StreamState | None, reset_B: Tensor | None,
+                namespace_B: Tensor | None, valid_BT: Tensor | None) -> Window:
+        """What all layers share about this window; the carried state of each layer is added by `_run_layers`."""
+        (B, T), device = input_ids_BT.shape, input_ids_BT.device
+        rotation = None
+        if self.positions is None:
+            rotation = rotary_table(T, self.config.hidden_size // self.config.num_heads, device=device)
+        if namespace_B is None:
+            namespace_B = torch.arange(B, device=device)
+        pending_valid_B = (torch.zeros(B, dtype=torch.bool, device=device) if state is None
+                           else state.pending_valid_B)
+        if reset_B is not None:
+            pending_valid_B = pending_valid_B & ~reset_B
+        return Window(namespace_B, pending_valid_B, reset_B, valid_BT, rotation)
+
+    def _run_layers(self, x_BTC: Tensor, window: Window, state: StreamState | None) -> tuple[Tensor, list[ReadTape]]:
+        """All layers in turn, each with its own tape; recomputed in the backward pass if so wished."""
+        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        if recompute and not x_BTC.requires_grad:
+            x_BTC.requires_grad_()  # a frozen embedding: reentrant checkpoints need an input with a gradient
+        tapes = [ReadTape() for _ in self.layers]
+        for index, (layer, tape) in enumerate(zip(self.layers, tapes, strict=True)):
+            run = functools.partial(layer, window=self._layer_window(index, window, state), tape=tape)
+            # Reentrant, since only this kind runs the hooks with which ZeRO-3 gathers parameters in the recomputation.
+            x_BTC = checkpoint(run, x_BTC, use_reentrant=True) if recompute else run(x_BTC)
+        return x_BTC, tapes
+
+    def _layer_window(self, index: int, window: Window, state: StreamState | None) -> Window:
+        """`window` with the state that layer `index` carried over."""
+        if state is None:
+            return window
+        memory_layers = self.config.memory_layer_indices
+        return window._replace(
+            slots_BSE=state.slots[index] if state.slots else None,
+            pending_key_BHD=state.pending_key[memory_layers.index(index)] if index in memory_layers else None)
+
+    def _check(self, input_ids_BT: Tensor, labels_BT: Tensor | None, targets_BT: Tensor | None,
+               state: StreamState | None, reset_B: Tensor | None, namespace_B: Tensor | None,
+               valid_BT: Tensor | None) -> None:
+        """Refuses what `forward` cannot run, before anything is computed."""
+        V, longest = self.config.vocab_size, self.config.context_length
+        if input_ids_BT.dim() != 2 or 0 in input_ids_BT.shape or input_ids_BT.dtype not in (torch.int64, torch.int32):
+            raise ValueError("input_ids must be integer [B, T] with at least one token: "
+                             f"got {input_ids_BT.dtype} {list(input_ids_BT.shape)}")
+        B, T = input_ids_BT.shape
+        if T > longest:
+            raise ValueError(f"input_ids must have at most context_length = {longest} tokens: got {T}")
+        if labels_BT is not None and targets_BT is not None:
+            raise ValueError("give labels (shifted here) or targets (already aligned), not both")
+        for name, tensor, dtype, shape in (("labels", labels_BT, torch.int64, (B, T)),
+                                           ("targets", targets_BT, torch.int64, (B, T)),
+                                           ("reset_B", reset_B, torch.bool, (B,)),
+                                           ("namespace_B", namespace_B, torch.int64, (B,)),
+                                           ("valid_BT", valid_BT, torch.bool, (B, T))):
+            if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape):
+                raise ValueError(f"{name} must be {dtype} {list(shape)}: got {tensor.dtype} {list(tensor.shape)}")
+        _check_ids("input_ids", input_ids_BT, V)
+        for name, tensor in (("labels", labels_BT), ("targets", targets_BT)):
+            if tensor is not None:
+                _check_ids(name, tensor.masked_fill(tensor == IGNORED, 0), V)
+        if valid_BT is not None and bool((valid_BT[:, 1:] & ~valid_BT[:, :-1]).any()):
+            raise ValueError("padding must trail: valid_BT has a True after a False")
+        if state is not None:
+            self._check_state(state, B)
+
+    def _check_state(self, state: StreamState, num_streams: int) -> None:
+        """Refuses the state of another number of streams or of a model of another shape."""
+        config = self.config
+        B, S = num_streams, config.short_term_memory_size
+        slots = [(B, S, config.short_term_dim)] * (config.num_layers if S else 0)
+        keys = [(B, config.memory_heads, config.memory_head_dim)] * len(config.memory_layer_indices)
+        for name, expected, tensors in (("slots", slots, state.slots), ("pending_key", keys, state.pending_key),
+                                        ("pending_valid_B", [(B,)], [state.pending_valid_B]),
+                                        ("pending_surprise_B", [(B,)], [state.pending_surprise_B])):
+            shapes = [tuple(tensor.shape) for tensor in tensors]
+            if shapes != expected:
+                raise ValueError(f"the state must be this model's, of as many streams as input_ids has rows: {name} "
+                                 f"must have shapes {expected}, got {shapes}")
+
+
+def _check_ids(name: str, ids_BT: Tensor, vocab_size: int) -> None:
+    """Refuses ids outside the vocabulary: one pass over the ids and one wait for the device."""
+    smallest, largest = torch.stack(torch.aminmax(ids_BT)).tolist()
+    if smallest < 0 or largest >= vocab_size:
+        raise ValueError(f"{name} must lie in 0..{vocab_size - 1}: got {smallest}..{largest}")
+
+
+def aligned_targets(labels_BT: Tensor | None, targets_BT: Tensor | None, valid_BT: Tensor | None) -> Tensor | None:
+    """The token that each position is to predict, from labels or targets; padding and the unknown are -100."""
+    given_BT = targets_BT if labels_BT is None else labels_BT
+    if given_BT is None:
+        return None
+    if valid_BT is not None:
+        given_BT = given_BT.masked_fill(~valid_BT, IGNORED)
+    return given_BT if labels_BT is None else F.pad(given_BT[:, 1:], (0, 1), value=IGNORED)
+
+
+def next_token_loss(logits_BTV: Tensor, target_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy in nats: the mean over counted targets, and per token [B, T], 0 where ignored; both fp32."""
+    flat_N = F.cross_entropy(logits_BTV.flatten(0, 1).float(), target_BT.flatten(), ignore_index=IGNORED,
+                             reduction="none")
+    counted = (target_BT != IGNORED).sum().clamp(min=1)
+    return flat_N.sum() / counted, flat_N.view_as(target_BT)
+
+
+def surprises(token_loss_BT: Tensor, window: Window, state: StreamState | None) -> tuple[Tensor, Tensor]:
+    """Loss of predicting each token of this window [B, T] and the first token of the next one [B]; 0 where unknown."""
+    first_B = torch.zeros_like(token_loss_BT[:, 0])
+    if state is not None:
+        first_B = state.pending_surprise_B.where(window.pending_valid_B, 0.0)
+    surprise_BT = torch.cat([first_B[:, None], token_loss_BT[:, :-1]], dim=1)
+    if window.valid_BT is None:
+        return surprise_BT, token_loss_BT[:, -1].clone()
+    count_B = window.valid_BT.sum(dim=1)
+    last_B = token_loss_BT.gather(1, (count_B - 1).clamp(min=0)[:, None]).squeeze(1)
+    return surprise_BT, last_B.where(count_B > 0, first_B)
+
+
+def next_state(tapes: list[ReadTape], window: Window, pending_surprise_B: Tensor) -> StreamState:
+    """What the streams carry to their next window; a stream that had only padding here carries what it came with."""
+    pending_valid_B = (torch.ones_like(window.pending_valid_B) if window.valid_BT is None
+                       else window.valid_BT.any(dim=1) | window.pending_valid_B)
+    return StreamState(tuple(tape.slots_BSE for tape in tapes if tape.slots_BSE is not None),
+                       tuple(tape.pending_key_BHD for tape in tapes if tape.pending_key_BHD is not None),
+                       pending_valid_B, pending_surprise_B)
+
+
+def layer_memory(tape: ReadTape, surprise_BT: Tensor) -> LayerMemory:
+    """A memory layer's tape as it is handed out, with the surprises that the layer could not know."""
+    return LayerMemory(tape.hits, tape.candidates._replace(surprise_N=surprise_BT.flatten()), tape.gate_BT,
+                       tape.share_HN, tape.null_share_HN)

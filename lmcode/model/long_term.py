@@ -1,0 +1,223 @@
+"""The long-term read: one softmax over a sequence's own past, the bank's entries and a null slot, behind a gate.
+
+The module asks a `Retriever` exactly once per forward pass, whatever the data, since collectives hide behind it. Stored
+entries are constants; the local part is what trains the key and value projections. All scores and softmaxes are fp32.
+Letters here: P partial softmaxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lmcode.config import LMCODEConfig
+from lmcode.model.attention import Rotation
+from lmcode.retrieval import NO_SCORE, Candidates, Hits, Retriever
+
+
+class Window(NamedTuple):
+    """What a layer must know about the streams whose tokens it sees; nothing here carries a gradient.
+
+    namespace_B: int64, the document each stream is in; negative: none, so nothing is found or offered for writing.
+    pending_valid_B: bool, streams whose last token waits for its successor.
+    reset_B: bool or None, streams that start a document here (`pending_valid_B` is already False there).
+    valid_BT: bool or None, False at (trailing) padding.
+    rotation: rotary tables, or None where positions are learned.
+    slots_BSE: this layer's carried short-term slots; None starts afresh.
+    pending_key_BHD: this layer's key of each stream's last token; None where there is none.
+    """
+
+    namespace_B: Tensor
+    pending_valid_B: Tensor
+    reset_B: Tensor | None = None
+    valid_BT: Tensor | None = None
+    rotation: Rotation | None = None
+    slots_BSE: Tensor | None = None
+    pending_key_BHD: Tensor | None = None
+
+
+@dataclass
+class ReadTape:
+    """One layer's side products of one forward pass, all detached.
+
+    A layer returns its tensor only and records the rest here. Activation checkpointing runs the layer a second time
+    during the backward pass with the same tape: it then finds `hits` and does not search again, and records nothing.
+    """
+
+    hits: Hits | None = None
+    candidates: Candidates | None = None
+    gate_BT: Tensor | None = None
+    share_HN: Tensor | None = None
+    null_share_HN: Tensor | None = None
+    pending_key_BHD: Tensor | None = None
+    slots_BSE: Tensor | None = None
+
+    def record(self, **products: Any) -> None:
+        """Stores what was not recorded before; the first execution wins."""
+        for name, product in products.items():
+            if getattr(self, name) is None:
+                setattr(self, name, product)
+
+
+def merge_partials(values_HND: Sequence[Tensor], lses_HN: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Joins softmaxes over disjoint sets of keys into the softmax over their union.
+
+    With partial results o_p and l_p = log sum exp, the whole is sum_p exp(l_p - l) o_p, l = log sum_p exp l_p (the
+    merge of flash decoding; Milakov and Gimelshein 2018 for the running form).
+
+    Args:
+        values_HND: fp32 partial results. A set without keys has value 0 and log-sum-exp `NO_SCORE`.
+        lses_HN: fp32 log-sum-exps; more than there are values: the last ones belong to sets whose value is 0.
+
+    Returns:
+        The joint value [..., D], and the share of the joint softmax of each set, [P, ...].
+    """
+    share_PHN = torch.stack(tuple(lses_HN)).softmax(dim=0)
+    parts = [share_HN.unsqueeze(-1) * value_HND
+             for share_HN, value_HND in zip(share_PHN, values_HND, strict=False)]
+    return torch.stack(parts).sum(dim=0), share_PHN
+
+
+def attend_own_past(query_HBTD: Tensor, key_HBTD: Tensor, value_HBTD: Tensor, *,
+                    successor_values: bool) -> tuple[Tensor, Tensor]:
+    """Softmax attention of token i over tokens j < i of its sequence: logit q_i . k_j, value v_{j+1} (or v_j).
+
+    Returns:
+        Value [H, B, T, D] and log-sum-exp [H, B, T]; 0 and `NO_SCORE` for the first token, which has no past.
+    """
+    T = query_HBTD.shape[2]
+    earlier_TT = torch.ones(T, T, dtype=torch.bool, device=query_HBTD.device).tril(-1)
+    has_past_T = torch.arange(T, device=query_HBTD.device) > 0
+    if successor_values:
+        value_HBTD = value_HBTD.roll(-1, dims=2)  # what wraps around sits at j = T-1, which no token may see
+    score_HBTT = (query_HBTD @ key_HBTD.transpose(2, 3)).masked_fill(~earlier_TT, NO_SCORE)
+    lse_HBT = score_HBTT.logsumexp(dim=-1)
+    mixed_HBTD = (score_HBTT - lse_HBT.unsqueeze(-1)).exp() @ value_HBTD
+    return mixed_HBTD.where(has_past_T[:, None], 0.0), lse_HBT.where(has_past_T, NO_SCORE)
+
+
+def retrieval_queries(query_HBTD: Tensor, namespace_BT: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """The queries that go to the bank: every token's own, or one per chunk of `stride` tokens.
+
+    A chunk asks with the last token of the chunk before it, as anything pooled over itself would show its first tokens
+    its last ones. The first chunk has a row too, with namespace -1, so that the number of rows depends on shapes only.
+
+    Returns:
+        query_HND and namespace_N with N = B * ceil(T / stride), b-major.
+    """
+    H, _, T, D = query_HBTD.shape
+    if stride > 1:
+        query_HBTD = F.pad(query_HBTD[:, :, stride - 1:T - 1:stride], (0, 0, 1, 0))
+        namespace_BT = F.pad(namespace_BT[:, stride - 1:T - 1:stride], (1, 0), value=-1)
+    return query_HBTD.reshape(H, -1, D), namespace_BT.reshape(-1)
+
+
+def share_per_query(share_HBT: Tensor, stride: int) -> Tensor:
+    """Mean of `share_HBT` over the tokens that share a query: [H, N] in the order of `retrieval_queries`."""
+    if stride > 1:
+        H, B, T = share_HBT.shape
+        padding = -T % stride
+        per_chunk_HBGL = F.pad(share_HBT, (0, padding)).view(H, B, -1, stride)
+        share_HBT = per_chunk_HBGL.mean(dim=-1)
+        share_HBT[..., -1] *= stride / (stride - padding)
+    return share_HBT.flatten(1)
+
+
+def make_candidates(key_HBTD: Tensor, value_HBTD: Tensor, window: Window, *, successor_values: bool) -> Candidates:
+    """One candidate entry per token: its value, under the key of the token before it (its own without successors).
+
+    Candidate 0 of a stream takes the pending key and is valid only where there is one. Surprise is left at 0: losses
+    are not known here.
+    """
+    H, B, T, D = key_HBTD.shape
+    valid_BT = torch.ones(B, T, dtype=torch.bool, device=key_HBTD.device)
+    valid_BT &= (window.namespace_B >= 0)[:, None]
+    if window.valid_BT is not None:
+        valid_BT &= window.valid_BT
+    if successor_values:
+        pending_BHD = window.pending_key_BHD
+        first_HB1D = (key_HBTD.new_zeros(H, B, 1, D) if pending_BHD is None
+                      else pending_BHD.to(key_HBTD.dtype).transpose(0, 1).unsqueeze(2))
+        key_HBTD = torch.cat([first_HB1D, key_HBTD[:, :, :-1]], dim=2)
+        valid_BT[:, 0] &= window.pending_valid_B
+    return Candidates(key_HBTD.detach().flatten(1, 2), value_HBTD.detach().flatten(1, 2),
+                      window.namespace_B.repeat_interleave(T),
+                      torch.zeros(B * T, dtype=torch.float32, device=key_HBTD.device), valid_BT.flatten())
+
+
+def last_keys(key_HBTD: Tensor, window: Window) -> Tensor:
+    """Key of each stream's last valid token, detached [B, H, D]; a stream of padding keeps the key it came with."""
+    if window.valid_BT is None:
+        return key_HBTD[:, :, -1].transpose(0, 1).detach().clone()
+    count_B = window.valid_BT.sum(dim=1)
+    streams_B = torch.arange(len(count_B), device=count_B.device)
+    last_BHD = key_HBTD[:, streams_B, (count_B - 1).clamp(min=0)].transpose(0, 1).detach()
+    before_BHD = torch.zeros_like(last_BHD) if window.pending_key_BHD is None else window.pending_key_BHD
+    return torch.where((count_B > 0)[:, None, None], last_BHD, before_BHD.to(last_BHD.dtype))
+
+
+class LongTermRead(nn.Module):
+    """Memory heads with projections of their own, and all learned numbers of the read. It owns no memory."""
+
+    def __init__(self, config: LMCODEConfig) -> None:
+        super().__init__()
+        C, H, D = config.hidden_size, config.memory_heads, config.memory_head_dim
+        self.num_heads, self.head_dim = H, D
+        self.successor_values = config.successor_values
+        self.stride = config.retrieval_stride
+        self.query_key_value = nn.Linear(C, 3 * H * D, bias=False)
+        self.output = nn.Linear(H * D, C, bias=False)
+        self.gate = nn.Linear(C, 1)
+        self.log_temperature_H = nn.Parameter(torch.empty(H))
+        self.retrieved_bias_H = nn.Parameter(torch.empty(H))
+        self.null_logit_H = nn.Parameter(torch.empty(H))
+
+    def forward(self, x_BTC: Tensor, *, window: Window, retriever: Retriever, tape: ReadTape) -> Tensor:
+        """What each token recalls, gated: [B, T, C] in the dtype of x. Everything else goes on the tape."""
+        B, T, _ = x_BTC.shape
+        query_HBTD, key_HBTD, value_HBTD = self._project(x_BTC)
+        own_HBTD, own_lse_HBT = attend_own_past(query_HBTD, key_HBTD, value_HBTD,
+                                                successor_values=self.successor_values)
+        found_HBTD, found_lse_HBT = self._retrieve(query_HBTD, window, retriever, tape)
+        null_lse_HBT = self.null_logit_H.float()[:, None, None].expand_as(own_lse_HBT)
+        merged_HBTD, share_PHBT = merge_partials([own_HBTD, found_HBTD],
+                                                 [own_lse_HBT, found_lse_HBT, null_lse_HBT])
+        gate_BT1 = torch.sigmoid(self.gate(x_BTC))
+        tape.record(candidates=make_candidates(key_HBTD, value_HBTD, window, successor_values=self.successor_values),
+                    gate_BT=gate_BT1.detach().squeeze(-1).float(), pending_key_BHD=last_keys(key_HBTD, window),
+                    share_HN=share_per_query(share_PHBT[1].detach(), self.stride),
+                    null_share_HN=share_per_query(share_PHBT[2].detach(), self.stride))
+        merged_BTP = merged_HBTD.permute(1, 2, 0, 3).reshape(B, T, -1)
+        return gate_BT1 * self.output(merged_BTP.to(x_BTC.dtype))
+
+    def _project(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of length temperature, unit keys and values, each fp32 [H, B, T, D]: a score is then q . k."""
+        B, T, _ = x_BTC.shape
+        qkv_BTPHD = self.query_key_value(x_BTC).float().view(B, T, 3, self.num_heads, self.head_dim)
+        query_HBTD, key_HBTD, value_HBTD = qkv_BTPHD.permute(2, 3, 0, 1, 4).contiguous()
+        temperature_H = self.log_temperature_H.float().exp()
+        query_HBTD = F.normalize(query_HBTD, dim=-1) * temperature_H[:, None, None, None]
+        return query_HBTD, F.normalize(key_HBTD, dim=-1), value_HBTD
+
+    def _retrieve(self, query_HBTD: Tensor, window: Window, retriever: Retriever,
+                  tape: ReadTape) -> tuple[Tensor, Tensor]:
+        """Attention over the bank's hits, per token: value [H, B, T, D] and log-sum-exp [H, B, T], bias included."""
+        H, B, T, D = query_HBTD.shape
+        namespace_BT = window.namespace_B[:, None].expand(B, T)
+        if window.valid_BT is not None:
+            namespace_BT = namespace_BT.where(window.valid_BT, -1)
+        query_HND, namespace_N = retrieval_queries(query_HBTD, namespace_BT, self.stride)
+        if tape.hits is None:
+            tape.record(hits=retriever.search(query_HND.detach(), namespace_N))
+        value_HND, lse_HN = retriever.attend(query_HND, tape.hits)
+        value_HBGD = value_HND.float().view(H, B, -1, D)
+        lse_HBG = lse_HN.float().view(H, B, -1) + self.retrieved_bias_H.float()[:, None, None]
+        if self.stride > 1:
+            value_HBGD = value_HBGD.repeat_interleave(self.stride, dim=2)[:, :, :T]
+            lse_HBG = lse_HBG.repeat_interleave(self.stride, dim=2)[:, :, :T]
+        return value_HBGD, lse_HBG

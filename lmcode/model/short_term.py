@@ -1,0 +1,106 @@
+"""Short-term memory: a few recurrent slots per stream, read by every token and written once per segment.
+
+Segment s reads the slots as they were after segment s-1 and then writes them. All segments of one forward pass share a
+graph, because a write that is detached before it is read would never be trained. Whatever depends on tokens alone is
+computed for the whole window at once; the loop over segments holds only what is recurrent (three small matmuls).
+Letters here: S slots of a stream, E their width, G segments, L tokens of one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lmcode.config import LMCODEConfig
+from lmcode.retrieval import NO_SCORE
+
+EPSILON = 1e-6
+
+
+class ShortTermMemory(nn.Module):
+    """Slots that tokens attend to, and that attend to the tokens of each segment to renew themselves.
+
+    The write (a gated, slot-attention-like update):
+        candidate = softmax(query(slot) . key(token) / sqrt(E)) value(token)
+        z         = sigmoid(update gate of [slot, candidate])
+        slot     <- (1 - z * eta) * slot + z * eta * candidate
+    Slots are kept in fp32 whatever the module's dtype: steps of size eta would be lost to bf16 rounding.
+    """
+
+    def __init__(self, config: LMCODEConfig) -> None:
+        super().__init__()
+        C, S, E = config.hidden_size, config.short_term_memory_size, config.short_term_dim
+        self.segment = config.short_term_segment
+        self.update_rate = config.memory_update_rate
+        self.tokens = nn.Linear(C, 3 * E, bias=False)  # read query; write key and value
+        self.slots_read = nn.Linear(E, 2 * E, bias=False)  # read key and value
+        self.slots_write = nn.Linear(E, 2 * E, bias=False)  # write query and the slot's part of the update gate
+        self.candidate_gate = nn.Linear(E, E)  # the candidate's part of the update gate
+        self.output = nn.Linear(E, C, bias=False)
+        self.initial_slots_SE = nn.Parameter(torch.empty(S, E))
+        # Added to each slot's write query. Without it, slots that once hold the same content stay equal for ever.
+        self.address_SE = nn.Parameter(torch.empty(S, E))
+
+    def forward(self, x_BTC: Tensor, *, slots_BSE: Tensor | None = None, reset_B: Tensor | None = None,
+                valid_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Reads and writes one window of each stream; T need not be a multiple of the segment.
+
+        Args:
+            x_BTC: normalised residual stream.
+            slots_BSE: slots carried from the stream's last window; None starts from the learned initial slots.
+            reset_B: bool, streams that return to the initial slots although slots were carried.
+            valid_BT: bool, False at padding, which is never written; a segment of padding leaves the slots as they are.
+
+        Returns:
+            What each token read, [B, T, C] in the dtype of x; and the slots after the window, fp32 [B, S, E], detached.
+        """
+        T = x_BTC.shape[1]
+        query_BTE, key_BTE, value_BTE = self.tokens(x_BTC).chunk(3, dim=-1)
+        key_BTE = key_BTE * key_BTE.shape[-1] ** -0.5
+        # Attention is linear in its values, so the gate's share of the candidate can be computed per token, up front.
+        written_BTP = torch.cat([value_BTE, self.candidate_gate(value_BTE)], dim=-1)
+        slots_BSE = self._first_slots(x_BTC.shape[0], slots_BSE, reset_B)
+        history: list[Tensor] = []
+        for start in range(0, T, self.segment):
+            history.append(slots_BSE)
+            part = slice(start, start + self.segment)
+            valid_BL = None if valid_BT is None else valid_BT[:, part]
+            slots_BSE = self._write(slots_BSE, key_BTE[:, part], written_BTP[:, part], valid_BL)
+        return self.output(self._read(query_BTE, torch.stack(history, dim=1))), slots_BSE.detach()
+
+    def _first_slots(self, num_streams: int, slots_BSE: Tensor | None, reset_B: Tensor | None) -> Tensor:
+        """Carried slots, or initial ones where there are none; the initial slots stay in the graph either way."""
+        initial_BSE = self.initial_slots_SE.float().expand(num_streams, -1, -1)
+        if slots_BSE is None:
+            return initial_BSE
+        if reset_B is None:
+            reset_B = torch.zeros(num_streams, dtype=torch.bool, device=initial_BSE.device)
+        return torch.where(reset_B[:, None, None], initial_BSE, slots_BSE.float())
+
+    def _write(self, slots_BSE: Tensor, key_BLE: Tensor, written_BLP: Tensor, valid_BL: Tensor | None) -> Tensor:
+        """One segment's update of the slots; `written_BLP` holds values and their part of the gate side by side."""
+        E = slots_BSE.shape[-1]
+        normed_BSE = F.rms_norm(slots_BSE, (E,), eps=EPSILON).to(key_BLE.dtype)
+        query_BSE, slot_gate_BSE = self.slots_write(normed_BSE).chunk(2, dim=-1)
+        score_BSL = (query_BSE + self.address_SE) @ key_BLE.transpose(1, 2)
+        if valid_BL is not None:
+            score_BSL = score_BSL.masked_fill(~valid_BL[:, None], NO_SCORE)
+        attended_BSP = score_BSL.softmax(dim=-1) @ written_BLP
+        candidate_BSE, candidate_gate_BSE = attended_BSP.float().chunk(2, dim=-1)
+        z_BSE = torch.sigmoid(slot_gate_BSE.float() + candidate_gate_BSE)
+        new_BSE = torch.lerp(slots_BSE, candidate_BSE, z_BSE * self.update_rate)
+        if valid_BL is None:
+            return new_BSE
+        return torch.where(valid_BL.any(dim=1)[:, None, None], new_BSE, slots_BSE)
+
+    def _read(self, query_BTE: Tensor, slots_BGSE: Tensor) -> Tensor:
+        """Every segment's tokens attend to the slots that its predecessor left, all segments at once."""
+        B, T, E = query_BTE.shape
+        G = slots_BGSE.shape[1]
+        if G * self.segment != T:
+            query_BTE = F.pad(query_BTE, (0, 0, 0, G * self.segment - T))
+        normed_BGSE = F.rms_norm(slots_BGSE, (E,), eps=EPSILON).to(query_BTE.dtype)
+        key_BGSE, value_BGSE = self.slots_read(normed_BGSE).chunk(2, dim=-1)
+        read_BGLE = F.scaled_dot_product_attention(query_BTE.view(B, G, self.segment, E), key_BGSE, value_BGSE)
+        return read_BGLE.reshape(B, -1, E)[:, :T]

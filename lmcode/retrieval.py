@@ -1,0 +1,88 @@
+"""The words that the model and the memory share: what a read returns, what a write takes, who can answer a read.
+
+The model asks a `Retriever` and hands out `Candidates`; it never learns where entries live or how many ranks hold them.
+Shapes are in the names: H memory heads, N queries or candidates, K hits, D key width. Everything here is a named tuple,
+because DeepSpeed walks through tuples to find the tensors a module returns.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+NO_SCORE = -1e30  # score of an invalid hit: finite, so that exp, max and subtraction stay free of NaN
+
+
+class Hits(NamedTuple):
+    """What a search found for each head and query, ordered by (score descending, id ascending).
+
+    score_HNK: fp32 logits; `NO_SCORE` where invalid.
+    id_HNK: int64 ids; -1 where invalid.
+    ticket: private to the retriever that made it (which winners this rank holds); None elsewhere.
+    """
+
+    score_HNK: Tensor
+    id_HNK: Tensor
+    ticket: Any = None
+
+    @property
+    def valid_HNK(self) -> Tensor:
+        """bool, False where fewer than K entries could be seen; invalid hits come last."""
+        return self.id_HNK >= 0
+
+
+class Candidates(NamedTuple):
+    """Entries that a forward pass offers for writing; nothing is stored until the loop commits them.
+
+    key_HND: fp32 or bf16, L2-normalised, detached.
+    value_HND: same dtype, detached.
+    namespace_N: int64, the document or stream each belongs to.
+    surprise_N: fp32, the token loss in nats of predicting the value's token; 0 where unknown.
+    valid_N: bool; False rows (padding, the first token of a document) are never written.
+    """
+
+    key_HND: Tensor
+    value_HND: Tensor
+    namespace_N: Tensor
+    surprise_N: Tensor
+    valid_N: Tensor
+
+
+class Retriever(Protocol):
+    """Answers reads. Every rank of a memory group must make the same calls in the same order, with zero rows if need be."""
+
+    top_k: int
+
+    def search(self, query_HND: Tensor, namespace_N: Tensor) -> Hits:
+        """The best `top_k` entries for each head and query, by query . key + log-importance; without gradient.
+
+        Args:
+            query_HND: queries already scaled by the temperature, so that a score is a softmax logit.
+            namespace_N: int64; a negative namespace sees nothing (padding).
+        """
+        ...
+
+    def attend(self, query_HND: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
+        """Softmax attention over `hits`: (value_HND, logsumexp_HN), differentiable with respect to the query.
+
+        A query without a valid hit gets value 0 and logsumexp `NO_SCORE`.
+        """
+        ...
+
+
+class NullRetriever:
+    """A retriever that finds nothing: the model without a bank, with equal parameters."""
+
+    def __init__(self, top_k: int = 1) -> None:
+        self.top_k = top_k
+
+    def search(self, query_HND: Tensor, namespace_N: Tensor) -> Hits:
+        H, N, _ = query_HND.shape
+        score_HNK = torch.full((H, N, self.top_k), NO_SCORE, dtype=torch.float32, device=query_HND.device)
+        return Hits(score_HNK, torch.full_like(score_HNK, -1, dtype=torch.int64))
+
+    def attend(self, query_HND: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
+        H, N, _ = query_HND.shape
+        return torch.zeros_like(query_HND), torch.full((H, N), NO_SCORE, dtype=torch.float32, device=query_HND.device)

@@ -1,0 +1,1 @@
+"""Training: text to tokens to batches, the engine, the loop, checkpoints. Brings model and memory together."""

@@ -1,0 +1,127 @@
+"""The one importer of deepspeed: a model, an optimizer and ZeRO behind five verbs.
+
+`forward`, `backward`, `step`, `save`, `load` mean the same for ZeRO 0-3 and offload. `step` says whether the update was
+applied, because a bank is written only after an applied update (a skipped step must leave no trace).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmcode.config import RunConfig
+from lmcode.train.ds_config import resolve
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; vectors, scalars and embeddings do not (the usual rule, e.g. GPT-3's training code)."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decay, keep = [], []
+    for parameter in model.parameters():
+        (keep if parameter.ndim < 2 or id(parameter) in embeddings else decay).append(parameter)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
+
+
+class Engine:
+    """DeepSpeed's engine for one run. Make it on every rank, after `dist.start`."""
+
+    def __init__(self, model: nn.Module, config: RunConfig, *, world_size: int) -> None:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        import deepspeed
+
+        deepspeed.utils.logger.setLevel(logging.WARNING)
+        self.ds_config = resolve(config, world_size)
+        self.stage = self.ds_config["zero_optimization"]["stage"]
+        deepspeed.init_distributed(dist_init_required=False)
+        self._engine, _, _, _ = deepspeed.initialize(
+            model=model, model_parameters=parameter_groups(model, config.train.weight_decay),
+            config=self.ds_config, dist_init_required=False)
+        self.skipped_steps = 0
+
+    @property
+    def module(self) -> nn.Module:
+        """The model; call it directly for evaluation (ZeRO-3 gathers weights around each submodule)."""
+        return self._engine.module
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._engine.device)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass in training mode."""
+        self._engine.train()
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates the gradient of `loss` / accumulation steps, averaged over ranks."""
+        self._engine.backward(loss)
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+
+    def step(self) -> bool:
+        """Updates the weights at an accumulation boundary; True if the update was applied.
+
+        A gradient with a non-finite norm is dropped on every rank alike. Within an accumulation this counts the
+        micro-batch and returns False.
+        """
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        refused = boundary and self.stage == 0 and not self._finite_gradients()
+        if refused:  # plain DeepSpeed (stage 0) would apply it; gradients are already averaged, so ranks agree
+            for parameter in self.module.parameters():
+                parameter.grad = None
+        self._engine.step()
+        applied = boundary and not refused and self._engine.was_step_applied()
+        self.skipped_steps += int(boundary and not applied)
+        return applied
+
+    def _finite_gradients(self) -> bool:
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return bool(torch.isfinite(torch.stack([g.float().norm() for g in gradients]).sum())) if gradients else True
+
+    def gradient_norm(self) -> float:
+        """Global gradient norm of the last applied step, before clipping; NaN when unknown."""
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else math.nan
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """All weights in fp32 on the CPU, on every rank; under ZeRO-3 a collective that gathers one module at a time."""
+        if self.stage < 3:
+            return {name: p.detach().float().cpu().clone() for name, p in self.module.named_parameters()}
+        import deepspeed
+
+        state = {}
+        for name, parameter in self.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                state[name] = parameter.detach().float().cpu().clone()
+        return state
+
+    def save(self, folder: Path) -> None:
+        """Writes optimizer and sharded weights into `folder` (DeepSpeed's own files); a collective."""
+        self._engine.save_checkpoint(str(folder), tag="zero", save_latest=False, client_state={})
+
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote with the same number of ranks; a collective."""
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag="zero")
+        if loaded is None:
+            raise ValueError(f"no ZeRO state in {folder}")
+
+
+def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
+    """Number of weights, also of those that ZeRO-3 has partitioned (their own `numel` is 0)."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for the GPU, so that a clock read afterwards measures work and not its submission."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+

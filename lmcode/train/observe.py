@@ -1,0 +1,136 @@
+"""What a running job tells: the words of metrics.jsonl and TensorBoard, and how each number is made.
+
+Numbers that describe the whole job are averaged over ranks with one collective per logged step; rank 0 writes them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from lmcode import __version__
+from lmcode.config import RunConfig
+from lmcode.dist import Rank
+from lmcode.eval.held_out import EvalResult
+from lmcode.lmcode import LMCODE
+from lmcode.train.engine import count_parameters
+from lmcode.train.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from lmcode.train.loop import Session, StepResult
+
+log = logging.getLogger("lmcode")
+
+EVAL_TAGS = {"on": "eval/loss", "off": "eval/loss_memory_off", "shuffled": "eval/loss_memory_shuffled"}
+PHASES = ("step", "data", "forward", "backward", "search", "exchange", "optimizer", "commit")
+
+
+@dataclass
+class Costs:
+    """Sums over the logged stretches of a job: steps, milliseconds by phase, bytes received per rank."""
+
+    steps: int = 0
+    ms: dict[str, float] = field(default_factory=dict)
+    bytes: float = 0.0
+
+    def add(self, values: Mapping[str, float], steps: int) -> None:
+        """Adds one stretch of `steps` steps, given per step under metric names."""
+        self.steps += steps
+        self.bytes += steps * values["perf/bytes_sent"]
+        for phase in PHASES:
+            self.ms[phase] = self.ms.get(phase, 0.0) + steps * values[f"perf/{phase}_ms"]
+
+    def per_step(self) -> tuple[dict[str, float], float]:
+        """Mean milliseconds by phase and bytes, per step."""
+        steps = max(1, self.steps)
+        return {phase: total / steps for phase, total in self.ms.items()}, self.bytes / steps
+
+
+def describe_start(config: RunConfig, me: Rank, model: LMCODE) -> str:
+    """One line: who trains what on how many ranks, and how many of the weights serve the memory."""
+    total = count_parameters(model.parameters())
+    memory = count_parameters(p for name, p in model.named_parameters() if "_term" in name)
+    layers = ", ".join(str(layer) for layer in model.banks) or "none"
+    return (f"lmcode {__version__}: preset {config.preset}, {total:,} parameters ({100 * memory / total:.1f} % for memory), "
+            f"{me.world_size} rank(s) by {me.launcher}, {config.train.deepspeed}, {config.train.precision}; banks in layers "
+            f"{layers} of {config.model.long_term_memory_slots:,} slots, {config.memory.tier} search, "
+            f"{config.memory.exchange} exchange, {config.memory.fetch} fetch, {config.memory.scope} scope")
+
+
+def log_step(session: Session, result: StepResult) -> None:
+    """Records the last logged stretch of steps. A collective."""
+    steps = session.step % session.config.train.log_every or session.config.train.log_every
+    timings = session.clock.take()
+    values = {
+        "train/loss": result.loss,
+        "train/grad_norm": session.engine.gradient_norm(),
+        "train/learning_rate": learning_rate(session.config.train, session.step - 1),
+        "train/skipped_steps": float(session.engine.skipped_steps),
+        "perf/tokens_per_s": result.tokens / max(timings["step"] / steps, 1e-9),
+    }
+    times = phase_times(session, timings, steps)
+    session.costs.add(times, steps)
+    values.update(times)
+    for layer in session.model.banks:
+        values.update(layer_metrics(session, result, layer))
+    session.metrics.scalars(session.step, values)
+
+
+def phase_times(session: Session, timings: Mapping[str, float], steps: int) -> dict[str, float]:
+    """Milliseconds per step by phase, mean over ranks. Search and exchange happen inside the other phases and are taken
+    out of them, so that the phases add up to about the step."""
+    banks, group = session.model.banks.values(), session.group
+    search = sum(bank.take_search_seconds() for bank in banks)
+    exchange, received = group.take()
+    raw = {**dict.fromkeys(PHASES, 0.0), **timings, "search": search, "exchange": sum(exchange.values())}
+    inside_forward = search + sum(exchange.get(phase, 0.0) for phase in ("queries", "hits", "values"))
+    raw["forward"] -= inside_forward
+    raw["backward"] -= exchange.get("gradients", 0.0)
+    raw["commit"] -= exchange.get("writes", 0.0) + exchange.get("loss", 0.0)
+    ms = torch.tensor([1000 * raw[phase] / steps for phase in PHASES], device=session.engine.device)
+    ms = group.all_reduce(ms, phase="metrics") / group.size
+    named = {f"perf/{phase}_ms": value for phase, value in zip(PHASES, ms.tolist(), strict=True)}
+    return {**named, "perf/bytes_sent": sum(received.values()) / steps}
+
+
+def layer_metrics(session: Session, result: StepResult, layer: int) -> dict[str, float]:
+    """The `memory/L{layer}/...` numbers of one bank, with their histograms. A collective."""
+    bank, group, reads = session.model.banks[layer], session.group, result.reads[layer]
+    gate = torch.cat([read.gate_BT.flatten() for read in reads])
+    share = torch.cat([read.share_HN.flatten() for read in reads])
+    null = torch.cat([read.null_share_HN.flatten() for read in reads])
+    ages = torch.cat([bank.ages(read.hits, step=session.step) for read in reads]).float()
+    local = torch.tensor([gate.mean(), share.mean(), null.mean()], device=gate.device)
+    gate_mean, hit_mass, null_mass = (group.all_reduce(local, phase="metrics") / group.size).tolist()
+    stats = bank.stats()
+    prefix = f"memory/L{layer}"
+    scores = torch.cat([read.hits.score_HNK[read.hits.valid_HNK] for read in reads])
+    for name, sample in (("scores", scores), ("ages", ages), ("gates", gate)):
+        session.metrics.histogram(session.step, f"{prefix}/{name}", sample)
+    return {
+        f"{prefix}/fill": stats["live"] / stats["slots"],
+        f"{prefix}/gate_mean": gate_mean,
+        f"{prefix}/hit_mass": hit_mass,
+        f"{prefix}/null_mass": null_mass,
+        f"{prefix}/age_p50": float(ages.median()) if ages.numel() else float("nan"),
+        f"{prefix}/recall_at_k": bank.recall(),
+        f"{prefix}/evicted": float(stats["evicted"]),
+        f"{prefix}/merged": float(stats["merged"]),
+        f"{prefix}/rejected": float(stats["rejected"]),
+    }
+
+
+def result_tags(results: Mapping[str, EvalResult]) -> dict[str, float]:
+    """Held-out losses under their metric names."""
+    return {EVAL_TAGS[mode]: result.loss for mode, result in results.items()}
+
+
+def log_evaluation(session: Session, results: Mapping[str, EvalResult]) -> None:
+    """Records held-out losses and says them in one line."""
+    session.metrics.scalars(session.step, result_tags(results))
+    log.info("held-out loss after step %d: %s", session.step,
+             "  ".join(f"memory {mode} {result.loss:.4f}" for mode, result in results.items()))

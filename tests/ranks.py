@@ -1,0 +1,125 @@
+"""Runs a function on several real processes that form a gloo group, for tests; a lost rank fails instead of hanging.
+
+Starting a process costs seconds (it imports torch), so let one call make many checks.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from lmcode.dist import free_port
+
+
+class RankError(RuntimeError):
+    """A rank raised, died or did not finish; the message names it and shows where it was."""
+
+
+def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+    """Calls `function(*args)` on every rank of a fresh group; returns the results in rank order.
+
+    Each process has one torch thread, one FAISS thread and the environment of a launcher, and is a member of the default
+    process group, so that `dist.discover`, `dist.start` and `dist.Group.world` work in it.
+
+    Args:
+        function: importable by name (defined at module level), as are picklable arguments and results.
+        timeout_s: for the whole call, starting included.
+
+    Raises:
+        RankError: as soon as one rank raises or dies, with its traceback; or after `timeout_s`, with the ranks that
+            had not finished and their stacks. The other processes are killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    port, deadline = free_port(), time.monotonic() + timeout_s
+    processes, pipes = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for rank in range(world_size):
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_child, daemon=True,
+                                          args=(rank, world_size, port, theirs, folder, timeout_s, function, args))
+                process.start()
+                theirs.close()
+                processes.append(process)
+                pipes.append(ours)
+            return _collect(processes, pipes, deadline, Path(folder))
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+            for pipe in pipes:
+                pipe.close()
+
+
+def _collect(processes: list[Any], pipes: list[Connection], deadline: float, folder: Path) -> list[Any]:
+    """Waits for one message of every rank; the first that is not a result ends it all."""
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            stacks = "\n".join(_stack_of(processes[rank], folder / str(rank), rank) for rank in waiting.values())
+            raise RankError(f"ranks {sorted(waiting.values())} of {len(pipes)} did not finish in time:\n{stacks}")
+        for pipe in ready:
+            rank = waiting[pipe]
+            try:
+                fine, result = pipe.recv()
+            except EOFError:
+                processes[rank].join()
+                raise RankError(f"rank {rank} of {len(pipes)} died with exit code {processes[rank].exitcode}") from None
+            if not fine:
+                raise RankError(f"rank {rank} of {len(pipes)} failed:\n{result}")
+            results[rank] = result
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _stack_of(process: Any, file: Path, rank: int) -> str:
+    """Where a process stands, if it has come far enough to say so."""
+    if file.exists() and process.is_alive():
+        os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(0.3)
+        return f"rank {rank}:\n{file.read_text()}"
+    return f"rank {rank}: not started"
+
+
+def _child(rank: int, world_size: int, port: int, pipe: Connection, folder: str, timeout_s: float,
+           function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    with open(Path(folder) / str(rank), "w") as file:
+        faulthandler.register(signal.SIGUSR1, file=file)
+        try:
+            result = True, _call(rank, world_size, port, timeout_s, function, args)
+        except BaseException:
+            result = False, traceback.format_exc()
+        pipe.send(result)
+        pipe.close()
+        faulthandler.unregister(signal.SIGUSR1)
+
+
+def _call(rank: int, world_size: int, port: int, timeout_s: float, function: Callable[..., Any],
+          args: tuple[Any, ...]) -> Any:
+    import torch
+    import torch.distributed as td
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size),
+                      LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    try:
+        import faiss
+    except ImportError:
+        pass
+    else:
+        faiss.omp_set_num_threads(1)
+    td.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
+    result = function(*args)
+    td.destroy_process_group()  # not after an error: the others would then be the first to report one
+    return result

@@ -1,0 +1,164 @@
+"""A tokenizer returns text verbatim, never chokes on ids of its vocabulary, and says what is wrong with a file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Inner
+from tokenizers import models, processors
+
+from lmcode.config import ConfigError
+from lmcode.tokenizer import BPETokenizer, ByteTokenizer, check_vocab, load_tokenizer
+
+TEXTS = ["def f(x):\n    return x + 1\n" * 20, "the cat sat on the mat, the dog on the log " * 20, "naïve 😀 日本語"]
+BPE = BPETokenizer.train(TEXTS, 300)
+BOTH = pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
+
+
+def word_level(words: list[str]) -> Inner:
+    return Inner(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+
+
+@BOTH
+@settings(max_examples=200, deadline=None)
+@given(text=st.text())
+def test_round_trip_is_verbatim(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+    assert tokenizer.end_id not in ids
+
+
+@BOTH
+@pytest.mark.parametrize("text", [
+    "", " ", "\n", "\0", "   \t\n  ", "😀👩‍👩‍👧", "a\r\nb\r", "\ufeffx", "<|endoftext|>", "a </s>b"])
+def test_round_trip_of_odd_texts(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.end_id not in tokenizer.encode(text)
+
+
+@BOTH
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_decode_takes_any_ids_of_the_vocabulary(tokenizer, data):
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1)))
+    assert isinstance(tokenizer.decode(ids), str)
+    tokenizer.decode(ids).encode("utf-8")  # printable: no lone surrogates
+
+
+@BOTH
+def test_end_marks_vanish_and_batches_equal_single_texts(tokenizer):
+    ids = tokenizer.encode(TEXTS[0])
+    assert tokenizer.decode([tokenizer.end_id, *ids, tokenizer.end_id]) == TEXTS[0]
+    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+    assert tokenizer.encode_batch([]) == []
+
+
+@BOTH
+def test_lone_surrogates_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="surrogates"):
+        tokenizer.encode("a\ud800")
+
+
+@BOTH
+def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "deep" / "folder")
+    for path in (tmp_path / "deep" / "folder", tmp_path / "deep" / "folder" / "tokenizer.json"):
+        loaded = load_tokenizer(path)
+        assert type(loaded) is type(tokenizer)
+        assert (loaded.vocab_size, loaded.end_id) == (tokenizer.vocab_size, tokenizer.end_id)
+        text = "".join(TEXTS) + "<|endoftext|>"
+        assert loaded.encode(text) == tokenizer.encode(text)
+
+
+def test_training_shortens_text_keeps_to_its_size_and_repeats():
+    assert BPE.vocab_size == 300
+    assert len(BPE.encode(TEXTS[0])) < len(ByteTokenizer().encode(TEXTS[0])) / 2
+    again = BPETokenizer.train(TEXTS, 300)
+    assert all(again.encode(text) == BPE.encode(text) for text in TEXTS)
+    assert BPETokenizer.train(["ab"], 1000).vocab_size < 1000
+
+
+def test_training_below_the_byte_alphabet_is_refused():
+    with pytest.raises(ConfigError, match="at least 257: got 256"):
+        BPETokenizer.train(TEXTS, 256)
+
+
+@pytest.mark.parametrize(("words", "end_id", "vocab_size"), [(["a", "</s>", "b"], 1, 3), (["a", "b"], 2, 3)])
+def test_end_token_of_a_foreign_file_is_known_or_added(tmp_path, words, end_id, vocab_size):
+    word_level(words).save(str(tmp_path / "foreign.json"))
+    tokenizer = load_tokenizer(tmp_path / "foreign.json")
+    assert (tokenizer.end_id, tokenizer.vocab_size) == (end_id, vocab_size)
+    tokenizer.save(tmp_path / "copy")
+    assert load_tokenizer(tmp_path / "copy").end_id == end_id
+
+
+@pytest.mark.parametrize("eos", ["b", {"content": "b"}])
+def test_configured_end_token_wins(tmp_path, eos):
+    word_level(["a", "</s>", "b"]).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    assert load_tokenizer(tmp_path).end_id == 2
+
+
+@pytest.mark.parametrize(("eos", "message"), [("nope", "vocabulary: got 'nope'"), (7, "must be a string: got 7")])
+def test_impossible_end_token_is_refused(tmp_path, eos, message):
+    word_level(["a", "b"]).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    with pytest.raises(ConfigError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_vocabulary_with_gaps_counts_to_its_largest_id():
+    gaps = Inner(models.WordLevel({"a": 0, "</s>": 5, "b": 9}, unk_token="a"))
+    tokenizer = BPETokenizer(gaps)
+    assert tokenizer.vocab_size == 10
+    assert isinstance(tokenizer.decode(range(10)), str)
+    with pytest.raises(ConfigError, match="gaps"):
+        BPETokenizer(Inner(models.WordLevel({"a": 0, "b": 2}, unk_token="a")))
+
+
+def test_foreign_truncation_padding_and_marks_are_off():
+    inner = word_level(["a", "</s>"])
+    inner.enable_truncation(2)
+    inner.enable_padding(length=8)
+    inner.post_processor = processors.TemplateProcessing(single="</s> $A </s>", special_tokens=[("</s>", 1)])
+    assert BPETokenizer(inner).encode_batch(["a"] * 2) == [[0], [0]]
+    BPE._inner.enable_truncation(3)
+    try:
+        assert len(BPETokenizer(BPE._inner).encode(TEXTS[0])) > 3
+    finally:
+        BPE._inner.no_truncation()
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "not json", '{"model": {"type": "BPE"}}', "\xff"])
+def test_json_that_is_no_tokenizer_is_refused_by_name(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "missing.json"])
+def test_missing_file_is_refused_by_name(tmp_path, name):
+    with pytest.raises(ConfigError, match="there is no tokenizer file"):
+        load_tokenizer(tmp_path / name)
+
+
+@BOTH
+def test_vocabulary_must_fit_the_model(tokenizer):
+    check_vocab(tokenizer, tokenizer.vocab_size)
+    with pytest.raises(ConfigError, match=f"{tokenizer.vocab_size - 1} < {tokenizer.vocab_size}"):
+        check_vocab(tokenizer, tokenizer.vocab_size - 1)
+
+
+def test_bytes_do_not_need_the_tokenizers_package(tmp_path):
+    ByteTokenizer().save(tmp_path)
+    program = ("import sys; sys.modules['tokenizers'] = None\n"
+               "from lmcode.tokenizer import load_tokenizer\n"
+               f"assert load_tokenizer({str(tmp_path)!r}).vocab_size == 257")
+    subprocess.run([sys.executable, "-c", program], check=True)
