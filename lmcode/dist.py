@@ -74,7 +74,7 @@ def start(timeout_s: float = 1800.0) -> Rank:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     os.environ.update(RANK=str(me.rank), WORLD_SIZE=str(me.world_size), LOCAL_RANK=str(me.local_rank),
                       LOCAL_WORLD_SIZE=str(me.local_world_size))
-    if "OMP_NUM_THREADS" not in os.environ or not torch.cuda.is_available():
+    if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // me.local_world_size))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
@@ -168,10 +168,10 @@ class Group:
         import torch.distributed as td
 
         tensor = tensor.contiguous()
-        gathered = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:]))
+        gathered = tensor.new_empty((self.size, *tensor.shape))
         with self._counted(phase, (self.size - 1) * tensor.nbytes):
-            td.all_gather_into_tensor(gathered, tensor, group=self._handle)
-        return gathered
+            td.all_gather(list(gathered.unbind()), tensor, group=self._handle)
+        return gathered.flatten(0, 1)
 
     def all_to_all(self, tensor: Tensor, *, phase: str) -> Tensor:
         """Sends the r-th equal part of axis 0 to rank r; returns the parts received, in rank order."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
 import time
@@ -28,7 +29,7 @@ class RankError(RuntimeError):
 def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
     """Calls `function(*args)` on every rank of a fresh group; returns the results in rank order.
 
-    Each process has one torch thread, one FAISS thread and the environment of a launcher, and is a member of the default
+    Each process has one torch thread, one FAISS thread and the environment of a launcher, and is in the default
     process group, so that `dist.discover`, `dist.start` and `dist.Group.world` work in it.
 
     Args:
@@ -73,8 +74,8 @@ def _collect(processes: list[Any], pipes: list[Connection], deadline: float, fol
         for pipe in ready:
             rank = waiting[pipe]
             try:
-                fine, result = pipe.recv()
-            except EOFError:
+                fine, result = pickle.loads(pipe.recv_bytes())
+            except (EOFError, ConnectionResetError):
                 processes[rank].join()
                 raise RankError(f"rank {rank} of {len(pipes)} died with exit code {processes[rank].exitcode}") from None
             if not fine:
@@ -100,7 +101,7 @@ def _child(rank: int, world_size: int, port: int, pipe: Connection, folder: str,
             result = True, _call(rank, world_size, port, timeout_s, function, args)
         except BaseException:
             result = False, traceback.format_exc()
-        pipe.send(result)
+        pipe.send_bytes(pickle.dumps(result))  # by value: tensors sent by handle die with the process
         pipe.close()
         faulthandler.unregister(signal.SIGUSR1)
 

@@ -23,7 +23,7 @@ from lmcode.memory.exact import Found, Search, candidates_above, in_order, kth_l
 
 log = logging.getLogger("lmcode")
 
-AUTO_FAISS_SLOTS = 50_000  # from here on tier = auto leaves a global search to FAISS (measured, see README)
+AUTO_FAISS_SLOTS = 5_000  # from here on tier = auto leaves a global search to FAISS (measured, see README)
 REDO_BLOCK = 64  # queries that are redone at once
 _ROUNDING = 4e-6  # more than fp32 products over a few hundred components are off, relative to the lengths
 

@@ -38,10 +38,18 @@ class Engine:
         deepspeed.utils.logger.setLevel(logging.WARNING)
         self.ds_config = resolve(config, world_size)
         self.stage = self.ds_config["zero_optimization"]["stage"]
+        # Stage 0 in fp32 is plain torch inside DeepSpeed: it would apply a gradient that is not finite. So clipping, the
+        # norm and the refusal are ours there.
+        self._plain = self.stage == 0 and config.train.precision == "fp32"
+        settings = {**self.ds_config, "gradient_clipping": 0.0} if self._plain else self.ds_config
+        self._clip, self._norm = config.train.gradient_clip, math.nan
+        # DeepSpeed would compile a shared-memory kernel at the first start on a CPU (most of a minute, and it needs a C++
+        # compiler). It serves inference_all_reduce only, which nothing here calls.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
         self._engine, _, _, _ = deepspeed.initialize(
             model=model, model_parameters=parameter_groups(model, config.train.weight_decay),
-            config=self.ds_config, dist_init_required=False)
+            config=settings, dist_init_required=False)
         self.skipped_steps = 0
 
     @property
@@ -73,21 +81,25 @@ class Engine:
         micro-batch and returns False.
         """
         boundary = self._engine.is_gradient_accumulation_boundary()
-        refused = boundary and self.stage == 0 and not self._finite_gradients()
-        if refused:  # plain DeepSpeed (stage 0) would apply it; gradients are already averaged, so ranks agree
+        refused = boundary and self._plain and not self._clip_gradients()
+        if refused:
             for parameter in self.module.parameters():
-                parameter.grad = None
+                parameter.grad = None  # the optimizer passes over parameters without a gradient
         self._engine.step()
         applied = boundary and not refused and self._engine.was_step_applied()
         self.skipped_steps += int(boundary and not applied)
         return applied
 
-    def _finite_gradients(self) -> bool:
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return bool(torch.isfinite(torch.stack([g.float().norm() for g in gradients]).sum())) if gradients else True
+    def _clip_gradients(self) -> bool:
+        """Clips the averaged gradients, which are the same on every rank; False if their norm is not finite."""
+        limit = self._clip or math.inf
+        self._norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), limit))
+        return math.isfinite(self._norm)
 
     def gradient_norm(self) -> float:
-        """Global gradient norm of the last applied step, before clipping; NaN when unknown."""
+        """Global gradient norm of the last step, before clipping; NaN when unknown."""
+        if self._plain:
+            return self._norm
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else math.nan
 

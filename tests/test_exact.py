@@ -1,0 +1,93 @@
+"""Exact search against sort-everything, with ties on purpose; the same bits wherever a row lies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lmcode.memory import exact
+from lmcode.memory.exact import Found, search_by_sorting, search_exact
+from lmcode.memory.merge import merge_hits
+from lmcode.retrieval import NO_SCORE
+
+
+def whole_numbers(seed: int, N: int, M: int, *, H: int = 2, D: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys of small whole numbers (products are exact, ties are everywhere), a tenth of the slots empty."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randint(-2, 3, (H, N, D), generator=generator).float()
+    key = torch.randint(-2, 3, (H, M, D), generator=generator).float()
+    ids = torch.randperm(4 * M + 1, generator=generator)[:M]
+    empty = torch.rand(M, generator=generator) < 0.1
+    key[:, empty] = 0
+    last = torch.where(empty, NO_SCORE, 0.0).expand(H, M).unsqueeze(-1)
+    return F.pad(query, (0, 1), value=1.0), torch.cat([key, last], -1), torch.where(empty, -1, ids)
+
+
+def with_twins(seed: int, N: int, M: int, *, H: int = 2, D: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """Real vectors, each with a twin that has another id."""
+    generator = torch.Generator().manual_seed(seed)
+    query = F.normalize(torch.randn(H, N, D, generator=generator), dim=-1) * 7.4
+    key = F.normalize(torch.randn(H, M, D, generator=generator), dim=-1)
+    key = torch.cat([key, torch.rand(H, M, 1, generator=generator)], -1)
+    key[:, M // 2:] = key[:, :M - M // 2][:, torch.randperm(M - M // 2, generator=generator)]
+    return F.pad(query, (0, 1), value=1.0), key, torch.randperm(5 * M, generator=generator)[:M]
+
+
+def assert_same(found: Found, wanted: Found) -> None:
+    for part, wanted_part in zip(found, wanted, strict=True):
+        assert torch.equal(part, wanted_part)
+
+
+@pytest.mark.parametrize(("N", "M", "k"), [(5, 40, 7), (300, 700, 33), (1, 1, 1), (3, 5, 20), (2, 600, 600),
+                                           (20, 900, 1)])
+def test_equals_sorting_everything(N: int, M: int, k: int) -> None:
+    for seed in range(3):
+        arguments = whole_numbers(seed, N, M)
+        assert_same(search_exact(*arguments, k), search_by_sorting(*arguments, k))
+
+
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = whole_numbers(3, 50, 1500)
+    whole = search_exact(*arguments, 30)
+    monkeypatch.setattr(exact, "CHUNK", 256)
+    monkeypatch.setattr(exact, "QUERY_BLOCK", 16)
+    assert_same(search_exact(*arguments, 30), whole)
+    monkeypatch.setattr(exact, "CHUNK", 10)  # fewer rows than hits wanted
+    assert_same(search_exact(*arguments, 30), whole)
+
+
+def test_rows_may_be_anywhere() -> None:
+    query, key, ids = with_twins(0, 70, 1300)
+    score, found, slot = search_exact(query, key, ids, 20)
+    assert torch.equal(ids[slot], found)
+    order = torch.randperm(1300, generator=torch.Generator().manual_seed(1))
+    assert_same(search_exact(query, key[:, order], ids[order], 20)[:2], (score, found))
+    for ranks in (2, 3, 4):
+        parts = [search_exact(query, key[:, part], ids[part], 20) for part in
+                 (order[rank::ranks] for rank in range(ranks))]
+        merged = merge_hits(torch.cat([p[0] for p in parts], -1), torch.cat([p[1] for p in parts], -1), 20)
+        assert torch.equal(merged[0], score) and torch.equal(merged[1], found)
+
+
+def test_bf16_rows_are_scored_in_fp32() -> None:
+    query, key, ids = with_twins(1, 9, 300)
+    found = search_exact(query, key.bfloat16(), ids, 5)
+    assert found[0].dtype == torch.float32
+    assert_same(found, search_exact(query, key.bfloat16().float(), ids, 5))
+
+
+@pytest.mark.parametrize(("N", "M"), [(0, 10), (4, 0), (0, 0)])
+def test_nothing_to_search(N: int, M: int) -> None:
+    score, ids, slot = search_exact(*whole_numbers(0, N, M), 3)
+    assert score.shape == ids.shape == slot.shape == (2, N, 3)
+    assert ids.eq(-1).all() and slot.eq(-1).all() and score.eq(NO_SCORE).all()
+
+
+def test_empty_slots_are_never_hits() -> None:
+    query, key, ids = whole_numbers(2, 30, 200)
+    score, found, slot = search_exact(query, key, ids, 200)
+    live = int((ids >= 0).sum())
+    assert (found[..., :live] >= 0).all() and found[..., live:].eq(-1).all() and slot[..., live:].eq(-1).all()
+    assert score[..., live:].eq(NO_SCORE).all()

@@ -1,0 +1,31 @@
+"""The closing summary says every figure a person asked for, whatever the run was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lmcode.eval.held_out import EvalResult
+from lmcode.train.observe import PHASES
+from lmcode.train.summary import Facts, render
+
+FACTS = Facts(steps=550, skipped_steps=3, training_seconds=301.2, tokens_per_s=3712.4,
+              results={"on": EvalResult(3.5012, 90000, 2.1034, 40000), "off": EvalResult(3.7023, 90000, 2.3045, 40000),
+                       "shuffled": EvalResult(3.6056, 90000, 2.2067, 40000)},
+              filled_by_rank={2: [32768, 32700]}, slots=65536, hits_by_rank=[[30, 10], [25, 75]],
+              phase_ms=dict.fromkeys(PHASES, 10.0), bytes_per_step=4775439.0, prompt_tail="def f():", sample="    return",
+              checkpoint=Path("runs/x/checkpoints/step-00000550"), run_folder=Path("runs/x"))
+
+
+def test_every_figure_is_there() -> None:
+    text = render(FACTS)
+    for words in ("5 min 01 s", "3,712 tokens/s", "3 skipped", "3.5012", "3.7023", "3.6056", "2.1034", "rank 0 32,768",
+                  "rank 1 32,700", "75.0 % from rank 0", "25.0 % from rank 1", "4,775,439 bytes", "  > ",
+                  "runs/x/checkpoints/step-00000550", "tensorboard --logdir runs/x/tensorboard"):
+        assert words in text, words
+
+
+def test_a_run_without_a_bank_says_so() -> None:
+    from dataclasses import replace
+
+    text = render(replace(FACTS, results={"on": EvalResult(3.7, 90000, 0.0, 0)}, filled_by_rank={}, hits_by_rank=[[0]]))
+    assert "no bank" in text and "none that long" in text
