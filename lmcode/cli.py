@@ -151,11 +151,11 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="what comes before; at least one token")
     parser.add_argument("--max-new-tokens", metavar="N", type=_number(int, lowest=1), default=128,
                         help="tokens to add (%(default)s)")
-    parser.add_argument("--temperature", metavar="X", type=_number(float, lowest=0), default=1.0,
+    parser.add_argument("--temperature", metavar="X", type=_number(float, lowest=0), default=0.8,
                         help="0 takes the most likely token (%(default)s)")
-    parser.add_argument("--top-k", metavar="N", type=_number(int, lowest=0), default=0,
+    parser.add_argument("--top-k", metavar="N", type=_number(int, lowest=0), default=50,
                         help="draw from the N most likely tokens; 0 from all (%(default)s)")
-    parser.add_argument("--top-p", metavar="P", type=_number(float, lowest=1e-9, highest=1), default=1.0,
+    parser.add_argument("--top-p", metavar="P", type=_number(float, lowest=1e-9, highest=1), default=0.9,
                         help="draw from the fewest tokens that reach probability P (%(default)s)")
     parser.add_argument("--seed", metavar="N", type=_number(int, lowest=0), default=0,
                         help="of the draws (%(default)s)")

@@ -107,7 +107,7 @@ class MemoryConfig(Section):
     write_share: float = Field(0.25, gt=0.0, le=1.0, description="share of tokens that write=surprise keeps")
     eviction: Literal["fifo"] = "fifo"
     second_chance_importance: float = Field(2.0, gt=0.0, description="from here on FIFO passes an entry over once")
-    importance_weight: float = Field(1.0, ge=0.0, description="factor on log-importance in an entry's score")
+    importance_weight: float = Field(0.25, ge=0.0, description="factor on log-importance in an entry's score")
     importance_growth: float = Field(0.01, ge=0.0, description="importance gained per unit of attention received")
     max_norm: float = Field(100.0, gt=0.0, description="longer values are scaled down to this length")
     recall_queries: int = Field(64, ge=0, description="queries per logged step that are checked against exact search")

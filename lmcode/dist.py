@@ -41,13 +41,14 @@ def discover(env: Mapping[str, str] = os.environ) -> Rank:
         ValueError: if the launcher's variables are incomplete or not integers.
     """
     names = {
-        "deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+        "deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),
+        "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
         "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
                    "OMPI_COMM_WORLD_LOCAL_SIZE"),
         "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     }
     for launcher, (rank, size, local, local_size) in names.items():
-        if rank in env and size in env:
+        if rank in env and size in env and (launcher != "deepspeed" or local_size in env):
             try:
                 world = int(env[size])
                 tasks_here = env.get(local_size, str(world)).split("(")[0].split(",")[0]

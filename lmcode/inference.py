@@ -41,7 +41,7 @@ def evaluate_run(run: Path, overrides: list[str], *, as_json: bool = False) -> s
     return "\n".join(lines)
 
 
-def generate_text(run: Path, prompt: str, *, max_new_tokens: int = 100, temperature: float = 0.8, top_k: int = 50,
+def generate_text(run: Path, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.8, top_k: int = 50,
                   top_p: float = 0.9, seed: int = 0, memory: bool = True) -> str:
     """Continues `prompt` with a run's newest checkpoint; returns prompt and continuation. A collective.
 

@@ -41,7 +41,8 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of any ids of the vocabulary; special tokens vanish, bytes that are not UTF-8 become U+FFFD."""
+        """Text of any ids; special tokens and ids beyond the vocabulary (a model may have more) vanish, bytes that are not
+        UTF-8 become U+FFFD."""
         ...
 
     def save(self, folder: str | Path) -> None:
@@ -62,7 +63,7 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return bytes(i for i in ids if i != self.end_id).decode("utf-8", errors="replace")
+        return bytes(i for i in ids if i < self.end_id).decode("utf-8", errors="replace")
 
     def save(self, folder: str | Path) -> None:
         _write_json(Path(folder), TOKENIZER_FILE, {"lmcode": "bytes"})

@@ -61,7 +61,8 @@ def test_collectives_move_what_they_say_and_count_it(world_size: int) -> None:
 
 @pytest.mark.parametrize(("env", "expected"), [
     ({}, dist.Rank(0, 1, 0, 1, "single")),
-    ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, dist.Rank(3, 4, 1, 2, "deepspeed")),
+    ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}, dist.Rank(3, 4, 1, 2, "deepspeed")),
+    ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, dist.Rank(3, 4, 1, 2, "torchrun")),
     ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
       "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, dist.Rank(1, 2, 1, 2, "mpirun")),
     ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"},

@@ -10,11 +10,15 @@ import pytest
 import torch
 from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
-from test_bank import filled, make_bank, twins, unit
+from test_bank import filled, make_bank, my_part, twins, unit
 
 from lmcode.dist import Group
 from lmcode.memory import LongTermMemory, load_bank, load_shard, save_bank, save_shard
 from lmcode.memory.store import shard_file
+
+
+def my_queries(group: Group, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return my_part(unit(2, 12, 8, seed=seed) * 5, group, 1), my_part(torch.arange(12) % 4, group, 0)
 
 
 def used_bank(group: Group | None = None, **settings: object) -> LongTermMemory:
@@ -25,7 +29,7 @@ def used_bank(group: Group | None = None, **settings: object) -> LongTermMemory:
         value[0, 3] *= 1e3
         key[0, 5, 0] = float("inf")
         bank.write(key, value, torch.arange(60) % 4, step=step)
-        bank.commit([], [bank.search(unit(2, 8, 8, seed=step) * 5, torch.arange(8) % 4)], step=step)
+        bank.commit([], [bank.search(*my_queries(bank.group, step))], step=step)
     bank.delete(ids=range(100, 180, 9))
     return bank
 
@@ -104,17 +108,17 @@ def setting(name: str, value: object) -> Callable[[dict, dict], None]:
     (setting("format", 2), "must be an object of format 1"),
     (setting("raw", "[1]"), "must be an object of format 1"),
     (setting("raw", "{"), "not a readable shard file"),
-    (setting("colour", 3), "must hold the integers"),
-    (setting("hand", 1.5), "must hold the integers"),
-    (setting("hand", True), "must hold the integers"),
-    (setting("hand", 2**70), "out of range"),
+    (setting("colour", 3), "must hold the int64 numbers"),
+    (setting("hand", 1.5), "must hold the int64 numbers"),
+    (setting("hand", True), "must hold the int64 numbers"),
+    (setting("hand", 2**70), "must hold the int64 numbers"),
     (setting("hand", 99), r"hand must lie in 0\.\.14"),
     (setting("shard", 1), "'shard' must be 0: got 1"),
     (setting("virtual_shards", 7), "'virtual_shards' must be 6: got 7"),
     (setting("slots", 91), "'slots' must be 90: got 91"),
-    (setting("next_id", 1000), "all shard files must agree"),
+    (setting("next_id", 1000), "all virtual shards must agree"),
     (setting("next_id", 5), "next_id must exceed every id"),
-    (lambda tensors, header: header.pop("evicted"), "must hold the integers"),
+    (lambda tensors, header: header.pop("evicted"), "must hold the int64 numbers"),
     (lambda tensors, header: tensors.pop("chance"), "tensors must be"),
     (lambda tensors, header: tensors.update(more=torch.zeros(1)), "tensors must be"),
     (lambda tensors, header: tensors["value"].fill_(float("nan")), "'value' must be finite"),

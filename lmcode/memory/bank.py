@@ -351,6 +351,27 @@ class LongTermMemory:
             setattr(self, name, int(state[name]))
         self._version = next(_VERSIONS)
 
+    def restore(self, states: Mapping[int, Mapping[str, Tensor]], problem: str | None = None) -> None:
+        """Loads all virtual shards of this rank, or, if any rank has a problem, none on any rank. Collective.
+
+        Args:
+            states: by virtual shard, checked to fit.
+            problem: why this rank has no states to load.
+
+        Raises:
+            ValueError: on every rank alike, with all ranks' problems, or if the states are not all of one moment.
+        """
+        moments = {tuple(int(state[name]) for name in entry.COUNTERS) for state in states.values()}
+        outcomes = self.group.all_gather_object((problem, moments))
+        problems = [one for one, _ in outcomes if one]
+        if problems:
+            raise ValueError("; ".join(problems))
+        moments = set().union(*(one for _, one in outcomes))
+        if len(moments) != 1:
+            raise ValueError(f"all virtual shards must agree in {entry.COUNTERS}: got {sorted(moments)}")
+        for shard, state in states.items():
+            self.load(shard, state)
+
     def content_hash(self) -> str:
         """blake2b over all virtual shards in order: equal for equal contents, on any number of ranks. Collective."""
         parts = self.group.all_gather_object([(shard, digest_of(self.state(shard))) for shard in self.owned])

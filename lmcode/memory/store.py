@@ -58,19 +58,17 @@ def load_shard(path: Path | str) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("lmcode", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a readable shard file: {error}") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"{path}: the header entry 'lmcode' must be an object of format {FORMAT}: got {header}")
-    if {*header} != {"format", *NUMBERS} or not all(type(number) is int for number in header.values()):
-        raise ValueError(f"{path}: the header entry 'lmcode' must hold the integers {NUMBERS}: got {header}")
+    fine = {*header} == {"format", *NUMBERS} and all(type(number) is int for number in header.values())
+    if not fine or max(map(abs, header.values())) >= 2**63:
+        raise ValueError(f"{path}: the header entry 'lmcode' must hold the int64 numbers {NUMBERS}: got {header}")
     if {*tensors} != {*TENSORS}:
         raise ValueError(f"{path}: tensors must be {sorted(TENSORS)}: got {sorted(tensors)}")
-    try:
-        return {**tensors, **{name: torch.tensor(header[name], dtype=torch.int64) for name in NUMBERS}}
-    except (OverflowError, RuntimeError) as error:
-        raise ValueError(f"{path}: a number of the header is out of range: {error}") from None
+    return {**tensors, **{name: torch.tensor(header[name]) for name in NUMBERS}}
 
 
 def save_bank(folder: Path | str, bank: LongTermMemory) -> None:
@@ -94,13 +92,7 @@ def load_bank(folder: Path | str, bank: LongTermMemory) -> None:
             bank.shard.check(shard, states[shard])
     except ValueError as error:
         problem = f"{shard_file(folder, shard)}: {error}" if str(folder) not in str(error) else str(error)
-    counters = {tuple(int(state[name]) for name in COUNTERS) for state in states.values()}
-    outcomes = bank.group.all_gather_object((problem, counters))
-    problems = [one for one, _ in outcomes if one]
-    if problems:
-        raise ValueError("; ".join(problems))
-    moments = set().union(*(one for _, one in outcomes))
-    if len(moments) != 1:
-        raise ValueError(f"{folder}: all shard files must agree in {COUNTERS}: got {sorted(moments)}")
-    for shard, state in states.items():
-        bank.load(shard, state)
+    try:
+        bank.restore(states, problem)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None

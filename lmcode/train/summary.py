@@ -15,6 +15,7 @@ from lmcode.model.generate import generate
 if TYPE_CHECKING:
     from lmcode.train.loop import Session
 
+SHOWN = ("forward", "backward", "search", "exchange", "optimizer", "commit")  # phases of a step, as a person reads them
 SAMPLE_TOKENS = 96
 SAMPLE_WINDOWS = 3  # windows of a held-out document that are read before the model goes on writing it
 
@@ -77,7 +78,7 @@ def _memory(facts: Facts) -> list[str]:
 
 def _costs(facts: Facts) -> list[str]:
     ms, step = facts.phase_ms, max(facts.phase_ms["step"], 1e-9)
-    parts = "  ".join(f"{name} {ms[name]:.0f}" for name in ("forward", "backward", "search", "exchange", "optimizer", "commit"))
+    parts = "  ".join(f"{name} {ms[name]:.0f}" for name in SHOWN)
     return [f"one step took {ms['step']:.0f} ms: {parts}",
             f"  search {100 * ms['search'] / step:.1f} % and exchange {100 * ms['exchange'] / step:.1f} % of a step; "
             f"{facts.bytes_per_step:,.0f} bytes received per rank and step for the memory"]
