@@ -31,7 +31,7 @@ ranks="${LMCODE_RANKS:-$((gpus > 0 ? gpus : 2))}"
 case "$ranks" in '' | *[!0-9]* | 0*) fail "LMCODE_RANKS must be a positive number: got '$ranks'" ;; esac
 if [ "$gpus" -gt 0 ] && [ "$ranks" -gt "$gpus" ]; then fail "there are $gpus GPUs for $ranks ranks; set LMCODE_RANKS"; fi
 
-"$LMCODE_PYTHON" -m lmcode config check --world "$ranks" "${job[@]}"
+"$LMCODE_PYTHON" -m lmcode config check --data --world "$ranks" "${job[@]}"
 
 # The GPUs of CUDA_VISIBLE_DEVICES, not the first ones of the machine: DeepSpeed's --num_gpus would ignore the variable.
 devices=(--num_gpus "$ranks")

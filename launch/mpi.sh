@@ -14,7 +14,7 @@ source "$launch/environment.sh"
 
 ranks="${LMCODE_RANKS:-2}"
 case "$ranks" in '' | *[!0-9]* | 0*) echo "lmcode: error: LMCODE_RANKS must be a positive number: got '$ranks'" >&2; exit 2 ;; esac
-"$LMCODE_PYTHON" -m lmcode config check --world "$ranks" "$@"
+"$LMCODE_PYTHON" -m lmcode config check --data --world "$ranks" "$@"
 
 read -r -a extra <<<"${LMCODE_MPI_ARGUMENTS:-}" || true
 if [ "$(id -u)" -eq 0 ]; then extra+=(--allow-run-as-root); fi

@@ -183,7 +183,7 @@ def _add_config(commands: Any) -> None:
                     examples="  lmcode config show --preset small train.seed=1 > my-run.yaml")
     check = _command(kinds, "check", config_check, overrides=True,
                      help="say whether a run could start with these settings",
-                     usage=f"lmcode config check {source} [--world N] [section.key=value ...]",
+                     usage=f"lmcode config check {source} [--world N] [--data] [section.key=value ...]",
                      examples="  lmcode config check --config my-run.yaml --world 8")
     _command(kinds, "schema", config_schema, overrides=False, help="print the JSON schema of a config file",
              usage="lmcode config schema", examples="  lmcode config schema > lmcode.schema.json")
@@ -191,6 +191,7 @@ def _add_config(commands: Any) -> None:
         _add_source(kind)
     check.add_argument("--world", metavar="N", type=_number(int, lowest=1),
                        help="also check that N ranks can share the run")
+    check.add_argument("--data", action="store_true", help="also prepare the corpus, so that the run finds it ready")
 
 
 def _number(kind: type[int] | type[float], *, lowest: float, highest: float = float("inf")) -> Callable[[str], Any]:
@@ -273,6 +274,10 @@ def config_check(arguments: argparse.Namespace) -> int:
     stage = load_sharding(config.train.deepspeed)["zero_optimization"]["stage"]
     if arguments.world is not None:
         config.check_world_size(arguments.world)
+    if arguments.data:
+        from lmcode.train.corpus import load_corpus
+
+        load_corpus(config)
     slots = config.model.long_term_memory_slots
     banks = len(config.model.memory_layer_indices) if slots else 0
     ranks = "" if arguments.world is None else f", {arguments.world} ranks"

@@ -16,6 +16,7 @@ from lmcode.dist import Group
 from lmcode.eval.held_out import MODES, evaluate, held_out_sampler
 from lmcode.model.generate import generate
 from lmcode.train.checkpoint import load_model
+from lmcode.train.corpus import load_corpus
 
 
 def evaluate_run(run: Path, overrides: list[str], *, as_json: bool = False) -> str:
@@ -24,8 +25,6 @@ def evaluate_run(run: Path, overrides: list[str], *, as_json: bool = False) -> s
     Raises:
         ConfigError: if there is no checkpoint, or its held-out documents cannot be found again.
     """
-    from lmcode.train.loop import load_corpus
-
     group = Group.world()
     model, config, _, step = load_model(run, overrides, group=group, device=dist.device())
     if config.eval.streams % group.size:

@@ -158,6 +158,7 @@ def test_index_by_namespace_follows_every_change() -> None:
     shard, rng = make_shard(slots=60), np.random.default_rng(0)
     for round_ in range(30):
         fill(shard, 7, first_id=7 * round_, namespaces=5)
+        shard.slots_by_namespace()
         shard.delete(rng.random(60) < 0.1)
         for names in ([0], [4], [1, 3], [9], [9, 2]):
             slots = shard.slots_of(np.array(names))

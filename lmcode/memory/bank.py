@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmcode.config import FAISS_GPU_MAX_K, ConfigError, MemoryConfig
+from lmcode.config import ConfigError, MemoryConfig
 from lmcode.dist import Group
 from lmcode.memory import entry
-from lmcode.memory.faiss_index import TIERS, choose_tier
-from lmcode.memory.merge import logsumexp_of, merge_hits, pack_cuts, unpack_cuts, winners
+from lmcode.memory.faiss_index import TIERS, check_top_k, choose_tier
+from lmcode.memory.merge import logsumexp_of, merge_lists, pack_cuts, unpack_cuts, winners
 from lmcode.memory.placement import holder_of, shards_of
 from lmcode.memory.shard import Predicate, Scope, Shard, Ticket, align_rows, digest_of
 from lmcode.retrieval import NO_SCORE, Candidates, Hits
@@ -63,7 +63,7 @@ class LongTermMemory:
         self.group = Group() if group is None else group
         self.heads, self.head_dim, self.slots, self.top_k, self.config = heads, head_dim, slots, top_k, config
         self.device = torch.device(device)
-        _check_k(top_k)
+        check_top_k(top_k)
         self._tiers = {scope: choose_tier(config, scope, slots, self.device) for scope in ("document", "global")}
         try:
             self.owned = shards_of(self.group.rank, self.group.size, config.virtual_shards)
@@ -121,7 +121,7 @@ class LongTermMemory:
                              f"got {tuple(query_HND.shape)} and {tuple(namespace_N.shape)}")
         if isinstance(scope, str) and scope not in self._tiers:
             raise ValueError(f"scope must be 'document', 'global' or a list of namespaces: got '{scope}'")
-        _check_k(k)
+        check_top_k(k)
 
     def _counts(self, count: int, phase: str) -> list[int]:
         return self.group.all_gather(torch.tensor([count], device=self.device), phase=phase).tolist()
@@ -133,11 +133,11 @@ class LongTermMemory:
         if mode == "auto":  # bytes received per query, head and other rank
             mode = "all_gather" if R * 12 * k <= 12 * k + 16 else "all_to_all"
         if mode == "all_gather":
-            merged = _merge_lists(*(self.group.all_gather(part[None], phase="hits") for part in lists))
+            merged = merge_lists(*(self.group.all_gather(part[None], phase="hits") for part in lists))
             mine = slice(self.group.rank * n, (self.group.rank + 1) * n)
             cuts = merged[0][..., -1], merged[1][..., -1], logsumexp_of(*merged)
             return (merged[0][mine], merged[1][mine]), cuts
-        own = _merge_lists(*(self.group.all_to_all(part, phase="hits").view(R, n, -1, k) for part in lists))
+        own = merge_lists(*(self.group.all_to_all(part, phase="hits").view(R, n, -1, k) for part in lists))
         return own, unpack_cuts(self.group.all_gather(pack_cuts(*own), phase="hits"))
 
     def _ticket_of(self, hits: Hits) -> Ticket:
@@ -210,13 +210,11 @@ class LongTermMemory:
                                   sum(self.shard.evicted.values()) - evicted)
 
     def _gather_candidates(self, candidates: Sequence[Candidates]) -> tuple[int, tuple[Any, ...]]:
-        """How many valid candidates there are; keys, values, namespaces and importance of those that are chosen.
-
-        The facts that decide travel first, so that the vectors of candidates that are not chosen never do.
-        """
+        """How many valid candidates there are; keys, values, namespaces and importance of those that are chosen."""
         vector_E2HD, facts_E2 = entry.stack_candidates(candidates, heads=self.heads, head_dim=self.head_dim,
                                                        dtype=self.shard.key_HME.dtype, device=self.device)
         count_R = self._counts(len(facts_E2), "writes")
+        # What decides travels first, so that the vectors of candidates that are not chosen never do.
         namespace_E, surprise_E = entry.unpack_facts(self._gather_rows(facts_E2, count_R))
         chosen_E = entry.choose(surprise_E, self.config)
         chosen_RE = np.split(chosen_E, np.cumsum(count_R)[:-1])
@@ -281,11 +279,11 @@ class LongTermMemory:
 
     def stats(self) -> dict[str, Any]:
         """Counts over all ranks: slots, live (and by rank), fill (live / slots), evicted, merged, ... Collective."""
-        live_M = self.shard.live_M
-        mine_R = [int(live_M.sum()) if rank == self.group.rank else 0 for rank in range(self.group.size)]
-        merged = int((self.shard.columns["count"] - 1)[live_M].sum())
-        *live_R, evicted, merged, blind = self._totals(*mine_R, sum(self.shard.evicted.values()), merged,
-                                                       self.blind_queries)
+        live_R = [0] * self.group.size
+        live_R[self.group.rank] = int(self.shard.live_M.sum())
+        merged = int((self.shard.columns["count"] - 1)[self.shard.live_M].sum())
+        numbers = *live_R, sum(self.shard.evicted.values()), merged, self.blind_queries
+        *live_R, evicted, merged, blind = self._totals(*numbers)
         return {"slots": self.slots, "live": sum(live_R), "live_by_rank": live_R, "fill": sum(live_R) / self.slots,
                 "evicted": evicted, "merged": merged, "rejected": self.rejected, "clipped": self.clipped,
                 "blind_queries": blind, "next_id": self.next_id}
@@ -305,8 +303,8 @@ class LongTermMemory:
 
     def recall(self) -> float:
         """`check_recall` of this bank as it is now, on queries of the latest search. Collective."""
-        (query_HND, namespace_N), scope = self._sample
-        return self.check_recall(query_HND, namespace_N, self.search(query_HND, namespace_N, scope=scope), scope=scope)
+        sample, scope = self._sample
+        return self.check_recall(*sample, self.search(*sample, scope=scope), scope=scope)
 
     def check_recall(self, query_HND: Tensor, namespace_N: Tensor, hits: Hits, *, scope: Scope | None = None) -> float:
         """Recall@K of fresh `hits` against an exact search, on `recall_queries` queries of every rank. Collective.
@@ -321,9 +319,8 @@ class LongTermMemory:
         return found / wanted if wanted else 1.0
 
     def _sample_of(self, rows_HNX: Tensor, namespace_N: Tensor) -> tuple[Tensor, Tensor]:
-        N = len(namespace_N)
-        count = min(N, self.config.recall_queries)
-        sample = torch.arange(count, device=namespace_N.device) * N // max(1, count)
+        count = min(len(namespace_N), self.config.recall_queries)
+        sample = torch.arange(count, device=namespace_N.device) * len(namespace_N) // max(1, count)
         return rows_HNX[:, sample], namespace_N[sample]
 
     def fork(self, *, empty: bool, slots: int | None = None) -> LongTermMemory:
@@ -352,14 +349,10 @@ class LongTermMemory:
         self._version = next(_VERSIONS)
 
     def restore(self, states: Mapping[int, Mapping[str, Tensor]], problem: str | None = None) -> None:
-        """Loads all virtual shards of this rank, or, if any rank has a problem, none on any rank. Collective.
-
-        Args:
-            states: by virtual shard, checked to fit.
-            problem: why this rank has no states to load.
+        """Loads all virtual shards of this rank, given checked states, or none on any rank. Collective.
 
         Raises:
-            ValueError: on every rank alike, with all ranks' problems, or if the states are not all of one moment.
+            ValueError: on all ranks, if any has a `problem` or the states are not all of one moment.
         """
         moments = {tuple(int(state[name]) for name in entry.COUNTERS) for state in states.values()}
         outcomes = self.group.all_gather_object((problem, moments))
@@ -407,16 +400,6 @@ class _Sums(torch.autograd.Function):
         return whole_NHD.transpose(0, 1).to(ctx.dtype), None, None, None, None
 
 
-def _merge_lists(score_RXHK: Tensor, id_RXHK: Tensor) -> tuple[Tensor, Tensor]:
-    """Merges the ranks' lists: [R, ..., K] to [..., K]."""
-    return merge_hits(*(part.movedim(0, -2).flatten(-2) for part in (score_RXHK, id_RXHK)), score_RXHK.shape[-1])
-
-
 def _pad(rows_NX: Tensor, n: int, fill: float = 0) -> Tensor:
     """Appends rows up to n."""
     return torch.cat([rows_NX, rows_NX.new_full((n - len(rows_NX), *rows_NX.shape[1:]), fill)])
-
-
-def _check_k(k: int) -> None:
-    if not 1 <= k <= FAISS_GPU_MAX_K:
-        raise ConfigError(f"top_k must lie in 1..{FAISS_GPU_MAX_K}: got {k}")

@@ -35,16 +35,21 @@ def available(device: torch.device) -> bool:
     return device.type == "cpu" or _gpu_resources() is not None
 
 
+def check_top_k(k: int) -> None:
+    """Raises ConfigError for a K that FAISS cannot return on every device."""
+    if not 1 <= k <= FAISS_GPU_MAX_K:
+        raise ConfigError(f"top_k must lie in 1..{FAISS_GPU_MAX_K}: got {k}")
+
+
 def search_flat(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int) -> Found:
     """The k best rows for each head and query, in total order; arguments and result as in `exact.search_exact`.
 
     bf16 rows are converted to fp32 on a CPU.
 
     Raises:
-        ValueError: if k lies outside 1..2048, what FAISS can return on every device.
+        ConfigError: if k lies outside 1..2048.
     """
-    if not 1 <= k <= FAISS_GPU_MAX_K:
-        raise ValueError(f"FAISS returns 1 to {FAISS_GPU_MAX_K} hits: got k = {k}")
+    check_top_k(k)
     heads = [_search_head(query_NE.contiguous(), key_ME.float().contiguous(), id_M, k)
              for query_NE, key_ME in zip(query_HNE, key_HME, strict=True)]
     score_HNK, id_HNK, slot_HNK = (torch.stack(parts) for parts in zip(*heads, strict=True))

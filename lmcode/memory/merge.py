@@ -82,6 +82,11 @@ def merge_hits(score_L: Tensor, id_L: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return score_K.contiguous(), id_K.contiguous()
 
 
+def merge_lists(score_RXK: Tensor, id_RXK: Tensor) -> tuple[Tensor, Tensor]:
+    """Merges the lists of R ranks, [R, ..., K], into [..., K]."""
+    return merge_hits(*(part.movedim(0, -2).flatten(-2) for part in (score_RXK, id_RXK)), score_RXK.shape[-1])
+
+
 def winners(score_K: Tensor, id_K: Tensor, cut_score: Tensor, cut_id: Tensor) -> Tensor:
     """Which hits of a local list come no later than the cut, the last hit of the merged list: bool [..., K].
 

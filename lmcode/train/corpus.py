@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from lmcode.config import ConfigError, DataConfig, near_match
+from lmcode.config import ConfigError, DataConfig, RunConfig, near_match
 from lmcode.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, check_vocab, load_tokenizer
 from lmcode.train.sources import Document, Source, open_source
 
@@ -93,6 +93,12 @@ class Corpus:
                 f"{held_out['documents']:,} documents, {held_out['tokens']:,} tokens held out, "
                 f"{too_short:,} documents too short, {self.meta['skipped_files']:,} files not text; "
                 f"vocabulary {self.tokenizer.vocab_size:,}, {train['bytes'] / train['tokens']:.2f} bytes per token")
+
+
+def load_corpus(config: RunConfig) -> Corpus:
+    """The tokenized corpus of a run, prepared unless it already is; in `data.cache`, or runs/corpora beside the runs."""
+    folder = Path(config.data.cache) if config.data.cache else Path("runs") / "corpora"
+    return prepare_corpus(config.data, vocab_size=config.model.vocab_size, folder=folder)
 
 
 def prepare_corpus(config: DataConfig, *, vocab_size: int, folder: Path, progress: Progress | None = None) -> Corpus:

@@ -22,7 +22,7 @@ from lmcode.model.lm import LayerMemory, StreamState
 from lmcode.retrieval import Candidates, Hits
 from lmcode.train import checkpoint, observe, summary
 from lmcode.train.clock import Clock
-from lmcode.train.corpus import Corpus, prepare_corpus
+from lmcode.train.corpus import Corpus, load_corpus
 from lmcode.train.data import StreamSampler
 from lmcode.train.ds_config import resolve
 from lmcode.train.engine import Engine, synchronise
@@ -125,12 +125,6 @@ def shared_start(config: RunConfig, group: Group) -> tuple[Path, Corpus]:
         raise ConfigError(f"every rank must read the same corpus: got {len(set(digests))} different ones on {len(digests)} "
                           "ranks; put it on a shared folder and name that in data.path and data.cache")
     return run_folder, corpus
-
-
-def load_corpus(config: RunConfig) -> Corpus:
-    """The tokenized corpus of a run, prepared unless it already is."""
-    folder = Path(config.data.cache) if config.data.cache else Path("runs") / "corpora"
-    return prepare_corpus(config.data, vocab_size=config.model.vocab_size, folder=folder)
 
 
 def fit(session: Session) -> None:
