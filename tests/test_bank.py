@@ -38,7 +38,7 @@ RUNS = ({"tier": "exact", "exchange": "all_gather", "fetch": "sums", "write": "s
 
 def make_bank(group: Group | None = None, *, slots: int = 90, top_k: int = K, **settings: Any) -> LongTermMemory:
     return LongTermMemory(heads=H, head_dim=D, slots=slots, top_k=top_k, group=group,
-                          config=MemoryConfig(**({"virtual_shards": S} | settings)))
+                          config=MemoryConfig(**({"virtual_shards": S, "importance_weight": 1.0} | settings)))
 
 
 def unit(*shape: int, seed: int) -> Tensor:

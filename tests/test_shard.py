@@ -32,7 +32,7 @@ H, D, S = 2, 6, 4
 
 
 def make_shard(slots: int = 40, owned: tuple[int, ...] = (0, 1, 2, 3), **settings: Any) -> Shard:
-    config = MemoryConfig(virtual_shards=S, **settings)
+    config = MemoryConfig(**({"virtual_shards": S, "importance_weight": 1.0} | settings))
     return Shard(heads=H, head_dim=D, slots=slots, owned=owned, config=config, device=torch.device("cpu"))
 
 

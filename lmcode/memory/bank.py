@@ -102,7 +102,6 @@ class LongTermMemory:
         query_NHD = query_HND.where(seeing_N[:, None], 0).transpose(0, 1)
         query_GHD = self.group.all_gather(_pad(query_NHD, n), phase="queries")
         namespace_G = self.group.all_gather(_pad(namespace_N.where(seeing_N, -1), n, -1), phase="queries")
-
         query_HGE = F.pad(query_GHD.transpose(0, 1).float(), (0, 1), value=1.0)
         tier = tier or self._tiers["document" if scope == "document" else "global"]
         found = self.shard.search(query_HGE, namespace_G.cpu().numpy(), k, scope=scope, tier=TIERS[tier])
@@ -128,8 +127,7 @@ class LongTermMemory:
 
     def _exchange(self, score_GHK: Tensor, id_GHK: Tensor, n: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Phase 3: this rank's merged hits [n, H, K]; for all queries the cut's score and id and the log-sum-exp."""
-        R, k, lists = self.group.size, score_GHK.shape[-1], (score_GHK, id_GHK)
-        mode = self.config.exchange
+        R, k, lists, mode = self.group.size, score_GHK.shape[-1], (score_GHK, id_GHK), self.config.exchange
         if mode == "auto":  # bytes received per query, head and other rank
             mode = "all_gather" if R * 12 * k <= 12 * k + 16 else "all_to_all"
         if mode == "all_gather":
@@ -169,7 +167,7 @@ class LongTermMemory:
         return value_HND.to(query_HND.dtype), lse_HN
 
     @torch.no_grad()
-    def fetch(self, hits: Hits) -> tuple[Tensor, Tensor]:
+    def fetch(self, hits: Hits) -> tuple[Tensor, ...]:
         """Keys and values of the hits, fp32 [H, N, K, D] each, zero where invalid. Collective.
 
         Meant for inspection: all of [G, H, K, 2D] exists at once, padded, whichever rank holds what.
@@ -179,12 +177,10 @@ class LongTermMemory:
         rows_RNHKX = self.group.all_to_all(sent_GHKX, phase="values").view(R, -1, H, k, 2 * self.head_dim)[:, :N]
         id_NHK = hits.id_HNK.transpose(0, 1)
         rows_NHKX = align_rows(rows_RNHKX, self._holder_of(id_NHK).where(id_NHK >= 0, -1))
-        key_HNKD, value_HNKD = rows_NHKX.transpose(0, 1).split(self.head_dim, dim=-1)
-        return key_HNKD, value_HNKD
+        return rows_NHKX.transpose(0, 1).split(self.head_dim, dim=-1)
 
     def _holder_of(self, ids: Tensor) -> Tensor:
-        holder = holder_of(ids.cpu().numpy(), self.config.virtual_shards, self.group.size)
-        return torch.from_numpy(holder).to(ids.device)
+        return torch.from_numpy(holder_of(ids.cpu().numpy(), self.config.virtual_shards, self.group.size)).to(ids.device)
 
     @torch.no_grad()
     def commit(self, candidates: Sequence[Candidates], hits: Sequence[Hits], *, step: int) -> entry.CommitReport:
@@ -267,7 +263,6 @@ class LongTermMemory:
         """Removes, for good, the entries that meet all given conditions; returns how many there were. Collective.
 
         Args:
-            before_step: entries written in an earlier step than this.
             predicate: from the columns of `entry.METADATA` (arrays over slots, empty ones included) to a bool array.
         """
         chosen_M = self.shard.matching(ids=ids, namespace=namespace, before_step=before_step, predicate=predicate)
@@ -368,8 +363,8 @@ class LongTermMemory:
     def content_hash(self) -> str:
         """blake2b over all virtual shards in order: equal for equal contents, on any number of ranks. Collective."""
         parts = self.group.all_gather_object([(shard, digest_of(self.state(shard))) for shard in self.owned])
-        digests = [digest for _, digest in sorted(itertools.chain(*parts))]
-        return hashlib.blake2b(b"".join(digests), digest_size=32).hexdigest()
+        whole = b"".join(digest for _, digest in sorted(itertools.chain(*parts)))
+        return hashlib.blake2b(whole, digest_size=32).hexdigest()
 
 
 class _Sums(torch.autograd.Function):
