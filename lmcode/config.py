@@ -189,6 +189,9 @@ class RunConfig(Section):
         if self.train.sequence_length % self.model.retrieval_stride:
             raise ValueError("train.sequence_length must be a multiple of model.retrieval_stride: "
                              f"{self.train.sequence_length} % {self.model.retrieval_stride} != 0")
+        if self.memory.scope == "global" and self.eval.slots not in (None, slots):
+            raise ValueError("eval.slots must be left out with memory.scope=global, where an evaluation reads a copy of the "
+                             f"bank: got {self.eval.slots}")
         if self.data.path is not None and self.data.hf is not None:
             raise ValueError("give either data.path or data.hf, not both")
         return self

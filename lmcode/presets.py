@@ -24,7 +24,7 @@ def tiny() -> RunConfig:
         model=LMCODEConfig(vocab_size=4096, hidden_size=192, num_layers=4, num_heads=6, context_length=256,
                            short_term_memory_size=16, short_term_dim=48, short_term_segment=64, memory_update_rate=0.5,
                            long_term_memory_slots=65536, memory_layers=(2,), memory_heads=2, memory_head_dim=64),
-        memory=MemoryConfig(virtual_shards=12),
+        memory=MemoryConfig(virtual_shards=12, tier="faiss-flat"),
         data=DataConfig(),
         train=TrainConfig(learning_rate=2e-3, warmup_steps=50, total_steps=550, streams=8, sequence_length=256),
         eval=EvalConfig(every=250, streams=8, windows=12, final_windows=48),

@@ -49,9 +49,11 @@ def test_overrides_win_and_leave_the_rest_alone() -> None:
     ("train=5", ["train"]),
     ("train.seed.deep=1", ["seed"]),
     ("data.path=a", []),
+    ("eval.slots=100", ["global", "100"]),
 ])
 def test_a_bad_override_is_one_line_that_names_it(override: str, words: list[str]) -> None:
-    overrides = [override, "data.hf=b"] if override == "data.path=a" else [override]
+    together = {"data.path=a": ["data.hf=b"], "eval.slots=100": ["memory.scope=global"]}
+    overrides = [override, *together.get(override, [])]
     with pytest.raises(ConfigError) as error:
         load_run_config("tiny", overrides)
     message = str(error.value)

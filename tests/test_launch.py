@@ -32,11 +32,19 @@ exit "${STAND_IN_EXIT:-0}"
 """
 
 
+@pytest.fixture(scope="session")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenized corpora, shared by all copies of the checkout, so that each is prepared once."""
+    return tmp_path_factory.mktemp("corpora")
+
+
 @pytest.fixture
-def stand_ins(tmp_path: Path) -> dict[str, str]:
+def stand_ins(tmp_path: Path, corpora: Path) -> dict[str, str]:
     """A copy of the checkout whose deepspeed and mpirun only print their arguments; returns the environment for it."""
     for name in ("launch", "lmcode", "ds_configs", "tests"):
         shutil.copytree(CHECKOUT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "corpora").symlink_to(corpora)
     launcher = tmp_path / "deepspeed" / "launcher"
     launcher.mkdir(parents=True)
     for folder in (launcher.parent, launcher):

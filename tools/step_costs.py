@@ -27,7 +27,7 @@ def formula(overrides: list[str]) -> dict[str, float]:
     D, K, others = model.memory_head_dim, model.memory_top_k, RANKS - 1
     return {
         "queries (R-1) n D b, and a namespace per token": others * (queries * D * 4 + n * 8),
-        "hits 12 (R-1) n K by plain all_gather": others * 12 * queries * K,
+        "hits 12 (R-1) R n K by plain all_gather": others * 12 * RANKS * queries * K,
         "values (R-1) n D b": others * queries * D * 4,
         "gradients (R-1) n (D+2) b and (R-1) n D b": others * queries * (2 * D + 2) * 4,
         "writes: key and value, namespace and surprise": others * n * (2 * model.memory_heads * D * 4 + 16),
