@@ -122,12 +122,18 @@ def _add_source(parser: Parser) -> None:
 def _add_train(commands: Any) -> None:
     parser = _command(
         commands, "train", train, overrides=True, help="train a model and leave a run folder",
-        usage="lmcode train [--preset NAME | --config FILE.yaml] [section.key=value ...]",
+        usage="lmcode train [--preset NAME | --config FILE.yaml] [--resume auto|PATH|none] [section.key=value ...]",
         examples="  lmcode train train.total_steps=100\n"
                  "  lmcode train --preset small data.path=books/ train.run_dir=runs/books\n"
                  "  deepspeed --num_gpus 2 --module lmcode train --preset tiny train.deepspeed=zero3\n"
-                 "  mpirun -n 4 python -m lmcode train --config runs/books/config.yaml train.seed=1")
+                 "  mpirun -n 4 python -m lmcode train --config runs/books/config.yaml train.seed=1\n"
+                 "  lmcode train --resume auto --preset small train.run_dir=runs/books\n"
+                 "  lmcode train --resume runs/books train.total_steps=20000")
     _add_source(parser)
+    parser.add_argument("--resume", metavar="auto|PATH|none", default="none",
+                        help="go on from the newest checkpoint in train.run_dir that verifies, or from step 0 if there is "
+                             "none (auto); from a run folder or a checkpoint, with its settings unless others are given "
+                             "(PATH); or never (%(default)s)")
 
 
 def _add_eval(commands: Any) -> None:
@@ -215,10 +221,13 @@ def _run_config(arguments: argparse.Namespace) -> RunConfig:
 
 def train(arguments: argparse.Namespace) -> int:
     """`lmcode train`."""
+    path = arguments.resume if arguments.resume not in ("auto", "none") else None
+    if path is not None and arguments.config is None and arguments.preset is None:
+        arguments.config = str(Path(path) / "config.yaml")
     config = _run_config(arguments)
     from lmcode.train import loop
 
-    return loop.run(config)
+    return loop.run(config) if arguments.resume == "none" else loop.run(config, resume=arguments.resume)
 
 
 def evaluate(arguments: argparse.Namespace) -> int:

@@ -12,7 +12,8 @@ import pytest
 
 CHECKOUT = Path(__file__).parents[1]
 OVERRIDES = ["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.vocab_size=257",
-             "model.memory_layers=[1]", "model.context_length=32", "model.long_term_memory_slots=600", "model.memory_top_k=8",
+             "model.memory_layers=[1]", "model.context_length=32", "model.long_term_memory_slots=600",
+             "model.memory_top_k=8",
              "model.memory_bias=0",
              "data.tokenizer=bytes", "train.sequence_length=32", "train.total_steps=6", "train.warmup_steps=2",
              "train.log_every=2", "eval.every=0", "eval.final_windows=2"]

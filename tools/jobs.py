@@ -47,11 +47,3 @@ def last(run: Path, key: str) -> float:
     values = [row[key] for row in metrics(run) if row.get(key) is not None]
     return values[-1] if values else float("nan")
 
-
-def evaluate(run: Path, overrides: list[str]) -> dict:
-    """`lmcode eval --json` of a run, on one process."""
-    command = [sys.executable, "-m", "lmcode", "eval", str(run), "--json", *overrides]
-    job = subprocess.run(command, cwd=CHECKOUT, stdin=subprocess.DEVNULL, text=True, capture_output=True)
-    if job.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {job.returncode}:\n{job.stderr[-3000:]}")
-    return json.loads(job.stdout.splitlines()[-1])

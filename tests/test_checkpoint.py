@@ -1,0 +1,422 @@
+"""Checkpoints of real small runs: a resumed run is the run that never stopped; what is damaged or foreign is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from ranks import run_on_ranks
+from test_loop import settings, write_corpus
+
+from lmcode import cli, dist
+from lmcode.config import ConfigError, RunConfig, build
+from lmcode.model.lm import StreamState
+from lmcode.train import checkpoint, durable, loop
+from lmcode.train.metrics import drop_rows_beyond
+
+STAGES = ("cpu", "zero1", "zero2", "zero3")
+HALF, WHOLE = 3, 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_corpus(folder)
+    return folder
+
+
+def values_of(folder: Path, name: str, stage: str = "zero2", **train: Any) -> dict:
+    """Dropout draws random numbers, and two micro-batches cut a rank's streams."""
+    changes = {"total_steps": WHOLE, "deepspeed": stage, "gradient_accumulation_steps": 2, **train}
+    return settings(folder, name, model={"dropout": 0.1}, train=changes)
+
+
+def advance(session: loop.Session, steps: int) -> list:
+    """Loss and ids of the hits of some steps."""
+    seen = []
+    for _ in range(steps):
+        result = loop.train_step(session)
+        session.step += 1
+        seen.append((result.loss, [read.hits.id_HNK.tolist() for read in result.reads[1]]))
+    return seen
+
+
+def outcome(session: loop.Session) -> dict:
+    """What two runs that are the same share, bit for bit, on this rank."""
+    tensors = [one for state in session.states.values() for one in checkpoint._named_tensors(state).values()]
+    return {"bank": session.model.banks[1].content_hash(), "step": session.step,
+            "weights": {name: w.numpy().tobytes() for name, w in session.engine.full_state_dict().items()},
+            "random": torch.get_rng_state().tolist(), "streams": [tensor.tolist() for tensor in tensors]}
+
+
+def train_whole_and_half(pairs: list[tuple[dict, dict]]) -> list:
+    """Each first run goes through without a save, each second is saved in the middle and ends there."""
+    results = []
+    for whole, half in pairs:
+        session = loop.set_up(build(RunConfig, whole), dist.discover())
+        first = advance(session, WHOLE)
+        results.append((first, outcome(session)))
+        session.close()
+        session = loop.set_up(build(RunConfig, half), dist.discover())
+        assert advance(session, HALF) == first[:HALF]
+        session.training_seconds = 7.0
+        assert checkpoint.save(session) == checkpoint.place_of(session)
+        session.close()
+    return results
+
+
+def resumed(values: dict, resume: str = "auto") -> loop.Session:
+    config = build(RunConfig, values)
+    start = loop.open_run(config, dist.Group.world(), resume)
+    return loop.set_up(config, dist.discover(), start=start)
+
+
+def train_rest(runs: list[dict]) -> list:
+    results = []
+    for values in runs:
+        session = resumed(values)
+        assert (session.step, session.training_seconds) == (HALF, 7.0)
+        results.append((advance(session, WHOLE - HALF), outcome(session)))
+        session.close()
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_resumed_run_is_bit_identical_to_one_that_never_stopped(folder: Path, world_size: int) -> None:
+    pairs = [(values_of(folder, f"whole-{stage}-{world_size}", stage),
+              values_of(folder, f"half-{stage}-{world_size}", stage)) for stage in STAGES]
+    straight = run_on_ranks(train_whole_and_half, world_size, pairs)
+    rest = run_on_ranks(train_rest, world_size, [half for _, half in pairs])
+    for rank in range(world_size):
+        for stage, (seen, end), (seen_later, later) in zip(STAGES, straight[rank], rest[rank], strict=True):
+            assert seen_later == seen[HALF:], stage
+            for name, value in end.items():
+                assert later[name] == value, f"{name} differs, {stage} on {world_size} rank(s)"
+    assert any(i >= 0 for _, ids in straight[0][0][0] for micro in ids for head in micro for n in head for i in n)
+
+
+# One finished run that the tests below read, copy and damage
+
+
+def job(values: dict, resume: str | None = None) -> int:
+    dist.stop = lambda: None  # the process group is that of the test
+    return loop.run(build(RunConfig, values), resume=resume)
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Path:
+    """A run of six steps on two ranks, with checkpoints at 3 and 6 and rows for each step."""
+    values = values_of(folder, "finished", save_every=HALF)
+    assert run_on_ranks(job, 2, values) == [0, 0]
+    return folder / "runs" / "finished"
+
+
+def copy_of(run: Path, name: str, **train: Any) -> dict:
+    """A copy of the run under another name, and its settings."""
+    shutil.copytree(run, run.with_name(name))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["train"].update(run_dir=str(run.with_name(name)), **train)
+    return config
+
+
+def rows_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def resume_all(jobs: list[tuple[dict, str]]) -> list:
+    """Exit code, or what was said, of each job in turn."""
+    outcomes = []
+    for values, resume in jobs:
+        try:
+            outcomes.append(job(values, resume))
+        except ConfigError as error:
+            outcomes.append(str(error))
+    return outcomes
+
+
+def test_resume_falls_back_drops_what_lies_beyond_and_refuses_what_does_not_fit(finished: Path) -> None:
+    run = finished.parent
+    longer = copy_of(finished, "longer", total_steps=8)
+    fallen = copy_of(finished, "fallen")
+    damage(run / "fallen" / "checkpoints" / "step-00000006" / "banks" / "layer-01" / "shard-00004.safetensors")
+    earlier = copy_of(finished, "earlier", log_every=1)
+    ruined = copy_of(finished, "ruined")
+    for step in (3, 6):
+        damage(run / "ruined" / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+    wider = copy_of(finished, "wider")
+    wider["model"]["hidden_size"] = 64
+    empty = {**copy_of(finished, "unused"), "preset": "fresh"}
+    empty["train"]["run_dir"] = str(run / "fresh")
+    jobs = [(longer, "auto"), (fallen, "auto"), (earlier, str(run / "earlier" / "checkpoints" / "step-00000003")),
+            (copy_of(finished, "done"), "auto"), (ruined, "auto"), (wider, "auto"),
+            (ruined, str(run / "ruined" / "checkpoints" / "step-00000003")), (empty, "auto"),
+            (empty, str(run / "nowhere")), (longer, "none")]
+    before = (run / "done" / "metrics.jsonl").read_bytes()
+    first, second = run_on_ranks(resume_all, 2, jobs, timeout_s=280)
+    assert first == second
+    *codes, ruin, wide, chosen, fresh, nowhere, again = first
+    assert codes == [0, 0, 0, 0] and fresh == 0
+    assert "no checkpoint in" in ruin and "step-00000006/model.safetensors: the content" in ruin and "step-00000003" in ruin
+    assert "model.hidden_size must be that of the checkpoint" in wide and "expected 32, got 64" in wide
+    assert "step-00000003/model.safetensors: the content" in chosen
+    assert "there is no run folder or checkpoint" in nowhere and "already holds a run" in again
+    assert (run / "done" / "metrics.jsonl").read_bytes() == before
+
+    reference = {row["step"]: row["train/loss"] for row in rows_of(finished) if "train/loss" in row}
+    for name, last in (("longer", 8), ("fallen", 6), ("earlier", 6), ("fresh", 6)):
+        losses = [(row["step"], row["train/loss"]) for row in rows_of(run / name) if "train/loss" in row]
+        assert [step for step, _ in losses] == list(range(1, last + 1)), name
+        assert {step: loss for step, loss in losses if step <= 6} == reference, name
+        assert durable.newest_verified(run / name / "checkpoints") == (
+            run / name / "checkpoints" / f"step-{last:08d}", [])
+        assert_tensorboard_has_no_overlap(run / name, last)
+    assert (run / "fallen" / "checkpoints" / "set-aside-step-00000006-0").is_dir()
+
+
+def assert_tensorboard_has_no_overlap(run: Path, last: int) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, last + 1))
+
+
+def test_another_number_of_ranks_is_refused_in_one_line(finished: Path) -> None:
+    values = copy_of(finished, "alone", total_steps=8)
+    (message,), = run_on_ranks(resume_all, 1, [(values, "auto")])
+    assert "was saved by 2 rank(s)" in message and "got 1" in message and "\n" not in message
+
+
+def test_inference_reads_only_what_verifies(finished: Path) -> None:
+    copy_of(finished, "inference")
+    run = finished.with_name("inference")
+
+    def load(path: Path) -> int:
+        return checkpoint.load_model(path, [], group=dist.Group(), device=torch.device("cpu"))[3]
+
+    assert load(run) == 6
+    newest = run / "checkpoints" / "step-00000006"
+    for part in sorted(path for path in newest.rglob("*") if path.is_file()):
+        content = part.read_bytes()
+        damage(part)
+        with pytest.raises(ConfigError) as caught:
+            load(newest)
+        assert part.name in str(caught.value)
+        assert load(run) == 3
+        part.write_bytes(content)
+    assert load(newest) == 6
+
+
+def test_a_run_folder_has_one_writer(finished: Path) -> None:
+    config = build(RunConfig, copy_of(finished, "locked", total_steps=8))
+    lock = durable.Lock(finished.with_name("locked"))
+    with pytest.raises(ConfigError, match=f"is being written by process {os.getpid()} on host"):
+        loop.open_run(config, dist.Group(), "auto")
+    lock.close()
+    with pytest.raises(ConfigError, match="2 rank"):
+        loop.open_run(config, dist.Group(), "auto")
+    durable.Lock(finished.with_name("locked")).close()  # a refused start holds nothing
+
+
+def test_auto_needs_a_run_folder() -> None:
+    with pytest.raises(ConfigError, match="needs train.run_dir"):
+        loop.open_run(RunConfig(), dist.Group(), "auto")
+
+
+@pytest.mark.parametrize(("section", "change"), [
+    ("model", {"memory_head_dim": 16}), ("model", {"num_layers": 3}), ("model", {"short_term_memory_size": 8}),
+    ("memory", {"virtual_shards": 6}), ("memory", {"dtype": "bf16"}), ("train", {"seed": 1}), ("train", {"streams": 24}),
+    ("train", {"deepspeed": "zero3"}), ("train", {"precision": "bf16"}), ("train", {"weight_decay": 0.5})])
+def test_what_must_not_change_is_named(finished: Path, section: str, change: dict) -> None:
+    values = yaml.safe_load((finished / "config.yaml").read_text())
+    values[section].update(change)
+    name, = change
+    with pytest.raises(ConfigError, match=f"^{section}.{name} must be that of the checkpoint"):
+        checkpoint.check_resumable(build(RunConfig, values), finished / "checkpoints" / "step-00000006", 2)
+
+
+def test_what_may_change_is_accepted(finished: Path) -> None:
+    values = yaml.safe_load((finished / "config.yaml").read_text())
+    values["train"].update(total_steps=99, log_every=7, learning_rate=1.0, save_every=1, gradient_accumulation_steps=1)
+    values["eval"].update(every=5, windows=1)
+    values["memory"].update(tier="exact", exchange="all_to_all")
+    assert checkpoint.check_resumable(build(RunConfig, values), finished / "checkpoints" / "step-00000006", 2) == 6
+
+
+# Streams
+
+
+def states_of(rank: int, world_size: int, num_micro: int, streams: int = 12) -> dict[int, StreamState]:
+    size = streams // (world_size * num_micro)
+
+    def state(first: int) -> StreamState:
+        number_B = torch.arange(first, first + size).float()
+        slots = number_B[:, None, None].expand(size, 2, 3)
+        return StreamState((slots, slots + 1), (slots - 1,), number_B % 3 == 0, number_B)
+
+    return {micro: state((rank * num_micro + micro) * size) for micro in range(num_micro)}
+
+
+@pytest.mark.parametrize("saved", [(1, 1), (2, 2), (3, 1), (4, 3)])
+@pytest.mark.parametrize("loaded", [(1, 1), (1, 4), (2, 3), (3, 2), (12, 1)])
+def test_streams_load_on_any_number_of_ranks(tmp_path: Path, saved: tuple[int, int], loaded: tuple[int, int]) -> None:
+    for rank in range(saved[0]):
+        first = rank * 12 // saved[0]
+        checkpoint.save_streams(tmp_path / f"from-{first:08d}.safetensors", states_of(rank, *saved))
+    for rank in range(loaded[0]):
+        came = checkpoint.load_streams(tmp_path, rank=rank, world_size=loaded[0], num_micro=loaded[1])
+        for micro, expected in states_of(rank, *loaded).items():
+            for part, wanted in zip(came[micro], expected, strict=True):
+                pairs = zip(part, wanted, strict=True) if isinstance(part, tuple) else [(part, wanted)]
+                assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in pairs)
+    with pytest.raises(ValueError, match="12 saved streams do not divide over 5 ranks"):
+        checkpoint.load_streams(tmp_path, rank=0, world_size=5, num_micro=1)
+
+
+# Saves that fail
+
+
+def fail_some_saves(jobs: list[dict]) -> list[dict]:
+    return [fail_saves_of(values) for values in jobs]
+
+
+def fail_saves_of(values: dict) -> dict:
+    """Files of rank 1, then of rank 0, may not grow beyond a size; then DeepSpeed's alone; then the disk is full; then all
+    is well."""
+    session = loop.set_up(build(RunConfig, values), dist.discover())
+    advance(session, 1)
+    good, places = checkpoint.save(session), []
+    of_zero = max((path.stat().st_size, path.name) for path in (good / "zero").iterdir())
+    largest_other = max(path.stat().st_size for path in good.rglob("*") if path.is_file() and path.parent.name != "zero")
+    assert of_zero[0] > largest_other
+    for rank, limit in ((1, 3000), (0, 3000), (0, 100), (int("rank_1_" in of_zero[1]), largest_other)):
+        advance(session, 1)
+        if session.group.rank == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        places.append(checkpoint.save(session))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    real, durable.shutil.disk_usage = shutil.disk_usage, lambda path: shutil._ntuple_diskusage(10**6, 10**6, 17)
+    advance(session, 1)
+    places.append(checkpoint.save(session))
+    durable.shutil.disk_usage = real
+    hash_of_bank = session.model.banks[1].content_hash()
+    found = durable.newest_verified(session.run_folder / "checkpoints")
+    last = checkpoint.save(session)
+    session.close()
+    return {"places": places, "intact": found == (good, []), "failed": session.failed_saves, "last": last,
+            "hash": hash_of_bank}
+
+
+def test_a_failed_save_leaves_the_old_one_and_training_goes_on_alike(folder: Path) -> None:
+    stages = ("cpu", "zero2", "zero3")
+    ranks = run_on_ranks(fail_some_saves, 2, [values_of(folder, f"failing-{stage}", stage) for stage in stages])
+    for stage, *reports in zip(stages, *ranks, strict=True):
+        check_failures(folder / "runs" / f"failing-{stage}", reports)
+
+
+def check_failures(run: Path, reports: list[dict]) -> None:
+    for report in reports:
+        assert report["places"] == [None] * 5 and report["intact"] and report["failed"] == 5
+        assert report["last"] == run / "checkpoints" / "step-00000006"
+    assert durable.newest_verified(run / "checkpoints") == (reports[0]["last"], [])
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000001", "step-00000006"]
+    assert [row["train/failed_saves"] for row in rows_of(run) if "train/failed_saves" in row] == [1, 2, 3, 4, 5]
+    model, _, _, step = checkpoint.load_model(run, [], group=dist.Group(), device=torch.device("cpu"))
+    assert (step, model.banks[1].content_hash()) == (6, reports[0]["hash"])
+
+
+def fake_commit(parent: Path, step: int) -> Path:
+    final = durable.step_folder(parent, step)
+    with durable.commit(final, durable.Facts(step, 1, 1, "0" * 64, {})) as place:
+        (place / "data").write_text("x" * 100)
+    return final
+
+
+def test_the_last_verified_checkpoint_is_never_removed(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        fake_commit(tmp_path, step)
+    for step in (2, 3):
+        damage(tmp_path / f"step-{step:08d}" / "data")
+    checkpoint._drop_old(tmp_path, keep=2)
+    assert len(durable.steps(tmp_path)) == 3
+    fake_commit(tmp_path, 4)
+    checkpoint._drop_old(tmp_path, keep=2)
+    assert [path.name for path in durable.steps(tmp_path)] == ["step-00000003", "step-00000004"]
+
+
+def test_rows_beyond_a_step_and_cut_lines_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "a": 1}\n7\n{"step": 3}\n{"st')
+    drop_rows_beyond(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2, "a": 1}\n'
+
+
+# The command line
+
+
+def test_the_command_line_hands_resume_on(monkeypatch: pytest.MonkeyPatch, finished: Path) -> None:
+    calls = []
+    monkeypatch.setattr(loop, "run", lambda config, **more: calls.append((config, more)) or 0)
+    assert cli.main(["train", "--resume", "auto", "train.run_dir=x"]) == 0
+    assert cli.main(["train", "--resume", "none"]) == 0
+    assert cli.main(["train", "--resume", str(finished), "train.total_steps=9"]) == 0
+    assert cli.main(["train", f"--resume={finished / 'checkpoints' / 'step-00000003'}"]) == 0
+    assert [more for _, more in calls[:2]] == [{"resume": "auto"}, {}]
+    assert (calls[2][0].model.hidden_size, calls[2][0].train.total_steps) == (32, 9)
+    assert calls[3][0].train.total_steps == WHOLE and calls[3][1]["resume"].endswith("step-00000003")
+    assert cli.main(["train", "--resume", str(finished / "nowhere")]) == 2
+
+
+def start_job(config: Path, run: Path, steps: int) -> subprocess.Popen:
+    words = [sys.executable, "-m", "lmcode", "train", "--resume", "auto", "--config", str(config),
+             f"train.run_dir={run}", f"train.total_steps={steps}", "train.save_every=1"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.Popen(words, cwd=Path(__file__).parents[1], env={**environment, "OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_kills_while_saving_and_resume_equal_one_run(folder: Path, tmp_path: Path) -> None:
+    chance, checkpoints = random.Random(1), tmp_path / "run" / "checkpoints"
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values_of(folder, "killed", min_learning_rate=1.0)))
+    reached = 0
+    for _ in range(3):
+        process = start_job(config, tmp_path / "run", 10_000)
+        while len(durable.steps(checkpoints)) == 0 or durable.steps(checkpoints)[-1] <= durable.step_folder(
+                checkpoints, reached):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        time.sleep(chance.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        found, skipped = durable.newest_verified(checkpoints)
+        assert skipped == []
+        reached = durable.verify(found).facts.step
+    process = start_job(config, tmp_path / "run", reached + 1)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    again = start_job(config, tmp_path / "run", reached + 1)
+    _, said = again.communicate(timeout=120)
+    assert again.returncode == 0 and "has already finished" in said
+    losses = [(row["step"], row["train/loss"]) for row in rows_of(tmp_path / "run") if "train/loss" in row]
+    straight = start_job(config, tmp_path / "straight", reached + 1)
+    straight.communicate(timeout=120)
+    assert losses == [(row["step"], row["train/loss"]) for row in rows_of(tmp_path / "straight") if "train/loss" in row]
+    assert sorted(path.name[:5] for path in checkpoints.iterdir()) == ["step-", "step-"]
