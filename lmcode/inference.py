@@ -14,7 +14,6 @@ from lmcode import dist
 from lmcode.config import ConfigError
 from lmcode.dist import Group
 from lmcode.eval.held_out import MODES, evaluate, held_out_sampler
-from lmcode.model.generate import generate
 from lmcode.train.checkpoint import load_model
 from lmcode.train.corpus import load_corpus
 
@@ -41,8 +40,13 @@ def evaluate_run(run: Path, overrides: list[str], *, as_json: bool = False) -> s
 
 
 def generate_text(run: Path, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.8, top_k: int = 50,
-                  top_p: float = 0.9, seed: int = 0, memory: bool = True) -> str:
+                  top_p: float = 0.9, repetition_penalty: float = 1.0, no_repeat_ngram_size: int = 0, seed: int = 0,
+                  stop_at_end: bool = True, memory: bool = True) -> str:
     """Continues `prompt` with a run's newest checkpoint; returns prompt and continuation. A collective.
+
+    Args:
+        stop_at_end: stop where the model ends the document, and not only after `max_new_tokens`.
+        memory: read the run's banks.
 
     Raises:
         ConfigError: for an empty prompt, or if there is no checkpoint.
@@ -52,6 +56,7 @@ def generate_text(run: Path, prompt: str, *, max_new_tokens: int = 128, temperat
     model, _, tokenizer, _ = load_model(run, [], group=Group.world(), device=dist.device(), memory=memory)
     ids = torch.tensor([[tokenizer.end_id, *tokenizer.encode(prompt)]], device=dist.device())
     with model.reading_from(model.banks if memory else {}):
-        written = generate(model, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                           seed=seed)
+        written = model.generate(ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                                 repetition_penalty=repetition_penalty, no_repeat_ngram_size=no_repeat_ngram_size,
+                                 eos_id=tokenizer.end_id if stop_at_end else None, seed=seed)
     return tokenizer.decode(written[0, 1:].tolist())

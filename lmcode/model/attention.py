@@ -6,13 +6,18 @@ be cast to bf16 with the weights. Letters here: A attention heads, D width of on
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmcode.config import LMCODEConfig
 
-Rotation = tuple[Tensor, Tensor]  # cos and sin, each fp32 [T, D/2]
+if TYPE_CHECKING:
+    from lmcode.model.cache import LayerCache
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin, each fp32 [T, D/2], or [B, T, D/2] where streams stand apart
 ROTARY_BASE = 10000.0
 
 
@@ -27,7 +32,7 @@ def rotary_table(num_tokens: int, head_dim: int, *, device: torch.device | None 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turns each pair (d, d + D/2) of `x` [B, T, ..., D] by its position's angle; computed in fp32, dtype kept."""
     between = (1,) * (x.dim() - 3)
-    cos, sin = (table.view(table.shape[0], *between, table.shape[1]) for table in rotation)
+    cos, sin = (table.view(*table.shape[:-1], *between, table.shape[-1]) for table in rotation)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
@@ -42,10 +47,11 @@ class SelfAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x_BTC: Tensor, *, rotation: Rotation | None = None) -> Tensor:
+    def forward(self, x_BTC: Tensor, *, rotation: Rotation | None = None, cache: LayerCache | None = None) -> Tensor:
         """Attends to tokens at or before each position; `rotation` is None where positions are learned elsewhere.
 
-        Padding needs no mask: it only ever trails, so no real token can see it.
+        Padding needs no mask: it only ever trails, so no real token can see it. Keys and values go into `cache`, if there
+        is one; in a step, T is 1 and the earlier tokens are the cache's.
         """
         B, T, C = x_BTC.shape
         qkv_BTPAD = self.query_key_value(x_BTC).view(B, T, 3, self.num_heads, C // self.num_heads)
@@ -53,6 +59,18 @@ class SelfAttention(nn.Module):
         if rotation is not None:
             query_key_BTPAD = rotate(query_key_BTPAD, rotation)
         q_BATD, k_BATD = query_key_BTPAD.permute(2, 0, 3, 1, 4)
-        mixed_BATD = F.scaled_dot_product_attention(q_BATD, k_BATD, value_BTAD.transpose(1, 2), is_causal=True,
+        v_BATD = value_BTAD.transpose(1, 2)
+        if cache is not None and cache.step is not None:
+            step = cache.step
+            num_seen = step.seen_BT.shape[1]
+            key_BATD, value_BATD = (cache.put(name, new_BA1D, step.index_B)[:, :, :num_seen]
+                                    for name, new_BA1D in (("attention_key", k_BATD), ("attention_value", v_BATD)))
+            mixed_BATD = F.scaled_dot_product_attention(q_BATD, key_BATD, value_BATD,
+                                                        attn_mask=step.seen_BT[:, None, None])
+            return self.output(mixed_BATD.transpose(1, 2).reshape(B, T, C))
+        if cache is not None:
+            cache.fill("attention_key", k_BATD)
+            cache.fill("attention_value", v_BATD)
+        mixed_BATD = F.scaled_dot_product_attention(q_BATD, k_BATD, v_BATD, is_causal=True,
                                                     dropout_p=self.dropout if self.training else 0.0)
         return self.output(mixed_BATD.transpose(1, 2).reshape(B, T, C))

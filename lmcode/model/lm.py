@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lmcode.config import LMCODEConfig
 from lmcode.model.attention import rotary_table
+from lmcode.model.cache import Cache
 from lmcode.model.layer import MemoryAugmentedLayer, norm
 from lmcode.model.long_term import LongTermRead, ReadTape, Window
 from lmcode.model.short_term import ShortTermMemory
@@ -67,14 +68,14 @@ class LMCODEOutput(NamedTuple):
     logits: [B, T, V] in the model's dtype.
     loss: fp32 scalar, mean of `token_loss` over counted targets (0 if none is counted); None without targets.
     token_loss: fp32 [B, T], nats, 0 where ignored; None without targets.
-    state: for the streams' next window.
-    memory: by number of the memory layer.
+    state: for the streams' next window; None after a step of cached decoding, which is in the middle of one.
+    memory: by number of the memory layer; empty after such a step.
     """
 
     logits: Tensor
     loss: Tensor | None
     token_loss: Tensor | None
-    state: StreamState
+    state: StreamState | None
     memory: dict[int, LayerMemory]
 
 
@@ -156,8 +157,8 @@ class MemoryLM(nn.Module):
 
     def forward(self, input_ids_BT: Tensor, labels_BT: Tensor | None = None, *, targets_BT: Tensor | None = None,
                 state: StreamState | None = None, reset_B: Tensor | None = None, namespace_B: Tensor | None = None,
-                valid_BT: Tensor | None = None) -> LMCODEOutput:
-        """Runs one window of B streams.
+                valid_BT: Tensor | None = None, cache: Cache | None = None) -> LMCODEOutput:
+        """Runs one window of B streams, or, with a cache that has been filled, one token of each.
 
         Args:
             input_ids_BT: integer token ids.
@@ -168,17 +169,25 @@ class MemoryLM(nn.Module):
             namespace_B: int64, the document each stream is in; arange(B) if None. A negative one is no document: it
                 finds nothing and offers nothing for writing.
             valid_BT: bool, False marks padding, which must trail. Targets there are ignored.
+            cache: decoding without gradient. An empty one is filled by this pass over the streams' first tokens of a window;
+                later passes read one token per stream (T = 1; valid_BT False: none) and return logits only.
 
         Raises:
             ValueError: wrong shape, dtype or range of an argument; a state of other streams or another model; both
-                labels and targets; padding that does not trail.
+                labels and targets; padding that does not trail; a step with targets, state or a full window.
         """
         self._check(input_ids_BT, labels_BT, targets_BT, state, reset_B, namespace_B, valid_BT)
         window = self._window(input_ids_BT, state, reset_B, namespace_B, valid_BT)
+        if cache is not None and cache.lengths:
+            if labels_BT is not None or targets_BT is not None or state is not None or reset_B is not None:
+                raise ValueError("a step of cached decoding takes no targets and no state: the cache has what it needs")
+            return self._step(input_ids_BT, window, cache)
+        if cache is not None:
+            self._begin(cache, input_ids_BT, valid_BT)
         x_BTC = self.embedding(input_ids_BT)
         if self.positions is not None:
             x_BTC = x_BTC + self.positions(torch.arange(x_BTC.shape[1], device=x_BTC.device))
-        x_BTC, tapes = self._run_layers(self.dropout(x_BTC), window, state)
+        x_BTC, tapes = self._run_layers(self.dropout(x_BTC), window, state, cache)
         logits_BTV = self.head(self.norm(x_BTC))
 
         loss = token_loss_BT = None
@@ -190,6 +199,38 @@ class MemoryLM(nn.Module):
         surprise_BT, pending_surprise_B = surprises(known_BT, window, state)
         memory = {index: layer_memory(tapes[index], surprise_BT) for index in self.config.memory_layer_indices}
         return LMCODEOutput(logits_BTV, loss, token_loss_BT, next_state(tapes, window, pending_surprise_B), memory)
+
+    def blank_state(self, num_streams: int, *, device: torch.device | None = None) -> StreamState:
+        """The state of streams that are yet to start: zeros with nothing pending, to be passed with `reset_B` all True."""
+        config, B = self.config, num_streams
+        slots_BSE = torch.zeros(B, config.short_term_memory_size, config.short_term_dim, device=device)
+        key_BHD = torch.zeros(B, config.memory_heads, config.memory_head_dim, device=device)
+        return StreamState((slots_BSE,) * (config.num_layers if config.short_term_memory_size else 0),
+                           (key_BHD,) * len(config.memory_layer_indices),
+                           torch.zeros(B, dtype=torch.bool, device=device), torch.zeros(B, device=device))
+
+    def _begin(self, cache: Cache, input_ids_BT: Tensor, valid_BT: Tensor | None) -> None:
+        """Makes an empty cache ready for its first pass."""
+        (B, T), config = input_ids_BT.shape, self.config
+        if not T <= cache.window <= config.context_length:
+            raise ValueError(f"a cache's window must lie between the tokens of its first pass, {T}, and context_length, "
+                             f"{config.context_length}: got {cache.window}")
+        cache.begin(config.num_layers, [T] * B if valid_BT is None else valid_BT.sum(dim=1).tolist(),
+                    head_dim=config.hidden_size // config.num_heads if self.positions is None else None,
+                    device=input_ids_BT.device)
+
+    def _step(self, input_ids_B1: Tensor, window: Window, cache: Cache) -> LMCODEOutput:
+        """Reads one token per stream after those in the cache; only the logits [B, 1, V] are there to return."""
+        if input_ids_B1.shape != (len(cache.lengths), 1):
+            raise ValueError("a step of cached decoding takes one token for each of the cache's streams: input_ids must be "
+                             f"[{len(cache.lengths)}, 1], got {list(input_ids_B1.shape)}")
+        valid = [True] * len(input_ids_B1) if window.valid_BT is None else window.valid_BT[:, 0].tolist()
+        step = cache.step(valid, segment=self.config.short_term_segment, device=input_ids_B1.device)
+        x_B1C = self.embedding(input_ids_B1)
+        if self.positions is not None:
+            x_B1C = x_B1C + self.positions(step.index_B)[:, None]
+        x_B1C, _ = self._run_layers(self.dropout(x_B1C), window._replace(rotation=step.rotation), None, cache)
+        return LMCODEOutput(self.head(self.norm(x_B1C)), None, None, None, {})
 
     def _window(self, input_ids_BT: Tensor, state: StreamState | None, reset_B: Tensor | None,
                 namespace_B: Tensor | None, valid_BT: Tensor | None) -> Window:
@@ -206,14 +247,18 @@ class MemoryLM(nn.Module):
             pending_valid_B = pending_valid_B & ~reset_B
         return Window(namespace_B, pending_valid_B, reset_B, valid_BT, rotation)
 
-    def _run_layers(self, x_BTC: Tensor, window: Window, state: StreamState | None) -> tuple[Tensor, list[ReadTape]]:
+    def _run_layers(self, x_BTC: Tensor, window: Window, state: StreamState | None,
+                    cache: Cache | None) -> tuple[Tensor, list[ReadTape]]:
         """All layers in turn, each with its own tape; recomputed in the backward pass if so wished."""
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         if recompute and not x_BTC.requires_grad:
             x_BTC.requires_grad_()  # a frozen embedding: reentrant checkpoints need an input with a gradient
         tapes = [ReadTape() for _ in self.layers]
         for index, (layer, tape) in enumerate(zip(self.layers, tapes, strict=True)):
-            run = functools.partial(layer, window=self._layer_window(index, window, state), tape=tape)
+            layer_window = self._layer_window(index, window, state)
+            if cache is not None:
+                layer_window = layer_window._replace(cache=cache.layers[index])
+            run = functools.partial(layer, window=layer_window, tape=tape)
             # Reentrant, since only this kind runs the hooks with which ZeRO-3 gathers parameters in the recomputation.
             x_BTC = checkpoint(run, x_BTC, use_reentrant=True) if recompute else run(x_BTC)
         return x_BTC, tapes
@@ -254,9 +299,9 @@ class MemoryLM(nn.Module):
         if valid_BT is not None and bool((valid_BT[:, 1:] & ~valid_BT[:, :-1]).any()):
             raise ValueError("padding must trail: valid_BT has a True after a False")
         if state is not None:
-            self._check_state(state, B)
+            self.check_state(state, B)
 
-    def _check_state(self, state: StreamState, num_streams: int) -> None:
+    def check_state(self, state: StreamState, num_streams: int) -> None:
         """Refuses the state of another number of streams or of a model of another shape."""
         config = self.config
         B, S = num_streams, config.short_term_memory_size

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch.nn import functional as F
 from lmcode.config import LMCODEConfig
 from lmcode.model.attention import Rotation
 from lmcode.retrieval import NO_SCORE, Candidates, Hits, Retriever
+
+if TYPE_CHECKING:
+    from lmcode.model.cache import LayerCache, Step
 
 
 class Window(NamedTuple):
@@ -30,6 +33,7 @@ class Window(NamedTuple):
     rotation: rotary tables, or None where positions are learned.
     slots_BSE: this layer's carried short-term slots; None starts afresh.
     pending_key_BHD: this layer's key of each stream's last token; None where there is none.
+    cache: what this layer keeps for later tokens of the window, or has kept of earlier ones; None outside generation.
     """
 
     namespace_B: Tensor
@@ -39,6 +43,7 @@ class Window(NamedTuple):
     rotation: Rotation | None = None
     slots_BSE: Tensor | None = None
     pending_key_BHD: Tensor | None = None
+    cache: LayerCache | None = None
 
 
 @dataclass
@@ -99,6 +104,50 @@ def attend_own_past(query_HBTD: Tensor, key_HBTD: Tensor, value_HBTD: Tensor, *,
     lse_HBT = score_HBTT.logsumexp(dim=-1)
     mixed_HBTD = (score_HBTT - lse_HBT.unsqueeze(-1)).exp() @ value_HBTD
     return mixed_HBTD.where(has_past_T[:, None], 0.0), lse_HBT.where(has_past_T, NO_SCORE)
+
+
+def attend_cached_past(query_HB1D: Tensor, key_HB1D: Tensor, value_HB1D: Tensor, cache: LayerCache, step: Step, *,
+                       successor_values: bool) -> tuple[Tensor, Tensor]:
+    """`attend_own_past` of one new token per stream, whose past is in `cache`; the token is added to it.
+
+    A value is stored where its key is: that of token j+1 at index j with successors.
+    """
+    value_index_B = (step.index_B - 1).clamp(min=0) if successor_values else step.index_B
+    past = slice(step.seen_BT.shape[1])
+    key_BHTD = cache.put("own_key", key_HB1D.transpose(0, 1), step.index_B)[:, :, past]
+    value_BHTD = cache.put("own_value", value_HB1D.transpose(0, 1), value_index_B)[:, :, past]
+    place_T = torch.arange(key_BHTD.shape[2], device=key_BHTD.device)
+    earlier_BT, has_past_B = place_T < step.index_B[:, None], step.index_B > 0
+    score_BH1T = query_HB1D.transpose(0, 1) @ key_BHTD.transpose(2, 3)
+    score_BH1T = score_BH1T.masked_fill(~earlier_BT[:, None, None], NO_SCORE)
+    lse_BH1 = score_BH1T.logsumexp(dim=-1)
+    mixed_BH1D = (score_BH1T - lse_BH1.unsqueeze(-1)).exp() @ value_BHTD
+    return (mixed_BH1D.where(has_past_B[:, None, None, None], 0.0).transpose(0, 1),
+            lse_BH1.where(has_past_B[:, None, None], NO_SCORE).transpose(0, 1))
+
+
+def fill_cache(cache: LayerCache, query_HBTD: Tensor, key_HBTD: Tensor, value_HBTD: Tensor, *,
+               successor_values: bool) -> None:
+    """Leaves a window's first tokens in `cache`, as `attend_cached_past` and `cached_queries` want them."""
+    if successor_values:
+        value_HBTD = value_HBTD.roll(-1, dims=2)  # each stream's last one is overwritten by its next token's value
+    for name, part_HBTD in (("own_key", key_HBTD), ("own_value", value_HBTD), ("own_query", query_HBTD)):
+        cache.fill(name, part_HBTD.transpose(0, 1))
+
+
+def cached_queries(query_HB1D: Tensor, namespace_B: Tensor, cache: LayerCache, step: Step,
+                   stride: int) -> tuple[Tensor, Tensor]:
+    """`retrieval_queries` of one new token per stream, N = B: with a stride, the query that the token's chunk asks with.
+
+    A chunk's later tokens ask again, so that every pass makes the same calls wherever the streams stand.
+    """
+    namespace_B = namespace_B.where(step.valid_B, -1)
+    if stride == 1:
+        return query_HB1D.squeeze(2), namespace_B
+    cache.put("own_query", query_HB1D.transpose(0, 1), step.index_B)
+    asks_B = step.index_B // stride * stride - 1
+    query_BHD = cache.get("own_query", asks_B.clamp(min=0))
+    return query_BHD.transpose(0, 1).contiguous(), namespace_B.where(asks_B >= 0, -1)
 
 
 def retrieval_queries(query_HBTD: Tensor, namespace_BT: Tensor, stride: int) -> tuple[Tensor, Tensor]:
@@ -181,15 +230,17 @@ class LongTermRead(nn.Module):
         """What each token recalls, gated: [B, T, C] in the dtype of x. Everything else goes on the tape."""
         B, T, _ = x_BTC.shape
         query_HBTD, key_HBTD, value_HBTD = self._project(x_BTC)
-        own_HBTD, own_lse_HBT = attend_own_past(query_HBTD, key_HBTD, value_HBTD,
-                                                successor_values=self.successor_values)
+        own_HBTD, own_lse_HBT = self._attend_own(query_HBTD, key_HBTD, value_HBTD, window.cache)
         found_HBTD, found_lse_HBT = self._retrieve(query_HBTD, window, retriever, tape)
         null_lse_HBT = self.null_logit_H.float()[:, None, None].expand_as(own_lse_HBT)
         merged_HBTD, share_PHBT = merge_partials([own_HBTD, found_HBTD],
                                                  [own_lse_HBT, found_lse_HBT, null_lse_HBT])
         gate_BT1 = torch.sigmoid(self.gate(x_BTC))
-        tape.record(candidates=make_candidates(key_HBTD, value_HBTD, window, successor_values=self.successor_values),
-                    gate_BT=gate_BT1.detach().squeeze(-1).float(), pending_key_BHD=last_keys(key_HBTD, window),
+        if window.cache is None or window.cache.step is None:
+            tape.record(pending_key_BHD=last_keys(key_HBTD, window),
+                        candidates=make_candidates(key_HBTD, value_HBTD, window,
+                                                   successor_values=self.successor_values))
+        tape.record(gate_BT=gate_BT1.detach().squeeze(-1).float(),
                     share_HN=share_per_query(share_PHBT[1].detach(), self.stride),
                     null_share_HN=share_per_query(share_PHBT[2].detach(), self.stride))
         merged_BTP = merged_HBTD.permute(1, 2, 0, 3).reshape(B, T, -1)
@@ -204,14 +255,31 @@ class LongTermRead(nn.Module):
         query_HBTD = F.normalize(query_HBTD, dim=-1) * temperature_H[:, None, None, None]
         return query_HBTD, F.normalize(key_HBTD, dim=-1), value_HBTD
 
+    def _attend_own(self, query_HBTD: Tensor, key_HBTD: Tensor, value_HBTD: Tensor,
+                    cache: LayerCache | None) -> tuple[Tensor, Tensor]:
+        """The read's local part, from this pass or from the cache, which learns what it will need."""
+        if cache is not None and cache.step is not None:
+            return attend_cached_past(query_HBTD, key_HBTD, value_HBTD, cache, cache.step,
+                                      successor_values=self.successor_values)
+        if cache is not None:
+            fill_cache(cache, query_HBTD, key_HBTD, value_HBTD, successor_values=self.successor_values)
+        return attend_own_past(query_HBTD, key_HBTD, value_HBTD, successor_values=self.successor_values)
+
+    def _queries(self, query_HBTD: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        """What this pass asks the bank, and on behalf of which documents; padding asks for none."""
+        cache, (_, B, T, _) = window.cache, query_HBTD.shape
+        if cache is not None and cache.step is not None:
+            return cached_queries(query_HBTD, window.namespace_B, cache, cache.step, self.stride)
+        namespace_BT = window.namespace_B[:, None].expand(B, T)
+        if window.valid_BT is not None:
+            namespace_BT = namespace_BT.where(window.valid_BT, -1)
+        return retrieval_queries(query_HBTD, namespace_BT, self.stride)
+
     def _retrieve(self, query_HBTD: Tensor, window: Window, retriever: Retriever,
                   tape: ReadTape) -> tuple[Tensor, Tensor]:
         """Attention over the bank's hits, per token: value [H, B, T, D] and log-sum-exp [H, B, T], bias included."""
         H, B, T, D = query_HBTD.shape
-        namespace_BT = window.namespace_B[:, None].expand(B, T)
-        if window.valid_BT is not None:
-            namespace_BT = namespace_BT.where(window.valid_BT, -1)
-        query_HND, namespace_N = retrieval_queries(query_HBTD, namespace_BT, self.stride)
+        query_HND, namespace_N = self._queries(query_HBTD, window)
         if tape.hits is None:
             tape.record(hits=retriever.search(query_HND.detach(), namespace_N))
         value_HND, lse_HN = retriever.attend(query_HND, tape.hits)

@@ -8,12 +8,17 @@ Letters here: S slots of a stream, E their width, G segments, L tokens of one.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmcode.config import LMCODEConfig
 from lmcode.retrieval import NO_SCORE
+
+if TYPE_CHECKING:
+    from lmcode.model.cache import LayerCache, Step
 
 EPSILON = 1e-6
 
@@ -43,7 +48,7 @@ class ShortTermMemory(nn.Module):
         self.address_SE = nn.Parameter(torch.empty(S, E))
 
     def forward(self, x_BTC: Tensor, *, slots_BSE: Tensor | None = None, reset_B: Tensor | None = None,
-                valid_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                valid_BT: Tensor | None = None, cache: LayerCache | None = None) -> tuple[Tensor, Tensor]:
         """Reads and writes one window of each stream; T need not be a multiple of the segment.
 
         Args:
@@ -51,15 +56,20 @@ class ShortTermMemory(nn.Module):
             slots_BSE: slots carried from the stream's last window; None starts from the learned initial slots.
             reset_B: bool, streams that return to the initial slots although slots were carried.
             valid_BT: bool, False at padding, which is never written; a segment of padding leaves the slots as they are.
+            cache: is given the slots after the last complete segment and the tokens of the segment begun since. In a step,
+                T is 1 and both are found there; the other arguments are not used.
 
         Returns:
-            What each token read, [B, T, C] in the dtype of x; and the slots after the window, fp32 [B, S, E], detached.
+            What each token read, [B, T, C] in the dtype of x; and the slots after the window (in a step: after its last
+            complete segment), fp32 [B, S, E], detached.
         """
         T = x_BTC.shape[1]
         query_BTE, key_BTE, value_BTE = self.tokens(x_BTC).chunk(3, dim=-1)
         key_BTE = key_BTE * key_BTE.shape[-1] ** -0.5
         # Attention is linear in its values, so the gate's share of the candidate can be computed per token, up front.
         written_BTP = torch.cat([value_BTE, self.candidate_gate(value_BTE)], dim=-1)
+        if cache is not None and cache.step is not None:
+            return self._step(query_BTE, key_BTE, written_BTP, cache, cache.step)
         slots_BSE = self._first_slots(x_BTC.shape[0], slots_BSE, reset_B)
         history: list[Tensor] = []
         for start in range(0, T, self.segment):
@@ -67,7 +77,33 @@ class ShortTermMemory(nn.Module):
             part = slice(start, start + self.segment)
             valid_BL = None if valid_BT is None else valid_BT[:, part]
             slots_BSE = self._write(slots_BSE, key_BTE[:, part], written_BTP[:, part], valid_BL)
-        return self.output(self._read(query_BTE, torch.stack(history, dim=1))), slots_BSE.detach()
+        if cache is not None:
+            self._fill(cache, torch.stack([*history, slots_BSE], dim=1), key_BTE, written_BTP, valid_BT)
+        return self.output(self._read(query_BTE, torch.stack(history, dim=1), self.segment)), slots_BSE.detach()
+
+    def _fill(self, cache: LayerCache, slots_BGSE: Tensor, key_BTE: Tensor, written_BTP: Tensor,
+              valid_BT: Tensor | None) -> None:
+        """Leaves in `cache` each stream's slots before its unfinished segment, and that segment's tokens, from index 0."""
+        B, T, _ = key_BTE.shape
+        count_B = (torch.full((B,), T, device=key_BTE.device) if valid_BT is None else valid_BT.sum(dim=1))
+        done_B, streams_B1 = count_B // self.segment, torch.arange(B, device=count_B.device)[:, None]
+        cache.slots_BSE = slots_BGSE[streams_B1[:, 0], done_B].detach()
+        place_BL = done_B[:, None] * self.segment + torch.arange(self.segment, device=count_B.device)
+        place_BL = place_BL.clamp(max=T - 1)  # beyond the stream's tokens: overwritten before a write sees it
+        cache.fill("segment_key", key_BTE[streams_B1, place_BL], length=self.segment)
+        cache.fill("segment_written", written_BTP[streams_B1, place_BL], length=self.segment)
+
+    def _step(self, query_B1E: Tensor, key_B1E: Tensor, written_B1P: Tensor, cache: LayerCache,
+              step: Step) -> tuple[Tensor, Tensor]:
+        """One new token of each stream: reads, and writes the segments that it completes."""
+        index_B = step.index_B % self.segment
+        key_BLE = cache.put("segment_key", key_B1E, index_B)
+        written_BLP = cache.put("segment_written", written_B1P, index_B)
+        read_B1E = self._read(query_B1E, cache.slots_BSE[:, None], 1)
+        if step.ends_B is not None:
+            written_BSE = self._write(cache.slots_BSE, key_BLE, written_BLP, None)
+            cache.slots_BSE = written_BSE.where(step.ends_B[:, None, None], cache.slots_BSE)
+        return self.output(read_B1E), cache.slots_BSE
 
     def _first_slots(self, num_streams: int, slots_BSE: Tensor | None, reset_B: Tensor | None) -> Tensor:
         """Carried slots, or initial ones where there are none; the initial slots stay in the graph either way."""
@@ -94,13 +130,13 @@ class ShortTermMemory(nn.Module):
             return new_BSE
         return torch.where(valid_BL.any(dim=1)[:, None, None], new_BSE, slots_BSE)
 
-    def _read(self, query_BTE: Tensor, slots_BGSE: Tensor) -> Tensor:
+    def _read(self, query_BTE: Tensor, slots_BGSE: Tensor, segment: int) -> Tensor:
         """Every segment's tokens attend to the slots that its predecessor left, all segments at once."""
         B, T, E = query_BTE.shape
         G = slots_BGSE.shape[1]
-        if G * self.segment != T:
-            query_BTE = F.pad(query_BTE, (0, 0, 0, G * self.segment - T))
+        if G * segment != T:
+            query_BTE = F.pad(query_BTE, (0, 0, 0, G * segment - T))
         normed_BGSE = F.rms_norm(slots_BGSE, (E,), eps=EPSILON).to(query_BTE.dtype)
         key_BGSE, value_BGSE = self.slots_read(normed_BGSE).chunk(2, dim=-1)
-        read_BGLE = F.scaled_dot_product_attention(query_BTE.view(B, G, self.segment, E), key_BGSE, value_BGSE)
+        read_BGLE = F.scaled_dot_product_attention(query_BTE.view(B, G, segment, E), key_BGSE, value_BGSE)
         return read_BGLE.reshape(B, -1, E)[:, :T]

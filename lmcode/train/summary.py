@@ -11,6 +11,7 @@ import torch
 
 from lmcode.eval.held_out import EvalResult, evaluation_banks
 from lmcode.model.generate import generate
+from lmcode.model.sampling import Decoding
 
 if TYPE_CHECKING:
     from lmcode.train.loop import Session
@@ -129,9 +130,13 @@ def continue_document(session: Session) -> tuple[str, str]:
             mine = candidates.valid_N & (session.group.rank == 0)  # all ranks hold the same document: write it once
             fork.commit([candidates._replace(valid_N=mine)], [output.memory[layer].hits], step=step)
 
+    def agree(token_B: torch.Tensor) -> torch.Tensor:
+        return session.group.all_gather(token_B, phase="tokens")[:1]
+
+    decoding = Decoding(max_new_tokens=SAMPLE_TOKENS, top_p=1.0, seed=session.config.train.seed)
     with session.engine.module.reading_from(forks):
-        written = generate(session.engine.module, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50,
-                           seed=session.config.train.seed, commit=commit, window=session.config.train.sequence_length)
-    ids = written[0].tolist()
+        written = generate(session.engine.module, prompt, decoding, commit=commit, agree=agree,
+                           window=session.config.train.sequence_length)
+    ids = written.tokens_BT[0].tolist()
     tail = tokenizer.decode(ids[:prompt.shape[1]]).splitlines()[-6:]
     return "\n".join(tail), tokenizer.decode(ids[prompt.shape[1]:])
