@@ -585,6 +585,15 @@ def test_only_a_fresh_read_can_be_used() -> None:
     assert bank.ages(hits, step=5).eq(5).all()  # what was read has an age all the same
 
 
+@pytest.mark.parametrize("threshold", [0.1, 1e-6])
+def test_consolidation_makes_hits_stale(threshold: float) -> None:
+    bank, *_ = filled()
+    hits = bank.search(unit(H, 6, D, seed=1), torch.arange(6) % 4)
+    assert bank.consolidate(threshold).merged == 20  # the twins, which are in the same namespace
+    with pytest.raises(ValueError, match="since it last changed"):
+        bank.fetch(hits)
+
+
 def test_a_fork_is_independent() -> None:
     bank, *_ = filled()
     copy, empty = bank.fork(empty=False), bank.fork(empty=True, slots=30)

@@ -25,6 +25,8 @@ from lmcode.config import ConfigError, RunConfig, build
 from lmcode.model.lm import StreamState
 from lmcode.train import checkpoint, durable, loop
 from lmcode.train.metrics import drop_rows_beyond
+from lmcode.train.session import Session
+from lmcode.train.start import open_run, set_up
 
 STAGES = ("cpu", "zero1", "zero2", "zero3")
 HALF, WHOLE = 3, 6
@@ -43,7 +45,7 @@ def values_of(folder: Path, name: str, stage: str = "zero2", **train: Any) -> di
     return settings(folder, name, model={"dropout": 0.1}, train=changes)
 
 
-def advance(session: loop.Session, steps: int) -> list:
+def advance(session: Session, steps: int) -> list:
     """Loss and ids of the hits of some steps."""
     seen = []
     for _ in range(steps):
@@ -53,7 +55,7 @@ def advance(session: loop.Session, steps: int) -> list:
     return seen
 
 
-def outcome(session: loop.Session) -> dict:
+def outcome(session: Session) -> dict:
     """What two runs that are the same share, bit for bit, on this rank."""
     tensors = [one for state in session.states.values() for one in checkpoint._named_tensors(state).values()]
     return {"bank": session.model.banks[1].content_hash(), "step": session.step,
@@ -65,11 +67,11 @@ def train_whole_and_half(pairs: list[tuple[dict, dict]]) -> list:
     """Each first run goes through without a save, each second is saved in the middle and ends there."""
     results = []
     for whole, half in pairs:
-        session = loop.set_up(build(RunConfig, whole), dist.discover())
+        session = set_up(build(RunConfig, whole), dist.discover())
         first = advance(session, WHOLE)
         results.append((first, outcome(session)))
         session.close()
-        session = loop.set_up(build(RunConfig, half), dist.discover())
+        session = set_up(build(RunConfig, half), dist.discover())
         assert advance(session, HALF) == first[:HALF]
         session.training_seconds = 7.0
         assert checkpoint.save(session) == checkpoint.place_of(session)
@@ -77,10 +79,10 @@ def train_whole_and_half(pairs: list[tuple[dict, dict]]) -> list:
     return results
 
 
-def resumed(values: dict, resume: str = "auto") -> loop.Session:
+def resumed(values: dict, resume: str = "auto") -> Session:
     config = build(RunConfig, values)
-    start = loop.open_run(config, dist.Group.world(), resume)
-    return loop.set_up(config, dist.discover(), start=start)
+    start = open_run(config, dist.Group.world(), resume)
+    return set_up(config, dist.discover(), start=start)
 
 
 def train_rest(runs: list[dict]) -> list:
@@ -228,16 +230,16 @@ def test_a_run_folder_has_one_writer(finished: Path) -> None:
     config = build(RunConfig, copy_of(finished, "locked", total_steps=8))
     lock = durable.Lock(finished.with_name("locked"))
     with pytest.raises(ConfigError, match=f"is being written by process {os.getpid()} on host"):
-        loop.open_run(config, dist.Group(), "auto")
+        open_run(config, dist.Group(), "auto")
     lock.close()
     with pytest.raises(ConfigError, match="2 rank"):
-        loop.open_run(config, dist.Group(), "auto")
+        open_run(config, dist.Group(), "auto")
     durable.Lock(finished.with_name("locked")).close()  # a refused start holds nothing
 
 
 def test_auto_needs_a_run_folder() -> None:
     with pytest.raises(ConfigError, match="needs train.run_dir"):
-        loop.open_run(RunConfig(), dist.Group(), "auto")
+        open_run(RunConfig(), dist.Group(), "auto")
 
 
 @pytest.mark.parametrize(("section", "change"), [
@@ -300,7 +302,7 @@ def fail_some_saves(jobs: list[dict]) -> list[dict]:
 def fail_saves_of(values: dict) -> dict:
     """Files of rank 1, then of rank 0, may not grow beyond a size; then DeepSpeed's alone; then the disk is full; then all
     is well."""
-    session = loop.set_up(build(RunConfig, values), dist.discover())
+    session = set_up(build(RunConfig, values), dist.discover())
     advance(session, 1)
     good, places = checkpoint.save(session), []
     of_zero = max((path.stat().st_size, path.name) for path in (good / "zero").iterdir())

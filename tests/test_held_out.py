@@ -11,6 +11,7 @@ from lmcode.config import DataConfig, LMCODEConfig, MemoryConfig
 from lmcode.dist import Group
 from lmcode.eval.held_out import MODES, evaluate
 from lmcode.lmcode import LMCODE
+from lmcode.memory import LongTermMemory
 from lmcode.train.corpus import prepare_corpus
 from lmcode.train.data import StreamSampler
 
@@ -73,6 +74,19 @@ def test_document_scope_starts_empty_and_global_scope_with_what_is_there(sampler
         model.banks[1].write(*written, torch.full((64,), 10**6))
         changed.append(losses(model, sampler, "on") != [before])
     assert changed == [False, True]
+
+
+def test_upkeep_sees_the_evaluation_banks_and_no_other(sampler: StreamSampler) -> None:
+    model, seen, merged = model_with(1024), [], []
+
+    def upkeep(window: int, bank: LongTermMemory) -> None:
+        assert bank is not model.banks[1]
+        seen.append(window)
+        merged.append(bank.consolidate(1.0).merged)
+
+    result = evaluate(model, sampler, banks=model.banks, group=Group(), windows=4, upkeep=upkeep)
+    assert seen == [0, 1, 2, 3] and sum(merged) > 0
+    assert result.loss != evaluate(model, sampler, banks=model.banks, group=Group(), windows=4).loss
 
 
 def test_every_held_out_token_is_counted_once(sampler: StreamSampler) -> None:

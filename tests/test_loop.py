@@ -14,6 +14,8 @@ from lmcode import dist
 from lmcode.config import RunConfig, build
 from lmcode.eval.held_out import evaluate
 from lmcode.train import checkpoint, loop
+from lmcode.train.session import Session
+from lmcode.train.start import set_up
 
 STEPS = 5
 
@@ -47,8 +49,8 @@ def settings(folder: Path, name: str, **sections: dict) -> dict:
     return base
 
 
-def start(values: dict) -> loop.Session:
-    return loop.set_up(build(RunConfig, values), dist.discover())
+def start(values: dict) -> Session:
+    return set_up(build(RunConfig, values), dist.discover())
 
 
 def train(values: dict) -> dict:
@@ -58,6 +60,7 @@ def train(values: dict) -> dict:
     for _ in range(STEPS):
         result = loop.train_step(session)
         session.step += 1
+        loop.consolidate(session)
         losses.append(result.loss)
         ids = torch.cat([read.hits.id_HNK.transpose(0, 1) for read in result.reads[1]])
         hits.append(session.group.all_gather(ids, phase="test").numpy())
@@ -66,7 +69,7 @@ def train(values: dict) -> dict:
                         windows=3)
     session.metrics.close()
     return {"losses": losses, "hits": hits, "held_out": held_out,
-            "stats": {key: stats[key] for key in ("live", "evicted", "rejected", "next_id")}}
+            "stats": {key: stats[key] for key in ("live", "evicted", "merged", "rejected", "next_id")}}
 
 
 def train_all(jobs: list[dict]) -> list[dict]:
@@ -130,6 +133,14 @@ def test_losses_do_not_depend_on_how_the_job_is_spread(folder: Path, reference: 
             assert_same(result, reference)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
+
+
+def test_consolidation_on_the_way_does_not_depend_on_the_number_of_ranks(folder: Path, reference: dict) -> None:
+    changes = {"train": {"memory_consolidation_interval": 2}, "memory": {"consolidation_threshold": 0.3}}
+    alone, together = (run_on_ranks(train_all, R, [settings(folder, f"consolidated-{R}", **changes)])[0][0]
+                       for R in (1, 2))
+    assert_same(together, alone)
+    assert alone["stats"]["merged"] > 0 == reference["stats"]["merged"]
 
 
 def spoil_one_step(jobs: list[dict]) -> list[dict]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lmcode.eval.held_out import EvalResult
-from lmcode.train.observe import PHASES
+from lmcode.train.clock import PHASES
 from lmcode.train.summary import Facts, render
 
 FACTS = Facts(steps=550, skipped_steps=3, training_seconds=301.2, tokens_per_s=3712.4,

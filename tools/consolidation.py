@@ -1,8 +1,9 @@
 """python tools/consolidation.py RUN [--thresholds 0.05 0.1 0.2] [--every 4] [--rounds 1] [section.key=value ...]
 
-What consolidation does to a saved run, on copies, one process: entries of its banks before and after, and held-out loss
-beside the loss without. In document scope an evaluation starts with an empty bank, so what is consolidated there is the
-evaluation's own bank, after every few windows; in global scope it starts with the consolidated copy and goes on likewise.
+What consolidation does to a saved run, on copies, in one process: entries of its banks before and after, and held-out
+loss beside the loss without. In document scope an evaluation starts with an empty bank, so there it is the evaluation's
+own bank that is consolidated, after every few windows; in global scope it starts with the consolidated copy and goes on
+likewise.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ def consolidated(banks: Mapping[int, LongTermMemory], threshold: float, rounds: 
         for round_number in range(rounds):
             started = time.perf_counter()
             report = bank.consolidate(threshold)
-            print(f"  saved bank of layer {layer}, round {round_number + 1}: {report.before:,} entries -> {report.after:,} "
-                  f"({100 * report.merged / max(1, report.before):.1f} % merged) in {time.perf_counter() - started:.1f} s",
-                  flush=True)
+            seconds, share = time.perf_counter() - started, 100 * report.merged / max(1, report.before)
+            print(f"  saved bank of layer {layer}, round {round_number + 1}: {report.before:,} entries -> "
+                  f"{report.after:,} ({share:.1f} % merged) in {seconds:.1f} s", flush=True)
     return copies
 
 
@@ -66,8 +67,8 @@ def main() -> None:
         print(f"threshold {threshold:g}:", flush=True)
         result, merged = held_out(consolidated(model.banks, threshold, arguments.rounds), threshold)
         print(f"  held-out loss {result.loss:.4f} ({result.loss - plain.loss:+.4f}), far {result.far_loss:.4f} "
-              f"({result.far_loss - plain.far_loss:+.4f}), with {merged:,} merges among about {written:,} entries written "
-              f"(every {arguments.every} windows)", flush=True)
+              f"({result.far_loss - plain.far_loss:+.4f}); {merged:,} of about {written:,} entries merged, "
+              f"every {arguments.every} windows", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ model's, written as the documents are read, thrown away at the end. The training
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -58,7 +58,8 @@ def evaluation_banks(banks: Mapping[int, LongTermMemory], slots: int | None) -> 
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[int, LongTermMemory], group: Group,
-             mode: str = "on", windows: int = 16, slots: int | None = None) -> EvalResult:
+             mode: str = "on", windows: int = 16, slots: int | None = None,
+             upkeep: Callable[[int, LongTermMemory], None] | None = None) -> EvalResult:
     """Reads `windows` windows of every held-out stream and returns the mean loss. A collective.
 
     Args:
@@ -67,6 +68,7 @@ def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[i
         banks: the model's banks; only forked, never written.
         mode: "on", "off" (no retrieval, the rest unchanged) or "shuffled" (another document's memory).
         slots: slots of the evaluation banks; None keeps those of `banks`.
+        upkeep: called after each window with its number, from 0, and every evaluation bank; may be a collective.
 
     Raises:
         ValueError: for an unknown mode.
@@ -93,6 +95,8 @@ def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[i
             state = output.state
             for layer, fork in forks.items():
                 fork.commit([output.memory[layer].candidates], [output.memory[layer].hits], step=step)
+                if upkeep is not None:
+                    upkeep(step, fork)
             loss_B = output.token_loss.double().sum(1).cpu()
             count_B = (batch.targets_BT >= 0).sum(1).cpu()
             far_B = batch.window_B.cpu() >= FAR

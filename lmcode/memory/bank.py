@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,14 @@ from torch.nn import functional as F
 
 from lmcode.config import ConfigError, MemoryConfig
 from lmcode.dist import Group
-from lmcode.memory import entry
+from lmcode.memory import consolidate, entry
+from lmcode.memory.consolidate import ConsolidationReport
 from lmcode.memory.faiss_index import TIERS, check_top_k, choose_tier
 from lmcode.memory.merge import logsumexp_of, merge_lists, pack_cuts, unpack_cuts, winners
 from lmcode.memory.placement import holder_of, shards_of
-from lmcode.memory.shard import Predicate, Scope, Shard, Ticket, align_rows, digest_of
-from lmcode.retrieval import NO_SCORE, Candidates, Hits
+from lmcode.memory.read import SCOPES, SumsOverShards, align_rows, attend_rows, check_search, exchange_mode, pad, spread
+from lmcode.memory.shard import Predicate, Scope, Shard, Ticket, digest_of
+from lmcode.retrieval import Candidates, Hits
 
 MAX_QUERY = 1e15  # a longer component could overflow a score; such a query finds nothing and is counted
 _VERSIONS = itertools.count(1)  # no two states of any two banks in this process share a version
@@ -43,7 +46,8 @@ class LongTermMemory:
       4. `sums`: each rank adds up weight * value over its winners, and a reduce_scatter hands every owner its vector;
          the backward pass gathers D + 2 numbers a query and scatters D back. `rows`: the winners' vectors travel.
     The group counts bytes and seconds as queries, hits, values, gradients, writes and stats. Reads change nothing but
-    counters. `commit`, `write`, `delete` and `load` make earlier hits stale: attending to those is an error.
+    counters. Whatever changes entries (`commit`, `write`, `delete`, `consolidate`, `load`) makes earlier hits stale:
+    attending to those is an error.
 
     Attributes:
         top_k: K of a search that does not say otherwise.
@@ -64,7 +68,7 @@ class LongTermMemory:
         self.heads, self.head_dim, self.slots, self.top_k, self.config = heads, head_dim, slots, top_k, config
         self.device = torch.device(device)
         check_top_k(top_k)
-        self._tiers = {scope: choose_tier(config, scope, slots, self.device) for scope in ("document", "global")}
+        self._tiers = {scope: choose_tier(config, scope, slots, self.device) for scope in SCOPES}
         try:
             self.owned = shards_of(self.group.rank, self.group.size, config.virtual_shards)
             self.shard = Shard(heads=heads, head_dim=head_dim, slots=slots, owned=self.owned, config=config,
@@ -94,14 +98,14 @@ class LongTermMemory:
         """
         k, N = self.top_k if top_k is None else top_k, query_HND.shape[1]
         scope = self.config.scope if scope is None else scope
-        self._check_search(query_HND, namespace_N, scope, k)
+        check_search(query_HND, namespace_N, scope, k, heads=self.heads, head_dim=self.head_dim)
         started, waited = time.perf_counter(), sum(self.group.seconds.values())
         n = max(1, *self._counts(N, "queries") if ragged else (N,))
         seeing_N = (query_HND.abs() < MAX_QUERY).all(-1).all(0)
         self.blind_queries += N - int(seeing_N.sum())
         query_NHD = query_HND.where(seeing_N[:, None], 0).transpose(0, 1)
-        query_GHD = self.group.all_gather(_pad(query_NHD, n), phase="queries")
-        namespace_G = self.group.all_gather(_pad(namespace_N.where(seeing_N, -1), n, -1), phase="queries")
+        query_GHD = self.group.all_gather(pad(query_NHD, n), phase="queries")
+        namespace_G = self.group.all_gather(pad(namespace_N.where(seeing_N, -1), n, -1), phase="queries")
         query_HGE = F.pad(query_GHD.transpose(0, 1).float(), (0, 1), value=1.0)
         tier = tier or self._tiers["document" if scope == "document" else "global"]
         found = self.shard.search(query_HGE, namespace_G.cpu().numpy(), k, scope=scope, tier=TIERS[tier])
@@ -113,24 +117,13 @@ class LongTermMemory:
         self.search_seconds += time.perf_counter() - started - (sum(self.group.seconds.values()) - waited)
         return Hits(*(part[:N].transpose(0, 1).contiguous() for part in (own_score_NHK, own_id_NHK)), ticket)
 
-    def _check_search(self, query_HND: Tensor, namespace_N: Tensor, scope: Scope, k: int) -> None:
-        H, N, D = query_HND.shape
-        if (H, D) != (self.heads, self.head_dim) or namespace_N.shape != (N,):
-            raise ValueError(f"queries must be [{self.heads}, N, {self.head_dim}] and namespaces [N]: "
-                             f"got {tuple(query_HND.shape)} and {tuple(namespace_N.shape)}")
-        if isinstance(scope, str) and scope not in self._tiers:
-            raise ValueError(f"scope must be 'document', 'global' or a list of namespaces: got '{scope}'")
-        check_top_k(k)
-
     def _counts(self, count: int, phase: str) -> list[int]:
         return self.group.all_gather(torch.tensor([count], device=self.device), phase=phase).tolist()
 
     def _exchange(self, score_GHK: Tensor, id_GHK: Tensor, n: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Phase 3: this rank's merged hits [n, H, K]; for all queries the cut's score and id and the log-sum-exp."""
-        R, k, lists, mode = self.group.size, score_GHK.shape[-1], (score_GHK, id_GHK), self.config.exchange
-        if mode == "auto":  # bytes received per query, head and other rank
-            mode = "all_gather" if R * 12 * k <= 12 * k + 16 else "all_to_all"
-        if mode == "all_gather":
+        R, k, lists = self.group.size, score_GHK.shape[-1], (score_GHK, id_GHK)
+        if exchange_mode(self.config.exchange, R, k) == "all_gather":
             merged = merge_lists(*(self.group.all_gather(part[None], phase="hits") for part in lists))
             mine = slice(self.group.rank * n, (self.group.rank + 1) * n)
             cuts = merged[0][..., -1], merged[1][..., -1], logsumexp_of(*merged)
@@ -156,15 +149,23 @@ class LongTermMemory:
             ValueError: if the bank has changed since the search.
         """
         if self.config.fetch == "sums":
-            value_HND, lse_HN = _Sums.apply(query_HND, hits.score_HNK, hits.id_HNK, self, self._ticket_of(hits))
+            parts = (partial(part, self._ticket_of(hits)) for part in (self._values, self._gradients))
+            value_HND, lse_HN = SumsOverShards.apply(query_HND, hits.score_HNK, hits.id_HNK, *parts)
         else:
-            key_HNKD, value_HNKD = self.fetch(hits)
-            dot_HNK = torch.einsum("hnd,hnkd->hnk", query_HND.float(), key_HNKD)
-            moving_HNK = (dot_HNK - dot_HNK.detach()).where(hits.valid_HNK, 0.0)  # zero, with the gradient of q . k
-            score_HNK = hits.score_HNK + moving_HNK
-            value_HND = torch.einsum("hnk,hnkd->hnd", score_HNK.softmax(-1), value_HNKD)
-            lse_HN = score_HNK.logsumexp(-1).where(hits.valid_HNK[..., 0], NO_SCORE)
+            value_HND, lse_HN = attend_rows(query_HND, hits, *self.fetch(hits))
         return value_HND.to(query_HND.dtype), lse_HN
+
+    def _values(self, ticket: Ticket, N: int) -> Tensor:
+        sum_GHD = self.shard.sums(ticket).view(-1, self.heads, self.head_dim)
+        return self.group.reduce_scatter(sum_GHD, phase="values")[:N]
+
+    def _gradients(self, ticket: Ticket, sent_NHX: Tensor) -> Tensor:
+        if ticket.version != self._version:
+            raise ValueError("the backward pass must run before the bank changes: it has changed since the search")
+        grad_QX = self.group.all_gather(pad(sent_NHX, ticket.rows_per_rank), phase="gradients").flatten(0, 1)
+        part_QD = self.shard.sums_backward(ticket, grad_QX[:, :-2].contiguous(), grad_QX[:, -2], grad_QX[:, -1])
+        part_GHD = part_QD.view(-1, self.heads, self.head_dim)
+        return self.group.reduce_scatter(part_GHD, phase="gradients")[:len(sent_NHX)]
 
     @torch.no_grad()
     def fetch(self, hits: Hits) -> tuple[Tensor, ...]:
@@ -180,7 +181,8 @@ class LongTermMemory:
         return rows_NHKX.transpose(0, 1).split(self.head_dim, dim=-1)
 
     def _holder_of(self, ids: Tensor) -> Tensor:
-        return torch.from_numpy(holder_of(ids.cpu().numpy(), self.config.virtual_shards, self.group.size)).to(ids.device)
+        holder = holder_of(ids.cpu().numpy(), self.config.virtual_shards, self.group.size)
+        return torch.from_numpy(holder).to(ids.device)
 
     @torch.no_grad()
     def commit(self, candidates: Sequence[Candidates], hits: Sequence[Hits], *, step: int) -> entry.CommitReport:
@@ -193,11 +195,7 @@ class LongTermMemory:
         Raises:
             ValueError: if any of the hits is stale.
         """
-        mass_M, hit_M = np.zeros(self.shard.num_slots, np.int64), np.zeros(self.shard.num_slots, bool)
-        for ticket in [self._ticket_of(one) for one in hits]:
-            mass_M += self.shard.count_mass(ticket)
-            hit_M[ticket.row_W.cpu().numpy() % len(hit_M)] = True
-        self.shard.touch(hit_M, mass_M, step)
+        self.shard.touch(*self.shard.count_hits([self._ticket_of(one) for one in hits]), step)
         evicted, clipped = sum(self.shard.evicted.values()), self.clipped
         offered, batch = self._gather_candidates(candidates)
         id_E = self._store(*batch, step)
@@ -222,7 +220,7 @@ class LongTermMemory:
     def _gather_rows(self, rows_EX: Tensor, count_R: list[int]) -> Tensor:
         """Concatenates the rows of all ranks, `count_R` of them each."""
         padded = max(1, *count_R)
-        gathered_EX = self.group.all_gather(_pad(rows_EX, padded), phase="writes")
+        gathered_EX = self.group.all_gather(pad(rows_EX, padded), phase="writes")
         return torch.cat([part[:count] for part, count in zip(gathered_EX.split(padded), count_R, strict=True)])
 
     @torch.no_grad()
@@ -234,12 +232,8 @@ class LongTermMemory:
             namespace_E: int64; rows with a negative one are rejected.
             importance_E: fp32, cut off at 10; rows where it is not positive are rejected; 1 when None.
         """
-        H, E, D = key_HED.shape
-        importance_E = torch.ones(E) if importance_E is None else importance_E
-        if ((H, D) != (self.heads, self.head_dim) or value_HED.shape != key_HED.shape
-                or not namespace_E.shape == importance_E.shape == (E,)):
-            raise ValueError(f"keys and values must be [{self.heads}, E, {self.head_dim}], the rest [E]: "
-                             f"got {[tuple(part.shape) for part in (key_HED, value_HED, namespace_E, importance_E)]}")
+        importance_E = torch.ones(key_HED.shape[1]) if importance_E is None else importance_E
+        entry.check_batch(key_HED, value_HED, namespace_E, importance_E, heads=self.heads, head_dim=self.head_dim)
         vectors = (part.detach().transpose(0, 1).to(self.device) for part in (key_HED, value_HED))
         id_E = self._store(*vectors, namespace_E.cpu().long().numpy(), importance_E.cpu().float().numpy(), step)
         return torch.from_numpy(id_E)
@@ -268,6 +262,52 @@ class LongTermMemory:
         chosen_M = self.shard.matching(ids=ids, namespace=namespace, before_step=before_step, predicate=predicate)
         self._version = next(_VERSIONS)
         return self._totals(self.shard.delete(chosen_M))[0]
+
+    @torch.no_grad()
+    def consolidate(self, threshold: float = 0.1) -> ConsolidationReport:
+        """Merges pairs of entries of one namespace whose keys are less than a cosine distance apart. Collective.
+
+        One call is one round: every entry looks up its nearest other one over all shards, pairs are chosen greedily in
+        id order (`choose_pairs`), and nobody is in two; the rest is left to the next call. The survivor is the smaller
+        id and keeps namespace and step, its vectors become count-weighted means (`merge_vectors`) and its columns
+        change as `merge_columns` says; the loser is deleted for good. A threshold outside (0, 2] is a ValueError.
+        """
+        consolidate.check_threshold(threshold)
+        slot_P, block = self.shard.slots_by_namespace()[0], consolidate.BLOCK
+        live_R = self._counts(len(slot_P), "writes")
+        starts = range(0, max(1, *live_R), block)
+        link_L3 = torch.cat([self._links(slot_P[start:start + block], threshold) for start in starts])
+        link_L3 = self._gather_rows(link_L3, self._counts(len(link_L3), "writes"))
+        pair_E2 = consolidate.choose_pairs(link_L3.cpu().numpy(), threshold)
+        for start in range(0, len(pair_E2), block):
+            self._merge(*pair_E2[start:start + block].T)
+        self.shard.delete(np.isin(self.shard.columns["id"], pair_E2[:, 1]))
+        self._version = next(_VERSIONS)
+        return ConsolidationReport(threshold, sum(live_R), len(pair_E2))
+
+    consolidate_memories = consolidate  # the name in the original README
+
+    def _links(self, slot_n: np.ndarray, threshold: float) -> Tensor:
+        """Links of the entries in one block of this rank's slots, or in fewer; every rank asks for as many."""
+        n, block = len(slot_n), consolidate.BLOCK
+        id_n, namespace_n, unit_nF = self.shard.questions(slot_n)
+        unit_GF = self.group.all_gather(pad(unit_nF, block), phase="writes")
+        namespace_G = self.group.all_gather(pad(namespace_n, block, -1), phase="writes").cpu().numpy()
+        lists = self.shard.nearest(unit_GF, namespace_G, tier=consolidate.nearest_search(self._tiers["global"]))[:2]
+        lists = (self.group.all_to_all(part, phase="writes").view(-1, block, 2) for part in lists)
+        score_n2, other_n2 = (part[:n] for part in merge_lists(*lists))
+        return consolidate.links_of(id_n, score_n2, other_n2, heads=self.heads, threshold=threshold)
+
+    def _merge(self, survivor_E: np.ndarray, loser_E: np.ndarray) -> None:
+        """Sends each loser to its survivor's rank, which takes it in."""
+        route = consolidate.route_of(survivor_E, loser_E, virtual_shards=self.config.virtual_shards,
+                                     rank=self.group.rank, ranks=self.group.size)
+        arrived = []
+        for rows in self.shard.take(loser_E[route.sent_E]):
+            table = rows.new_zeros(route.rows, *rows.shape[1:])
+            table[route.sent_at] = rows
+            arrived.append(self.group.all_to_all(table, phase="writes")[route.arrived_at])
+        self.shard.absorb(survivor_E[route.arriving_E], *arrived)
 
     def _totals(self, *numbers: int) -> list[int]:
         return self.group.all_reduce(torch.tensor(numbers, device=self.device), phase="stats").tolist()
@@ -314,9 +354,8 @@ class LongTermMemory:
         return found / wanted if wanted else 1.0
 
     def _sample_of(self, rows_HNX: Tensor, namespace_N: Tensor) -> tuple[Tensor, Tensor]:
-        count = min(len(namespace_N), self.config.recall_queries)
-        sample = torch.arange(count, device=namespace_N.device) * len(namespace_N) // max(1, count)
-        return rows_HNX[:, sample], namespace_N[sample]
+        count = self.config.recall_queries
+        return spread(rows_HNX, count), spread(namespace_N[None], count)[0]
 
     def fork(self, *, empty: bool, slots: int | None = None) -> LongTermMemory:
         """An independent bank with the same settings: empty (only then may `slots` differ) or a copy of all entries."""
@@ -350,13 +389,7 @@ class LongTermMemory:
             ValueError: on all ranks, if any has a `problem` or the states are not all of one moment.
         """
         moments = {tuple(int(state[name]) for name in entry.COUNTERS) for state in states.values()}
-        outcomes = self.group.all_gather_object((problem, moments))
-        problems = [one for one, _ in outcomes if one]
-        if problems:
-            raise ValueError("; ".join(problems))
-        moments = set().union(*(one for _, one in outcomes))
-        if len(moments) != 1:
-            raise ValueError(f"all virtual shards must agree in {entry.COUNTERS}: got {sorted(moments)}")
+        entry.check_moments(self.group.all_gather_object((problem, moments)))
         for shard, state in states.items():
             self.load(shard, state)
 
@@ -365,36 +398,3 @@ class LongTermMemory:
         parts = self.group.all_gather_object([(shard, digest_of(self.state(shard))) for shard in self.owned])
         whole = b"".join(digest for _, digest in sorted(itertools.chain(*parts)))
         return hashlib.blake2b(whole, digest_size=32).hexdigest()
-
-
-class _Sums(torch.autograd.Function):
-    """Phase 4 by sums: values and keys stay where they are, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, query_HND: Tensor, score_HNK: Tensor, id_HNK: Tensor, bank: LongTermMemory,
-                ticket: Ticket) -> tuple[Tensor, Tensor]:
-        sum_GHD = bank.shard.sums(ticket).view(-1, bank.heads, bank.head_dim)
-        value_NHD = bank.group.reduce_scatter(sum_GHD, phase="values")[:query_HND.shape[1]]
-        value_HND = value_NHD.transpose(0, 1).contiguous()
-        ctx.bank, ctx.ticket, ctx.dtype = bank, ticket, query_HND.dtype
-        ctx.save_for_backward(value_HND)
-        return value_HND, logsumexp_of(score_HNK, id_HNK)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_HND: Tensor, grad_lse_HN: Tensor) -> tuple[Tensor | None, ...]:
-        (value_HND,), bank, ticket = ctx.saved_tensors, ctx.bank, ctx.ticket
-        if ticket.version != bank._version:
-            raise ValueError("the backward pass must run before the bank changes: it has changed since the search")
-        (_, N, D), n = value_HND.shape, ticket.rows_per_rank
-        dot_HN1 = (grad_HND * value_HND).sum(-1, keepdim=True)
-        sent_HNX = torch.cat([grad_HND.float(), dot_HN1, grad_lse_HN.unsqueeze(-1)], dim=-1)
-        grad_QX = bank.group.all_gather(_pad(sent_HNX.transpose(0, 1), n), phase="gradients").flatten(0, 1)
-        part_QD = bank.shard.sums_backward(ticket, grad_QX[:, :D].contiguous(), grad_QX[:, D], grad_QX[:, D + 1])
-        whole_NHD = bank.group.reduce_scatter(part_QD.view(-1, bank.heads, D), phase="gradients")[:N]
-        return whole_NHD.transpose(0, 1).to(ctx.dtype), None, None, None, None
-
-
-def _pad(rows_NX: Tensor, n: int, fill: float = 0) -> Tensor:
-    """Appends rows up to n."""
-    return torch.cat([rows_NX, rows_NX.new_full((n - len(rows_NX), *rows_NX.shape[1:]), fill)])

@@ -117,6 +117,16 @@ def importance_of(surprise_E: np.ndarray) -> np.ndarray:
     return (0.5 + surprise_E / (1.0 + surprise_E)).astype(np.float32)
 
 
+def check_batch(key_HED: Tensor, value_HED: Tensor, namespace_E: Tensor, importance_E: Tensor, *, heads: int,
+                head_dim: int) -> None:
+    """Raises ValueError for a batch whose shapes do not fit a bank or each other."""
+    H, E, D = key_HED.shape
+    if ((H, D) != (heads, head_dim) or value_HED.shape != key_HED.shape
+            or not namespace_E.shape == importance_E.shape == (E,)):
+        raise ValueError(f"keys and values must be [{heads}, E, {head_dim}], the rest [E]: "
+                         f"got {[tuple(part.shape) for part in (key_HED, value_HED, namespace_E, importance_E)]}")
+
+
 def acceptable(key_EHD: Tensor, value_EHD: Tensor, namespace_E: np.ndarray, importance_E: np.ndarray) -> np.ndarray:
     """Rows that may enter a bank, bool [E]: every number finite, importance positive, namespace at least 0."""
     finite_E = key_EHD.isfinite().flatten(1).all(1) & value_EHD.isfinite().flatten(1).all(1)
@@ -175,3 +185,17 @@ def check_content(state: Mapping[str, Tensor], virtual_shards: int) -> None:
     importance_C, namespace_C = state["importance"].numpy()[live_C], state["namespace"].numpy()[live_C]
     if (importance_C <= 0).any() or (importance_C > MAX_IMPORTANCE).any() or (namespace_C < 0).any():
         raise ValueError(f"{where}: importance must lie in (0, {MAX_IMPORTANCE}] and namespaces at or above 0")
+
+
+def check_moments(outcomes: Sequence[tuple[str | None, set[tuple[int, ...]]]]) -> None:
+    """Raises ValueError if any rank has a problem, or the states that all ranks hold differ in their `COUNTERS`.
+
+    Args:
+        outcomes: of every rank, its problem and the counters of its states.
+    """
+    problems = [problem for problem, _ in outcomes if problem]
+    if problems:
+        raise ValueError("; ".join(problems))
+    moments = set().union(*(some for _, some in outcomes))
+    if len(moments) != 1:
+        raise ValueError(f"all virtual shards must agree in {COUNTERS}: got {sorted(moments)}")

@@ -27,7 +27,7 @@ Found = tuple[Tensor, Tensor, Tensor]  # score fp32, id int64, slot int64; (NO_S
 Search = Callable[[Tensor, Tensor, Tensor, int], Found]
 
 
-def search_exact(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int) -> Found:
+def search_exact(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, *, least_queries: int = 16) -> Found:
     """The k best rows for each head and query, in total order: (score_HNK, id_HNK, slot_HNK).
 
     Args:
@@ -35,11 +35,13 @@ def search_exact(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int) -> Fo
         key_HME: fp32 or bf16; the trailing component is an addend to the score, `NO_SCORE` in an empty slot.
         id_M: int64, ids of the rows, in any order; -1 in an empty slot.
         k: hits wanted; may exceed M.
+        least_queries: blocks of queries are padded to at least this many; `QUERY_BLOCK` makes products of one shape
+            only, for callers whose number of queries depends on the ranks.
     """
     H, N, _ = query_HNE.shape
     heads = []
     for head in range(H):
-        blocks = [_search_block(query_HNE[head, start:start + QUERY_BLOCK], key_HME[head], id_M, k)
+        blocks = [_search_block(query_HNE[head, start:start + QUERY_BLOCK], key_HME[head], id_M, k, least_queries)
                   for start in range(0, N, QUERY_BLOCK)]
         heads.append(tuple(torch.cat(parts) for parts in zip(*blocks, strict=True)) if blocks
                      else no_hits((0, k), query_HNE.device))
@@ -109,10 +111,10 @@ def candidates_above(score_QM: Tensor, bound_Q1: Tensor, id_M: Tensor) -> Found:
     return score_QL, id_QL, slot_QL
 
 
-def _search_block(query_QE: Tensor, key_ME: Tensor, id_M: Tensor, k: int) -> Found:
+def _search_block(query_QE: Tensor, key_ME: Tensor, id_M: Tensor, k: int, least_queries: int) -> Found:
     """One block of queries against all rows, chunk by chunk; the k-th score so far bounds what a chunk may add."""
     Q, M = len(query_QE), len(key_ME)
-    padded = max(16, 1 << (Q - 1).bit_length())  # a function of Q only, which is the same however rows are spread
+    padded = max(least_queries, 1 << (Q - 1).bit_length())  # a function of Q only, not of how rows are spread
     query_QE = F.pad(query_QE, (0, 0, 0, padded - Q))
     found = no_hits((Q, k), query_QE.device)
     for start in range(0, M, CHUNK):

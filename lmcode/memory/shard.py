@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lmcode.config import MemoryConfig
+from lmcode.memory.consolidate import merge_columns, merge_vectors, pack_columns, unit_keys
 from lmcode.memory.entry import COUNTERS, EMPTY, MASS_UNIT, MAX_IMPORTANCE, METADATA, Entries, check_content
 from lmcode.memory.evict import choose_slots
 from lmcode.memory.exact import Found, Search, no_hits
@@ -49,22 +50,6 @@ class Ticket(NamedTuple):
     step_W: Tensor
     rows_per_rank: int
     version: int
-
-
-def align_rows(rows_RNHKX: Tensor, holder_NHK: Tensor) -> Tensor:
-    """Rows [N, H, K, X] in the order of the hits, zero where there is none, from those that each rank sent.
-
-    Args:
-        rows_RNHKX: every rank's winners, its own order, padded.
-        holder_NHK: the rank that holds each hit; -1 where invalid.
-    """
-    rows_NHKX = torch.zeros_like(rows_RNHKX[0])
-    for rank in range(len(rows_RNHKX)):  # the j-th hit from a rank is its j-th winner: both lists are in total order
-        held_NHK = holder_NHK == rank
-        place_NHK1 = (held_NHK.cumsum(-1) - 1).clamp(min=0).unsqueeze(-1)
-        held_NHKX = rows_RNHKX[rank].gather(2, place_NHK1.expand_as(rows_NHKX))
-        rows_NHKX = held_NHKX.where(held_NHK.unsqueeze(-1), rows_NHKX)
-    return rows_NHKX
 
 
 def weighted_sums(table_RD: Tensor, row_W: Tensor, offset_Q: Tensor, weight_W: Tensor) -> Tensor:
@@ -165,11 +150,48 @@ class Shard:
         self._index = None
         return len(slot_E)
 
+    def slots_of_ids(self, id_E: np.ndarray) -> np.ndarray:
+        """Slots of entries that this rank holds."""
+        order_M = np.argsort(self.columns["id"])
+        return order_M[np.searchsorted(self.columns["id"], id_E, sorter=order_M)]
+
+    def questions(self, slot_n: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """What these slots ask when they look for neighbours, on the device: ids, namespaces, `unit_keys`."""
+        id_n, namespace_n = (self._on_device(self.columns[name][slot_n]) for name in ("id", "namespace"))
+        return id_n, namespace_n, unit_keys(self.key_HME[:, self._on_device(slot_n), :-1])
+
+    def take(self, id_E: np.ndarray) -> tuple[Tensor, Tensor]:
+        """What another rank needs of these entries to merge them: fp32 vector_E2HD and int64 `pack_columns` [E, 5]."""
+        slot_E = self.slots_of_ids(id_E)
+        slots = self._on_device(slot_E)
+        vector_2HED = torch.stack([self.key_HME[:, slots, :-1], self.value_HMD[:, slots]]).float()
+        return vector_2HED.permute(2, 0, 1, 3), self._on_device(pack_columns(self.columns, slot_E))
+
+    def absorb(self, id_E: np.ndarray, other_E2HD: Tensor, other_E5: Tensor) -> None:
+        """Merges into each of these entries another one, a row of `take`. Id, namespace and step stay."""
+        slot_E, (mine_E2HD, mine_E5) = self.slots_of_ids(id_E), self.take(id_E)
+        merged_E2HD = merge_vectors(mine_E2HD, other_E2HD, mine_E5[:, 0], other_E5[:, 0])
+        key_HED, value_HED = merged_E2HD.permute(1, 2, 0, 3)
+        slots = self._on_device(slot_E)
+        self.key_HME[:, slots, :-1] = key_HED.to(self.key_HME.dtype)
+        self.value_HMD[:, slots] = value_HED.to(self.value_HMD.dtype)
+        for name, column_E in merge_columns(mine_E5.cpu().numpy(), other_E5.cpu().numpy()).items():
+            self.columns[name][slot_E] = column_E
+        self._refresh_scores(slot_E)
+
     def count_mass(self, ticket: Ticket) -> np.ndarray:
         """Attention that each slot received, over all heads, in units of 1 / `MASS_UNIT`: int64 [M]."""
         unit_W = (ticket.weight_W.double() * MASS_UNIT).round().long().cpu()
         slot_W = ticket.row_W.cpu() % self.num_slots
         return torch.zeros(self.num_slots, dtype=torch.int64).index_add_(0, slot_W, unit_W).numpy()
+
+    def count_hits(self, tickets: Sequence[Ticket]) -> tuple[np.ndarray, np.ndarray]:
+        """What these reads did to each slot: bool [M], whether it won, and the `count_mass` of all."""
+        hit_M, mass_M = np.zeros(self.num_slots, bool), np.zeros(self.num_slots, np.int64)
+        for ticket in tickets:
+            hit_M[ticket.row_W.cpu().numpy() % self.num_slots] = True
+            mass_M += self.count_mass(ticket)
+        return hit_M, mass_M
 
     def touch(self, hit_M: np.ndarray, mass_M: np.ndarray, step: int) -> None:
         """Applies the hit statistics of one step: last hit, hit mass, importance and its effect on scores.
@@ -211,17 +233,33 @@ class Shard:
 
         A query with a negative namespace sees nothing, whatever the scope.
         """
+        def keys_of(slots: Tensor | None) -> Tensor:
+            return self.key_HME if slots is None else self.key_HME.index_select(1, slots)
+        return self._search(query_HGE, namespace_G, k, scope, tier, keys_of)
+
+    def nearest(self, unit_GF: Tensor, namespace_G: np.ndarray, *, tier: Search) -> Found:
+        """The two entries here that are nearest to each query in its namespace, itself included: as `search`, [G, 2].
+
+        Args:
+            unit_GF: rows of `unit_keys`; so are the rows that they are compared with, a namespace at a time.
+        """
+        def keys_of(slots: Tensor) -> Tensor:
+            return F.pad(unit_keys(self.key_HME[:, slots, :-1]), (0, 1)).unsqueeze(0)
+        query_1GE = F.pad(unit_GF, (0, 1), value=1.0).unsqueeze(0)
+        score_1G2, id_1G2, slot_1G2 = self._search(query_1GE, namespace_G, 2, "document", tier, keys_of)
+        return score_1G2[0], id_1G2[0], slot_1G2[0]
+
+    def _search(self, query_HGE: Tensor, namespace_G: np.ndarray, k: int, scope: Scope, tier: Search,
+                keys_of: Callable[[Tensor | None], Tensor]) -> Found:
         H, G, _ = query_HGE.shape
         found = no_hits((H, G, k), query_HGE.device)
         for queries, slot_P in self._groups(namespace_G, scope):
-            if slot_P is None:
-                key_HPE, id_P = self.key_HME, self.columns["id"]
-            else:
-                on_device = self._on_device(slot_P)
-                key_HPE, id_P = self.key_HME.index_select(1, on_device), self.columns["id"][slot_P]
+            on_device = None if slot_P is None else self._on_device(slot_P)
+            id_P = self.columns["id"] if slot_P is None else self.columns["id"][slot_P]
             positions = self._on_device(queries)
-            score_HQK, id_HQK, slot_HQK = tier(query_HGE.index_select(1, positions), key_HPE, self._on_device(id_P), k)
-            if slot_P is not None:
+            score_HQK, id_HQK, slot_HQK = tier(query_HGE.index_select(1, positions), keys_of(on_device),
+                                               self._on_device(id_P), k)
+            if on_device is not None:
                 slot_HQK = on_device[slot_HQK.clamp(min=0)].where(slot_HQK >= 0, -1)
             for whole, part in zip(found, (score_HQK, id_HQK, slot_HQK), strict=True):
                 whole.index_copy_(1, positions, part)

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -32,11 +32,9 @@ from lmcode.model.lm import StreamState
 from lmcode.tokenizer import Tokenizer, load_tokenizer
 from lmcode.train import durable
 from lmcode.train.durable import DamagedCheckpoint, Facts
+from lmcode.train.engine import Engine
 from lmcode.train.metrics import flatten
-
-if TYPE_CHECKING:
-    from lmcode.train.engine import Engine
-    from lmcode.train.loop import Session
+from lmcode.train.session import Session
 
 log = logging.getLogger("lmcode")
 

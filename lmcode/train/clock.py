@@ -1,10 +1,14 @@
-"""Where the time of a step goes: named stretches of wall time, summed until they are read."""
+"""Where the time of a step goes: named stretches of wall time, summed until they are read, and their totals over a job."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+# Search and exchange happen inside the other phases and are reported apart.
+PHASES = ("step", "data", "forward", "backward", "search", "exchange", "optimizer", "commit")
 
 
 class Clock:
@@ -29,3 +33,24 @@ class Clock:
         """The sums since the last call, in seconds."""
         seconds, self._seconds = self._seconds, {}
         return seconds
+
+
+@dataclass
+class Costs:
+    """Sums over the logged stretches of a job: steps, milliseconds by phase, bytes received per rank."""
+
+    steps: int = 0
+    ms: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    bytes: float = 0.0
+
+    def add(self, values: Mapping[str, float], steps: int) -> None:
+        """Adds one stretch of `steps` steps, given per step under metric names."""
+        self.steps += steps
+        self.bytes += steps * values["perf/bytes_sent"]
+        for phase in PHASES:
+            self.ms[phase] += steps * values[f"perf/{phase}_ms"]
+
+    def per_step(self) -> tuple[dict[str, float], float]:
+        """Mean milliseconds by phase and bytes, per step."""
+        steps = max(1, self.steps)
+        return {phase: total / steps for phase, total in self.ms.items()}, self.bytes / steps

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,37 +15,14 @@ from lmcode.config import RunConfig
 from lmcode.dist import Rank
 from lmcode.eval.held_out import EvalResult
 from lmcode.lmcode import LMCODE
+from lmcode.train.clock import PHASES
 from lmcode.train.engine import count_parameters
 from lmcode.train.schedule import learning_rate
-
-if TYPE_CHECKING:
-    from lmcode.train.loop import Session, StepResult
+from lmcode.train.session import Session, StepResult
 
 log = logging.getLogger("lmcode")
 
 EVAL_TAGS = {"on": "eval/loss", "off": "eval/loss_memory_off", "shuffled": "eval/loss_memory_shuffled"}
-PHASES = ("step", "data", "forward", "backward", "search", "exchange", "optimizer", "commit")
-
-
-@dataclass
-class Costs:
-    """Sums over the logged stretches of a job: steps, milliseconds by phase, bytes received per rank."""
-
-    steps: int = 0
-    ms: dict[str, float] = field(default_factory=dict)
-    bytes: float = 0.0
-
-    def add(self, values: Mapping[str, float], steps: int) -> None:
-        """Adds one stretch of `steps` steps, given per step under metric names."""
-        self.steps += steps
-        self.bytes += steps * values["perf/bytes_sent"]
-        for phase in PHASES:
-            self.ms[phase] = self.ms.get(phase, 0.0) + steps * values[f"perf/{phase}_ms"]
-
-    def per_step(self) -> tuple[dict[str, float], float]:
-        """Mean milliseconds by phase and bytes, per step."""
-        steps = max(1, self.steps)
-        return {phase: total / steps for phase, total in self.ms.items()}, self.bytes / steps
 
 
 def describe_start(config: RunConfig, me: Rank, model: LMCODE) -> str:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from lmcode.eval.held_out import EvalResult, evaluation_banks
 from lmcode.model.generate import generate
 from lmcode.model.sampling import Decoding
-
-if TYPE_CHECKING:
-    from lmcode.train.loop import Session
+from lmcode.train.session import Session
 
 SHOWN = ("forward", "backward", "search", "exchange", "optimizer", "commit")  # phases of a step, as a person reads them
 SAMPLE_TOKENS = 96
