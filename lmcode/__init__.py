@@ -9,12 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, RunConfig, load_run_config
+    from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, RunConfig
     from lmcode.lmcode import LMCODE
     from lmcode.memory.bank import LongTermMemory
     from lmcode.model.layer import MemoryAugmentedLayer
     from lmcode.model.lm import LMCODEOutput, StreamState
     from lmcode.model.short_term import ShortTermMemory
+    from lmcode.presets import load_run_config
     from lmcode.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
 
 __version__ = "0.1.0"
@@ -23,12 +24,13 @@ __all__ = ["BPETokenizer", "ByteTokenizer", "ConfigError", "LMCODE", "LMCODEConf
            "load_tokenizer"]
 
 _MODULES = {
-    "lmcode.config": ("ConfigError", "LMCODEConfig", "MemoryConfig", "RunConfig", "load_run_config"),
+    "lmcode.config": ("ConfigError", "LMCODEConfig", "MemoryConfig", "RunConfig"),
     "lmcode.lmcode": ("LMCODE",),
     "lmcode.memory.bank": ("LongTermMemory",),
     "lmcode.model.layer": ("MemoryAugmentedLayer",),
     "lmcode.model.lm": ("LMCODEOutput", "StreamState"),
     "lmcode.model.short_term": ("ShortTermMemory",),
+    "lmcode.presets": ("load_run_config",),
     "lmcode.tokenizer": ("BPETokenizer", "ByteTokenizer", "load_tokenizer"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lmcode import __version__
-from lmcode.config import ConfigError, RunConfig, load_run_config, near_match, to_yaml
+from lmcode.config import ConfigError, RunConfig, near_match, to_yaml
+from lmcode.presets import load_run_config
 
 DONE, FAILED, BAD_USAGE, REQUEUE, INTERRUPTED = 0, 1, 2, 75, 130
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -269,37 +268,6 @@ def build(cls: type[Section], values: Mapping[str, Any]) -> Any:
         message = first["msg"].removeprefix("Value error, ")
         given = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
         raise ConfigError(f"{place}: {message}{given}" if place else f"{message}{given}") from None
-
-
-def load_run_config(source: str | Path | None, overrides: Iterable[str] = ()) -> RunConfig:
-    """Builds a run config from a YAML file or a preset name, then overrides.
-
-    Args:
-        source: path of a YAML file (ending in .yaml or .yml), the name of a preset, or None for the preset 'tiny'.
-        overrides: dotted settings such as 'train.total_steps=100'.
-
-    Raises:
-        ConfigError: unknown preset or key, missing file, bad value, impossible combination.
-    """
-    import yaml
-
-    from lmcode import presets
-
-    source = "tiny" if source is None else str(source)
-    if source.endswith((".yaml", ".yml")):
-        try:
-            values = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"there is no config file '{source}'") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"'{source}' cannot be read as YAML: {' '.join(str(error).split())}") from None
-        if values is None:
-            values = {}
-        if not isinstance(values, dict):
-            raise ConfigError(f"'{source}' must hold a mapping of sections: got {type(values).__name__}")
-    else:
-        values = presets.by_name(source).model_dump()
-    return build(RunConfig, with_overrides(values, overrides))
 
 
 def to_yaml(config: Section) -> str:

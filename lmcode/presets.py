@@ -1,9 +1,12 @@
-"""Presets: functions that return a whole run config. A preset is a starting point; dotted overrides change it.
+"""Where a run config comes from: a preset, which is a function that returns one, or a YAML file; then dotted overrides.
 
 `tiny` is what `launch/local.sh` trains on a laptop; `small` and `base` are for GPUs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
 
 from lmcode.config import (
     ConfigError,
@@ -13,7 +16,9 @@ from lmcode.config import (
     MemoryConfig,
     RunConfig,
     TrainConfig,
+    build,
     near_match,
+    with_overrides,
 )
 
 
@@ -71,3 +76,32 @@ def by_name(name: str) -> RunConfig:
     if name not in ALL:
         raise ConfigError(f"there is no preset '{name}': expected one of {', '.join(ALL)}.{near_match(name, ALL)}")
     return ALL[name]()
+
+
+def load_run_config(source: str | Path | None, overrides: Iterable[str] = ()) -> RunConfig:
+    """Builds a run config from a YAML file or a preset name, then overrides.
+
+    Args:
+        source: path of a YAML file (ending in .yaml or .yml), the name of a preset, or None for the preset 'tiny'.
+        overrides: dotted settings such as 'train.total_steps=100'.
+
+    Raises:
+        ConfigError: unknown preset or key, missing file, bad value, impossible combination.
+    """
+    import yaml
+
+    source = "tiny" if source is None else str(source)
+    if source.endswith((".yaml", ".yml")):
+        try:
+            values = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"there is no config file '{source}'") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"'{source}' cannot be read as YAML: {' '.join(str(error).split())}") from None
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            raise ConfigError(f"'{source}' must hold a mapping of sections: got {type(values).__name__}")
+    else:
+        values = by_name(source).model_dump()
+    return build(RunConfig, with_overrides(values, overrides))

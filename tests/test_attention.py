@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lmcode.config import LMCODEConfig
-from lmcode.model.attention import SelfAttention, rotary_table, rotate
+from lmcode.model.attention import SelfAttention
+from lmcode.model.rotary import rotary_table, rotate
 
 
 def attention(**changes: object) -> tuple[LMCODEConfig, SelfAttention]:

@@ -12,7 +12,8 @@ import pytest
 
 import lmcode.train
 from lmcode import cli, presets
-from lmcode.config import ConfigError, RunConfig, load_run_config
+from lmcode.config import ConfigError, RunConfig
+from lmcode.presets import load_run_config
 
 COMMANDS = (["train"], ["eval"], ["generate"], ["doctor"],
             ["config", "show"], ["config", "check"], ["config", "schema"])

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcode import presets
-from lmcode.config import ConfigError, LMCODEConfig, RunConfig, build, load_run_config, parse_override, to_yaml
+from lmcode.config import ConfigError, LMCODEConfig, RunConfig, build, parse_override, to_yaml
+from lmcode.presets import load_run_config
 
 
 @pytest.mark.parametrize("name", presets.ALL)

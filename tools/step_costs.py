@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jobs
 
-from lmcode.config import load_run_config
+from lmcode.presets import load_run_config
 
 PHASES = ("step", "forward", "backward", "search", "exchange", "optimizer", "commit", "data")
 RANKS = 2

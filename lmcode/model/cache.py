@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lmcode.model.attention import Rotation, rotary_table
+from lmcode.model.rotary import Rotation, rotary_table
 
 
 class LayerCache:

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lmcode.config import LMCODEConfig
-from lmcode.model.attention import rotary_table
 from lmcode.model.cache import Cache
 from lmcode.model.layer import MemoryAugmentedLayer, norm
 from lmcode.model.long_term import LongTermRead, ReadTape, Window
+from lmcode.model.rotary import rotary_table
 from lmcode.model.short_term import ShortTermMemory
 from lmcode.retrieval import Candidates, Hits, NullRetriever, Retriever
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmcode.config import LMCODEConfig
-from lmcode.model.attention import Rotation
+from lmcode.model.rotary import Rotation
 from lmcode.retrieval import NO_SCORE, Candidates, Hits, Retriever
 
 if TYPE_CHECKING:

@@ -24,11 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lmcode import __version__
-from lmcode.config import ConfigError, RunConfig, load_run_config, near_match
+from lmcode.config import ConfigError, RunConfig, near_match
 from lmcode.dist import Group
 from lmcode.lmcode import LMCODE
 from lmcode.memory.store import load_bank, save_bank, shard_file
 from lmcode.model.lm import StreamState
+from lmcode.presets import load_run_config
 from lmcode.tokenizer import Tokenizer, load_tokenizer
 from lmcode.train import durable
 from lmcode.train.durable import DamagedCheckpoint, Facts
