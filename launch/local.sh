@@ -5,6 +5,7 @@
 #     bash launch/local.sh train.total_steps=100 model.memory_top_k=16
 #     bash launch/local.sh --preset small train.deepspeed=zero3
 #     bash launch/local.sh --config my-run.yaml
+#     bash launch/local.sh --resume runs/mine train.total_steps=2000
 #
 # LMCODE_RANKS sets the number of ranks, CUDA_VISIBLE_DEVICES the GPUs, and launch/environment.sh reads a few more.
 # Settings are checked before any rank starts: exit code 2 and one line. Otherwise the exit code is the job's own.
@@ -19,6 +20,7 @@ fail() { printf 'lmcode: error: %s\n' "$*" >&2; exit 2; }
 case "${1:-}" in
     --preset | --config) [ $# -ge 2 ] || fail "$1 needs a value"; source_arguments=("$1" "$2"); shift 2 ;;
     --preset=* | --config=*) source_arguments=("$1"); shift ;;
+    --resume | --resume=*) source_arguments=() ;;  # a run folder has its own settings; 'auto' takes the tiny preset
     *) source_arguments=(--preset tiny) ;;
 esac
 job=("${source_arguments[@]}" "$@")

@@ -198,6 +198,8 @@ def _add_config(commands: Any) -> None:
         _add_source(kind)
     check.add_argument("--world", metavar="N", type=_number(int, lowest=1),
                        help="also check that N ranks can share the run")
+    # So that a script can check the very words that it is about to start `lmcode train` with.
+    check.add_argument("--resume", default="none", help=argparse.SUPPRESS)
     check.add_argument("--data", action="store_true", help="also prepare the corpus, so that the run finds it ready")
 
 
@@ -215,6 +217,9 @@ def _number(kind: type[int] | type[float], *, lowest: float, highest: float = fl
 
 
 def _run_config(arguments: argparse.Namespace) -> RunConfig:
+    resume = getattr(arguments, "resume", "none")
+    if resume not in ("auto", "none") and arguments.config is None and arguments.preset is None:
+        return load_run_config(Path(resume) / "config.yaml", arguments.overrides)
     if arguments.config is not None and not arguments.config.endswith((".yaml", ".yml")):
         raise ConfigError(f"--config takes a file ending in .yaml or .yml: got '{arguments.config}'")
     return load_run_config(arguments.config or arguments.preset, arguments.overrides)
@@ -222,9 +227,6 @@ def _run_config(arguments: argparse.Namespace) -> RunConfig:
 
 def train(arguments: argparse.Namespace) -> int:
     """`lmcode train`."""
-    path = arguments.resume if arguments.resume not in ("auto", "none") else None
-    if path is not None and arguments.config is None and arguments.preset is None:
-        arguments.config = str(Path(path) / "config.yaml")
     config = _run_config(arguments)
     from lmcode.train import loop
 

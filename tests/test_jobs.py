@@ -76,6 +76,17 @@ def test_a_run_is_evaluated_and_goes_on_writing_from_the_command_line(tmp_path: 
     assert one == two and one.startswith("3 words")
 
 
+def test_a_run_goes_on_through_the_launcher_from_where_it_was(tmp_path: Path, text: Path) -> None:
+    assert start("deepspeed", tmp_path, text).returncode == 0
+    run = tmp_path / "deepspeed"
+    env = {**os.environ, "LMCODE_SKIP_INSTALL": "1", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    job = subprocess.run(["bash", "launch/local.sh", "--resume", str(run), "train.total_steps=8"], cwd=CHECKOUT, env=env,
+                         capture_output=True, text=True, timeout=240)
+    assert job.returncode == 0, job.stderr[-3000:]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "train/loss" in row] == [2, 4, 6, 8]
+
+
 def test_a_run_folder_is_never_overwritten(tmp_path: Path, text: Path) -> None:
     (tmp_path / "single").mkdir()
     (tmp_path / "single" / "config.yaml").write_text("preset: mine\n")

@@ -144,7 +144,7 @@ def test_consolidation_on_the_way_does_not_depend_on_the_number_of_ranks(folder:
 
 
 def spoil_one_step(jobs: list[dict]) -> list[dict]:
-    """Lets one step's logits be NaN and reports what that step changed."""
+    """Lets everything that one step computes be NaN and reports what that step changed."""
     reports = []
     for values in jobs:
         session = start(values)
@@ -153,7 +153,7 @@ def spoil_one_step(jobs: list[dict]) -> list[dict]:
             session.step += 1
         bank = session.model.banks[1]
         weights, content = session.engine.full_state_dict(), bank.content_hash()
-        hook = session.engine.module.head.register_forward_hook(lambda module, inputs, output: output * math.nan)
+        hook = session.engine.module.embedding.register_forward_hook(lambda module, inputs, output: output * math.nan)
         result = loop.train_step(session)
         hook.remove()
         after = session.engine.full_state_dict()

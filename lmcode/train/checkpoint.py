@@ -33,7 +33,6 @@ from lmcode.presets import load_run_config
 from lmcode.tokenizer import Tokenizer, load_tokenizer
 from lmcode.train import durable
 from lmcode.train.durable import DamagedCheckpoint, Facts
-from lmcode.train.engine import Engine
 from lmcode.train.metrics import flatten
 from lmcode.train.session import Session
 
@@ -172,7 +171,7 @@ def _commit(session: Session, final: Path) -> None:
     with _failing_alike(group):
         written = _write_parts(session, temporary, weights)
     with _failing_alike(group):
-        written += _write_zero(session.engine, temporary)
+        written += [path.relative_to(temporary).as_posix() for path in session.engine.save(temporary)]
     with _failing_alike(group):
         seals = durable.seal(temporary, written)
     everyones = group.all_gather_object(seals)
@@ -245,29 +244,6 @@ def _write_parts(session: Session, folder: Path, weights: dict[str, Tensor]) -> 
         write_json(folder / "trainer.json", {
             "step": session.step, "skipped_steps": session.engine.skipped_steps, "failed_saves": session.failed_saves,
             "training_seconds": session.training_seconds, "corpus": session.corpus.meta["digest"]})
-    return written
-
-
-def _write_zero(engine: Engine, folder: Path) -> list[str]:
-    """DeepSpeed's save, where an error on one rank waits until all are past its barriers: they would hang otherwise."""
-    inner, written, problems = engine._engine, [], []
-    writer = inner.checkpoint_engine
-    write = writer.save
-
-    def guarded(state_dict: Any, path: str) -> None:
-        try:
-            write(state_dict, path)
-            written.append(Path(path).relative_to(folder).as_posix())
-        except (OSError, RuntimeError) as error:
-            problems.append(error)
-
-    writer.save, inner._copy_recovery_script = guarded, lambda folder: None  # no programs among the data, either
-    try:
-        engine.save(folder)
-    finally:
-        del writer.save, inner._copy_recovery_script
-    if problems:
-        raise problems[0]
     return written
 
 

@@ -115,9 +115,33 @@ class Engine:
                 state[name] = parameter.detach().float().cpu().clone()
         return state
 
-    def save(self, folder: Path) -> None:
-        """Writes optimizer and sharded weights into `folder` (DeepSpeed's own files); a collective."""
-        self._engine.save_checkpoint(str(folder), tag="zero", save_latest=False, client_state={})
+    def save(self, folder: Path) -> list[Path]:
+        """Writes optimizer and sharded weights under `folder` (DeepSpeed's own files); returns this rank's. A collective.
+
+        An error on one rank is raised when all ranks are past DeepSpeed's barriers; the others would hang otherwise.
+
+        Raises:
+            OSError, RuntimeError: what this rank's file system refused; torch wraps some OSErrors.
+        """
+        inner, written, problems = self._engine, [], []
+        writer = inner.checkpoint_engine
+        write = writer.save
+
+        def guarded(state_dict: Any, path: str) -> None:
+            try:
+                write(state_dict, path)
+                written.append(Path(path))
+            except (OSError, RuntimeError) as error:
+                problems.append(error)
+
+        writer.save, inner._copy_recovery_script = guarded, lambda folder: None  # no programs among the data, either
+        try:
+            inner.save_checkpoint(str(folder), tag="zero", save_latest=False, client_state={})
+        finally:
+            del writer.save, inner._copy_recovery_script
+        if problems:
+            raise problems[0]
+        return written
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote with the same number of ranks; a collective."""

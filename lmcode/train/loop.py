@@ -16,7 +16,7 @@ from lmcode import dist
 from lmcode.config import RunConfig
 from lmcode.dist import Group
 from lmcode.eval.held_out import MODES, EvalResult, evaluate
-from lmcode.model.lm import LayerMemory
+from lmcode.model.lm import LayerMemory, StreamState
 from lmcode.retrieval import Candidates, Hits
 from lmcode.train import checkpoint, durable, observe, summary
 from lmcode.train.ds_config import resolve
@@ -87,6 +87,7 @@ def train_step(session: Session) -> StepResult:
     accumulation = config.train.gradient_accumulation_steps
     engine.set_learning_rate(learning_rate(config.train, session.step))
     reads: dict[int, list[LayerMemory]] = {layer: [] for layer in session.model.banks}
+    states: dict[int, StreamState] = {}
     loss_sum, applied = torch.zeros((), dtype=torch.float64, device=engine.device), False
     tokens = session.sampler.global_tokens(session.step)
     for micro in range(accumulation):
@@ -102,12 +103,13 @@ def train_step(session: Session) -> StepResult:
             engine.backward(local_sum * (group.size * accumulation / max(1, tokens)))
         with clock("optimizer"):
             applied = engine.step()
-        session.states[micro] = output.state
+        states[micro] = output.state
         loss_sum += local_sum.detach().double()
         for layer, layer_reads in reads.items():
             layer_reads.append(output.memory[layer])
     with clock("commit"):
         loss = float(group.all_reduce(loss_sum, phase="loss")) / max(1, tokens)
+        session.states = states if applied else {}  # what a refused step carried may not be finite: streams start afresh
         if applied:
             commit(session, reads)
     return StepResult(loss, applied, tokens, reads)
