@@ -31,8 +31,8 @@ def tiny() -> RunConfig:
                            long_term_memory_slots=65536, memory_layers=(2,), memory_heads=2, memory_head_dim=64),
         memory=MemoryConfig(virtual_shards=12, tier="faiss-flat"),
         data=DataConfig(),
-        train=TrainConfig(learning_rate=2e-3, warmup_steps=50, total_steps=550, streams=8, sequence_length=256),
-        eval=EvalConfig(every=250, streams=8, windows=12, final_windows=48),
+        train=TrainConfig(learning_rate=2e-3, warmup_steps=50, total_steps=400, streams=8, sequence_length=256),
+        eval=EvalConfig(every=200, streams=8, windows=12, final_windows=48),
     )
 
 

@@ -452,3 +452,12 @@ def test_refuses_a_retriever_for_a_layer_without_memory() -> None:
         model.set_retrievers({0: NullRetriever()})
     with pytest.raises(ValueError, match="got layer 2"):
         MemoryLM(model.config, {2: NullRetriever()})
+
+
+def test_memory_heads_begin_by_matching_equal_contexts() -> None:
+    """A query equals the key of the same context at the start: an untrained head looks back to where the context recurs."""
+    torch.manual_seed(0)
+    model = MemoryLM(LMCODEConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, context_length=16))
+    for layer in model.layers:
+        query_PC, key_PC, _ = layer.long_term_read.query_key_value.weight.chunk(3)
+        assert torch.equal(query_PC, key_PC)

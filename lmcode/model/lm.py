@@ -131,6 +131,10 @@ class MemoryLM(nn.Module):
                 nn.init.constant_(module.log_temperature_H, math.log(self.config.memory_temperature))
                 nn.init.constant_(module.retrieved_bias_H, self.config.memory_bias)
                 nn.init.zeros_(module.null_logit_H)
+        for read in (module for module in self.modules() if isinstance(module, LongTermRead)):
+            # Queries start out as keys, so that a head begins by matching equal contexts and need not find that first.
+            query_PC, key_PC, _ = read.query_key_value.weight.chunk(3)
+            query_PC.copy_(key_PC)
 
     def set_retrievers(self, retrievers: Mapping[int, Retriever]) -> None:
         """Gives memory layers their retrievers; those left out find nothing from now on.
