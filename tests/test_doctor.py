@@ -107,7 +107,7 @@ def test_missing_shared_memory_is_a_warning(tmp_path: Path) -> None:
     assert doctor.shared_memory_row(tmp_path / "none").state == "warn"
 
 
-def test_a_search_that_misses_a_hit_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_that_returns_wrong_hits_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     faiss_index = pytest.importorskip("lmcode.memory.faiss_index")
     pytest.importorskip("faiss")
     assert doctor.faiss_search_row().state == "ok"
@@ -115,12 +115,12 @@ def test_a_search_that_misses_a_hit_fails(monkeypatch: pytest.MonkeyPatch) -> No
 
     def wrong(*arguments: object) -> tuple:
         score_HNK, id_HNK, slot_HNK = search(*arguments)
-        id_HNK[0, 0, 0] += 1
+        id_HNK[0] += 1
         return score_HNK, id_HNK, slot_HNK
 
     monkeypatch.setattr(faiss_index, "search_flat", wrong)
     row = doctor.faiss_search_row()
-    assert row.state == "fail" and row.detail.startswith("1 of")
+    assert row.state == "fail" and row.detail.startswith("640 of 1280")
 
 
 def test_the_command_prints_json_and_ends_with_the_state(tmp_path: Path) -> None:
