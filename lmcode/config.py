@@ -111,6 +111,7 @@ class MemoryConfig(Section):
     consolidation_threshold: float = Field(0.1, gt=0.0, le=2.0, description="cosine distance below which entries of a "
                                            "namespace merge, every train.memory_consolidation_interval steps")
     max_norm: float = Field(100.0, gt=0.0, description="longer values are scaled down to this length")
+    experience_slots: int = Field(16384, ge=1, description="experiences that a model holds over all ranks")
     recall_queries: int = Field(64, ge=0, description="queries per logged step that are checked against exact search")
 
 
@@ -146,8 +147,15 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0)
     log_every: int = Field(10, ge=1)
     save_every: int = Field(0, ge=0, description="steps between checkpoints; 0 saves at the end only")
+    max_skipped_steps: int = Field(20, ge=1, description="steps in a row with a refused update that end the run")
     save_total_limit: int = Field(2, ge=1)
     memory_consolidation_interval: int = Field(0, ge=0, description="steps between consolidations; 0 never")
+    memory_sample_ratio: float = Field(0.0, ge=0.0, lt=1.0, description="share of the batch that is replayed from stored "
+                                       "spans")
+    replay_sampler: Literal["importance", "uniform", "recent"] = Field("importance", description="how spans are drawn")
+    replay_slots: int = Field(2048, ge=1, description="spans (windows that were trained on) kept for replay")
+    heartbeat_s: float = Field(30.0, ge=0.0, description="seconds; a rank that is silent or stands still for two of these "
+                               "ends the job, by name; 0 does not watch")
     run_dir: str | None = Field(None, description="the run folder; runs/<preset>-<time> when None")
 
     @model_validator(mode="after")
@@ -184,6 +192,9 @@ class RunConfig(Section):
         if slots and slots < shards:
             raise ValueError("model.long_term_memory_slots must be at least memory.virtual_shards: "
                              f"{slots} < {shards}")
+        if slots and self.memory.experience_slots < shards:
+            raise ValueError("memory.experience_slots must be at least memory.virtual_shards: "
+                             f"{self.memory.experience_slots} < {shards}")
         if self.train.sequence_length > self.model.context_length:
             raise ValueError("train.sequence_length must not exceed model.context_length: "
                              f"{self.train.sequence_length} > {self.model.context_length}")

@@ -7,18 +7,23 @@ where the run's `perf/bytes_sent` and `perf/exchange_ms` come from.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lmcode.config import ConfigError
 
 log = logging.getLogger("lmcode")
 
@@ -37,6 +42,9 @@ class Rank:
 def discover(env: Mapping[str, str] = os.environ) -> Rank:
     """Reads who we are from the launcher's environment: deepspeed or torchrun, Open MPI, Slurm, or none.
 
+    Of Slurm only the variables of an srun step count: a batch script has SLURM_PROCID and SLURM_NTASKS too, and a command
+    that it starts without srun is alone.
+
     Raises:
         ValueError: if the launcher's variables are incomplete or not integers.
     """
@@ -51,11 +59,32 @@ def discover(env: Mapping[str, str] = os.environ) -> Rank:
         if rank in env and size in env and (launcher != "deepspeed" or local_size in env):
             try:
                 world = int(env[size])
-                tasks_here = env.get(local_size, str(world)).split("(")[0].split(",")[0]
-                return Rank(int(env[rank]), world, int(env.get(local, env[rank])), int(tasks_here), launcher)
+                tasks_here = tasks_on_node(env.get(local_size, str(world)), int(env.get("SLURM_NODEID", "0")))
+                return Rank(int(env[rank]), world, int(env.get(local, env[rank])), tasks_here, launcher)
             except ValueError:
                 raise ValueError(f"{launcher}: {rank}={env[rank]!r} and {size}={env[size]!r} must be integers") from None
     return Rank(0, 1, 0, 1, "single")
+
+
+def tasks_on_node(text: str, node: int) -> int:
+    """The number of tasks on one node, from Slurm's list for all nodes: '2(x3),1' is 2, 2, 2, 1; the last one goes on.
+
+    Raises:
+        ValueError: if the list is not of this form.
+    """
+    counts: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if found is None:
+            raise ValueError(f"a list of tasks per node looks like 2(x3),1: got '{text}'")
+        counts += [int(found[1])] * int(found[2] or 1)
+    return counts[min(node, len(counts) - 1)]
+
+
+def first_host(node_list: str) -> str:
+    """The first host of Slurm's compressed list: 'gpu[07-12,20],cpu1' begins with gpu07."""
+    found = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\])?([^\[,]*)", node_list)
+    return "".join(part or "" for part in found.groups()) if found else ""
 
 
 def start(timeout_s: float = 1800.0) -> Rank:
@@ -71,6 +100,8 @@ def start(timeout_s: float = 1800.0) -> Rank:
         return me
     if me.launcher == "mpirun":
         _rendezvous_over_mpi(me)
+    if me.launcher == "slurm":
+        os.environ.update(slurm_rendezvous(os.environ))
     if me.launcher == "single":
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     os.environ.update(RANK=str(me.rank), WORLD_SIZE=str(me.world_size), LOCAL_RANK=str(me.local_rank),
@@ -96,6 +127,12 @@ def _rendezvous_over_mpi(me: Rank) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1" if alone else host, MASTER_PORT=str(port))
 
 
+def slurm_rendezvous(env: Mapping[str, str]) -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT of an srun step: the user's, or its first host and a port made from the job's id."""
+    return {"MASTER_ADDR": env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", "")) or "127.0.0.1",
+            "MASTER_PORT": env.get("MASTER_PORT") or str(15000 + int(env.get("SLURM_JOB_ID", "0")) % 15000)}
+
+
 def stop() -> None:
     """Leaves the default process group, if there is one."""
     import torch.distributed as td
@@ -104,15 +141,27 @@ def stop() -> None:
         td.destroy_process_group()
 
 
+def join() -> Rank:
+    """`start` for a script that has no end of its own to stop at: a group that is made here ends with the process."""
+    import torch.distributed as td
+
+    if not td.is_initialized():
+        atexit.register(stop)
+    return start()
+
+
 @contextmanager
-def running() -> Iterator[Rank]:
-    """`start`, logging and `stop` around a block: one job of one process."""
+def running(step: Callable[[], int] | None = None) -> Iterator[Rank]:
+    """`start`, logging (with the number of the `step`, if given) and `stop` around a block: one job of one process."""
     me = start()
-    set_up_logging(me)
+    set_up_logging(me, step=step)
     try:
         yield me
     finally:
         stop()
+        for handler in log.handlers[1:]:
+            log.removeHandler(handler)
+            handler.close()
 
 
 def free_port() -> int:
@@ -132,6 +181,7 @@ class Group:
 
     bytes_received, seconds: payload bytes that arrived from other ranks, and wall time inside collectives (waiting
     included), by the phase named in each call, since the start or the last `take`.
+    calls: collectives finished so far.
     """
 
     def __init__(self, *, rank: int = 0, size: int = 1, handle: Any = None) -> None:
@@ -139,6 +189,7 @@ class Group:
         self._handle = handle
         self.bytes_received: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
+        self.calls = 0
 
     @classmethod
     def world(cls) -> Group:
@@ -155,6 +206,7 @@ class Group:
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
         self.bytes_received[phase] = self.bytes_received.get(phase, 0) + received
+        self.calls += 1
 
     def take(self) -> tuple[dict[str, float], dict[str, int]]:
         """Seconds and bytes by phase since the last call; starts counting anew."""
@@ -215,6 +267,7 @@ class Group:
 
         values: list[Any] = [None] * self.size
         td.all_gather_object(values, value, group=self._handle)
+        self.calls += 1
         return values
 
     def barrier(self) -> None:
@@ -225,11 +278,45 @@ class Group:
             td.barrier(group=self._handle)
 
 
-def set_up_logging(me: Rank, *, level: int = logging.INFO) -> None:
-    """Console logging with rank and host in every line; only rank 0 speaks below warnings."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(
-        f"%(asctime)s [{socket.gethostname()} rank {me.rank}] %(levelname)s %(message)s", "%H:%M:%S"))
-    log.handlers = [handler]
+def set_up_logging(me: Rank, *, step: Callable[[], int] | None = None, level: int = logging.INFO) -> None:
+    """Console logging with rank, host and, if given, step in every line; only rank 0 speaks below warnings."""
+    log.handlers = [_handler(logging.StreamHandler(), me, step, level if me.rank == 0 else max(level, logging.WARNING))]
     log.propagate = False
-    log.setLevel(level if me.rank == 0 else max(level, logging.WARNING))
+    log.setLevel(level)
+
+
+def log_into(folder: Path, me: Rank, *, step: Callable[[], int] | None = None, level: int = logging.INFO) -> Path:
+    """Every rank's lines also go into a file of its own in `folder`, rank-00000.log and so on; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rank-{me.rank:05d}.log"
+    log.addHandler(_handler(logging.FileHandler(path, encoding="utf-8"), me, step, level))
+    return path
+
+
+def _handler(handler: logging.Handler, me: Rank, step: Callable[[], int] | None, level: int) -> logging.Handler:
+    def add_place(record: logging.LogRecord) -> bool:
+        record.place = f"{socket.gethostname()} rank {me.rank}" + ("" if step is None else f" step {step()}")
+        return True
+
+    handler.addFilter(add_place)
+    handler.setFormatter(logging.Formatter("%(asctime)s [%(place)s] %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setLevel(level)
+    return handler
+
+
+def on_rank_0(group: Group, action: Callable[[], Any]) -> Any:
+    """The small picklable result of `action`, which rank 0 alone performs. A collective.
+
+    Raises:
+        ConfigError: on every rank, with the message of the ValueError or OSError that rank 0 met.
+    """
+    message = value = None
+    if group.rank == 0:
+        try:
+            value = action()
+        except (ValueError, OSError) as error:
+            message = str(error)
+    message, value = group.all_gather_object((message, value))[0]
+    if message is not None:
+        raise ConfigError(message)
+    return value

@@ -152,11 +152,11 @@ def spoil_one_step(jobs: list[dict]) -> list[dict]:
             loop.train_step(session)
             session.step += 1
         bank = session.model.banks[1]
-        weights, content = session.engine.full_state_dict(), bank.content_hash()
+        weights, content = session.engine.weights(), bank.content_hash()
         hook = session.engine.module.embedding.register_forward_hook(lambda module, inputs, output: output * math.nan)
         result = loop.train_step(session)
         hook.remove()
-        after = session.engine.full_state_dict()
+        after = session.engine.weights()
         reports.append({
             "applied": result.applied, "loss": result.loss, "skipped": session.engine.skipped_steps,
             "bank_unchanged": bank.content_hash() == content,

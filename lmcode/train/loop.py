@@ -14,24 +14,31 @@ import torch
 
 from lmcode import dist
 from lmcode.config import RunConfig
-from lmcode.dist import Group
+from lmcode.dist import Group, Rank
 from lmcode.eval.held_out import MODES, EvalResult, evaluate
+from lmcode.memory.entry import COUNTERS
 from lmcode.model.lm import LayerMemory, StreamState
 from lmcode.retrieval import Candidates, Hits
-from lmcode.train import checkpoint, durable, observe, summary
+from lmcode.train import checkpoint, durable, health, observe, preempt, saving, summary
+from lmcode.train.clock import Clock
+from lmcode.train.data import Batch
 from lmcode.train.ds_config import resolve
 from lmcode.train.engine import synchronise
 from lmcode.train.metrics import flatten
+from lmcode.train.preempt import Preempted, Request, agreed, noticing
 from lmcode.train.progress import Progress
+from lmcode.train.replay import ReplaySampler, keep_paused
 from lmcode.train.schedule import learning_rate
 from lmcode.train.session import Session, StepResult
 from lmcode.train.start import open_run, set_up
+from lmcode.train.watch import NullWatch, digest_of, watching
 
 log = logging.getLogger("lmcode")
 
 
 def run(config: RunConfig, *, resume: str | None = None) -> int:
-    """Trains as `config` says and leaves a run folder. Returns the exit code: 1 if the last checkpoint was not saved.
+    """Trains as `config` says and leaves a run folder. Returns the exit code: 1 if the last checkpoint was not saved, 75 if
+    the job was asked to end and may be started again.
 
     Args:
         resume: None, "none", "auto" or a path: see `open_run`.
@@ -43,42 +50,85 @@ def run(config: RunConfig, *, resume: str | None = None) -> int:
     me = dist.discover()
     config.check_world_size(me.world_size)
     resolve(config, me.world_size)
-    with dist.running() as me:
-        start = open_run(config, Group.world(), resume)
-        if start.finished:
-            log.info("'%s' has already finished (%s): nothing to do", start.run_folder, start.checkpoint.name)
-            start.close()
-            return 0
-        session = set_up(config, me, start=start)
-        fit(session)
-        finish(session, session.training_seconds)
+    clock = Clock()
+    with (noticing() as request, dist.running(step=lambda: clock.step) as me,
+          watching(clock, Group.world(), heartbeat_s=config.train.heartbeat_s, alike=(health.Diverged,)) as watch):
+        return _run(config, me, watch, request, resume)
+
+
+def _run(config: RunConfig, me: Rank, watch: NullWatch, request: Request, resume: str | None) -> int:
+    clock, start = watch.clock, open_run(config, watch.group, resume)
+    watch.stacks = dist.log_into(start.run_folder / "logs", me, step=lambda: clock.step)
+    if start.finished:
+        log.info("'%s' has already finished (%s): nothing to do", start.run_folder, start.checkpoint.name)
+        start.close()
+        return 0
+    if me.rank == 0:
+        request.look_for(start.run_folder / preempt.FILE)
+    try:
+        session = set_up(config, me, start=start, watch=watch, request=request)
+    except Preempted:
+        log.warning("asked to end by %s before the first step: nothing to save; start again with --resume auto",
+                    request.reason)
+        request.honoured()
+        start.close()
+        return preempt.REQUEUE
+    try:
+        with clock("training"):
+            fit(session)
+        with clock("finishing"):
+            finish(session, session.training_seconds)
+    except Preempted:
+        return give_way(session)
     return 0 if session.saved == checkpoint.place_of(session) else 1
 
 
 def fit(session: Session) -> None:
-    """Trains from `session.step` to the end, evaluating, logging and saving on the way. A collective."""
+    """Trains from `session.step` to `session.last_step`, evaluating, logging and saving on the way. A collective.
+
+    Raises:
+        Preempted: on every rank, if any was asked to save and end; the session is then as after `session.step` steps.
+    """
     config, clock = session.config, session.clock
     seconds_before, began = session.training_seconds, time.perf_counter()
-    progress = Progress(total=config.train.total_steps, start=session.step, enabled=session.me.rank == 0)
-    while session.step < config.train.total_steps:
+    last_step = session.last_step
+    progress = Progress(total=last_step, start=session.step, enabled=session.me.rank == 0)
+    clock.step = session.step
+    if session.owes_evaluation:
+        evaluate_midway(session)
+    while session.step < last_step:
         started = time.perf_counter()
         result = session.last = train_step(session)
         session.step += 1
+        clock.step = session.step
+        health.check(session, result)
         consolidate(session)
         synchronise(session.engine.device)
         seconds = time.perf_counter() - started
         clock.add("step", seconds)
-        log_now = session.step % config.train.log_every == 0 or session.step == config.train.total_steps
+        log_now = session.step % config.train.log_every == 0 or session.step == last_step
         progress.step(session.step, loss=result.loss, tokens_per_s=result.tokens / seconds, log_line=log_now)
         if log_now:
             observe.log_step(session, result)
-        if config.eval.every and session.step % config.eval.every == 0 and session.step < config.train.total_steps:
-            results = {mode: held_out_loss(session, mode, config.eval.windows) for mode in ("on", "off")}
-            observe.log_evaluation(session, results)
+            saving.settle(session)
+        session.report(session.step, digest(session, result, whole=log_now))
+        session.owes_evaluation = is_due(config.eval.every, session.step) and session.step < last_step
+        if session.owes_evaluation and not result.asked:
+            evaluate_midway(session)
         session.training_seconds = seconds_before + time.perf_counter() - began
-        if config.train.save_every and session.step % config.train.save_every == 0:
-            checkpoint.save(session)
+        if result.asked:
+            raise Preempted
+        if is_due(config.train.save_every, session.step):
+            with clock("saving"):
+                saving.start(session)
+    with clock("saving"):
+        saving.settle(session, wait=True)
     progress.close()
+
+
+def is_due(interval: int, step: int) -> bool:
+    """Whether what happens every `interval` steps (0: never) happens after `step`."""
+    return interval > 0 and step % interval == 0
 
 
 def train_step(session: Session) -> StepResult:
@@ -88,6 +138,7 @@ def train_step(session: Session) -> StepResult:
     engine.set_learning_rate(learning_rate(config.train, session.step))
     reads: dict[int, list[LayerMemory]] = {layer: [] for layer in session.model.banks}
     states: dict[int, StreamState] = {}
+    losses_B: list[torch.Tensor] = []
     loss_sum, applied = torch.zeros((), dtype=torch.float64, device=engine.device), False
     tokens = session.sampler.global_tokens(session.step)
     for micro in range(accumulation):
@@ -95,24 +146,48 @@ def train_step(session: Session) -> StepResult:
             batch = session.sampler.batch(session.step, rank=group.rank, world_size=group.size, micro=micro,
                                           num_micro=accumulation).to(engine.device)
         with clock("forward"):
-            output = engine.forward(batch.input_ids_BT, targets_BT=batch.targets_BT, state=session.states.get(micro),
-                                    reset_B=batch.reset_B, namespace_B=batch.namespace_B, valid_BT=batch.valid_BT)
+            state, reset_B = carried(session, micro, batch)
+            output = engine.forward(batch.input_ids_BT, targets_BT=batch.targets_BT, state=state, reset_B=reset_B,
+                                    namespace_B=batch.namespace_B, valid_BT=batch.valid_BT)
         local_sum = output.token_loss.sum()
         with clock("backward"):
             # DeepSpeed averages over ranks and accumulation steps; the loss is a mean over the tokens of the whole batch.
             engine.backward(local_sum * (group.size * accumulation / max(1, tokens)))
         with clock("optimizer"):
             applied = engine.step()
-        states[micro] = output.state
+        states[micro] = (output.state if session.replay is None
+                         else keep_paused(state, output.state, batch.replayed_B))
+        losses_B.append(output.token_loss.detach().double().sum(1))
         loss_sum += local_sum.detach().double()
         for layer, layer_reads in reads.items():
             layer_reads.append(output.memory[layer])
     with clock("commit"):
-        loss = float(group.all_reduce(loss_sum, phase="loss")) / max(1, tokens)
+        local = torch.stack([loss_sum, loss_sum.new_tensor(float(session.request.asked()))])
+        loss_sum, asked = group.all_reduce(local, phase="loss").tolist()
+        loss = loss_sum / max(1, tokens)
         session.states = states if applied else {}  # what a refused step carried may not be finite: streams start afresh
         if applied:
             commit(session, reads)
-    return StepResult(loss, applied, tokens, reads)
+            remember(session, losses_B)
+    return StepResult(loss, applied, tokens, reads, asked > 0)
+
+
+def carried(session: Session, micro: int, batch: Batch) -> tuple[StreamState | None, torch.Tensor]:
+    """The state that a micro-batch starts from, and which of its streams start afresh.
+
+    A stream that has read a token since it started has something pending. One that has not, though it is within a
+    document, lost its state to a refused step, and then paused.
+    """
+    state = session.states.get(micro)
+    if state is None and session.replay is not None:
+        state = session.model.blank_state(len(batch.reset_B), device=session.engine.device)
+    return state, batch.reset_B if state is None else batch.reset_B | ~state.pending_valid_B
+
+
+def remember(session: Session, losses_B: list[torch.Tensor]) -> None:
+    """Keeps what was trained on for replay: the tokens are known everywhere, the rows' losses are gathered. A collective."""
+    if isinstance(session.sampler, ReplaySampler):
+        session.sampler.remember(session.step, session.group.all_gather(torch.cat(losses_B), phase="replay"))
 
 
 def commit(session: Session, reads: dict[int, list[LayerMemory]]) -> None:
@@ -125,10 +200,9 @@ def commit(session: Session, reads: dict[int, list[LayerMemory]]) -> None:
 
 def consolidate(session: Session) -> None:
     """Merges similar entries of every bank after each `train.memory_consolidation_interval` steps. A collective."""
-    interval = session.config.train.memory_consolidation_interval
-    if not interval or session.step % interval:
+    if not is_due(session.config.train.memory_consolidation_interval, session.step):
         return
-    with session.clock("commit"):
+    with session.clock("commit"), session.clock("consolidation"):
         for layer, bank in session.model.banks.items():
             report = bank.consolidate(session.config.memory.consolidation_threshold)
             log.info("consolidation after step %d, layer %d: %d entries within %g of another were merged, %d are left",
@@ -136,15 +210,51 @@ def consolidate(session: Session) -> None:
 
 
 def held_out_loss(session: Session, mode: str, windows: int) -> EvalResult:
-    """Held-out loss of the model as it is now. A collective."""
-    return evaluate(session.engine.module, session.held_out, banks=session.model.banks, group=session.group, mode=mode,
-                    windows=windows, slots=session.config.eval.slots)
+    """Held-out loss of the model as it is now. A collective.
+
+    Raises:
+        Preempted: on every rank, if any was asked to save and end.
+    """
+    with session.clock("evaluation"):
+        return evaluate(session.engine.module, session.held_out, banks=session.model.banks, group=session.group, mode=mode,
+                        windows=windows, slots=session.config.eval.slots,
+                        between=lambda: agreed(session.request, session.group))
+
+
+def evaluate_midway(session: Session) -> None:
+    """The evaluation that `eval.every` asks for after the current step. A collective."""
+    results = {mode: held_out_loss(session, mode, session.config.eval.windows) for mode in ("on", "off")}
+    observe.log_evaluation(session, results)
+    session.owes_evaluation = False
+
+
+def digest(session: Session, result: StepResult, *, whole: bool) -> int:
+    """What the watch compares between ranks; the weights are part of it if `whole`."""
+    counters = [getattr(bank, name) for bank in session.model.banks.values() for name in COUNTERS]
+    return digest_of(result.loss, result.applied, counters, session.engine.module.parameters() if whole else ())
+
+
+def give_way(session: Session) -> int:
+    """Saves what a job that was asked to end has trained, and ends it. Returns the exit code: 1 if nothing was saved that
+    was worth it. A collective."""
+    log.warning("asked to end by %s", session.request.reason)
+    with session.clock("saving"):
+        saving.settle(session, wait=True)
+        if session.step and session.saved != checkpoint.place_of(session):
+            saving.save(session)
+    safe = not session.step or session.saved == checkpoint.place_of(session)
+    if safe:
+        log.warning("stopped after step %d: go on with --resume auto train.run_dir=%s", session.step, session.run_folder)
+        session.request.honoured()
+    session.close()
+    return preempt.REQUEUE if safe else 1
 
 
 def finish(session: Session, training_seconds: float) -> None:
     """Saves, measures the memory against its controls, and prints what a person wants to know. A collective."""
     if session.saved != checkpoint.place_of(session):
-        checkpoint.save(session)
+        with session.clock("saving"):
+            saving.save(session)
     modes = MODES if session.model.banks else ("on",)
     results = {mode: held_out_loss(session, mode, session.config.eval.final_windows) for mode in modes}
     observe.log_evaluation(session, results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,27 +11,41 @@ from lmcode.dist import Group, Rank
 from lmcode.lmcode import LMCODE
 from lmcode.model.lm import LayerMemory, StreamState
 from lmcode.train.clock import Clock, Costs
+from lmcode.train.commit import Commit
 from lmcode.train.corpus import Corpus
-from lmcode.train.data import StreamSampler
+from lmcode.train.data import Pass, StreamSampler
 from lmcode.train.durable import Lock
 from lmcode.train.engine import Engine
 from lmcode.train.metrics import NullMetrics
+from lmcode.train.preempt import Request
+from lmcode.train.replay import Replay, ReplaySampler
+
+
+def nothing(*_values: object) -> None:
+    """Does nothing."""
 
 
 @dataclass
 class Session:
-    """Everything one training job is made of, on one rank."""
+    """Everything one training job is made of, on one rank.
+
+    run_folder: None where a trainer keeps no record on disk.
+    sampler: gives out the batches; a `ReplaySampler` if there is a `replay`, the store of what was trained on.
+    held_out: None where nothing was given to evaluate on.
+    """
 
     config: RunConfig
     me: Rank
     group: Group
-    run_folder: Path
+    run_folder: Path | None
     corpus: Corpus
     model: LMCODE
     engine: Engine
-    sampler: StreamSampler
-    held_out: StreamSampler
+    sampler: StreamSampler | ReplaySampler
+    held_out: StreamSampler | None
     metrics: NullMetrics
+    replay: Replay | None = None
+    data_pass: Pass = Pass()
     states: dict[int, StreamState] = field(default_factory=dict)  # by micro-batch
     step: int = 0  # optimizer steps behind us, skipped ones included
     clock: Clock = field(default_factory=Clock)
@@ -38,8 +53,19 @@ class Session:
     costs: Costs = field(default_factory=Costs)
     lock: Lock | None = None  # rank 0: the right to write into the run folder
     saved: Path | None = None  # the newest checkpoint of this run
+    saving: Commit | None = None  # a save that is under way
     failed_saves: int = 0
+    skipped_in_a_row: int = 0
+    request: Request = field(default_factory=Request)  # to save and end
+    report: Callable[[int, int], None] = nothing  # tells the watch a step and its digest
+    owes_evaluation: bool = False  # of the current step: there was no time for it
     training_seconds: float = 0.0  # in `fit`, over all the processes that the run has had
+
+    @property
+    def last_step(self) -> int:
+        """Steps behind the job when it ends: `train.total_steps`, or fewer if the data ends before."""
+        total, steps = self.config.train.total_steps, self.sampler.num_steps
+        return total if steps is None else min(total, self.data_pass.first_step + steps)
 
     def close(self) -> None:
         """Ends recording and gives the run folder back."""
@@ -51,9 +77,10 @@ class Session:
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step did: global mean loss in nats per token, whether the update was applied, the targets of the
-    global batch, and each memory layer's traffic by micro-batch."""
+    global batch, each memory layer's traffic by micro-batch, and whether any rank was asked to save and end."""
 
     loss: float
     applied: bool
     tokens: int
     reads: dict[int, list[LayerMemory]]
+    asked: bool = False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +15,20 @@ import torch
 
 from lmcode import dist
 from lmcode.config import ConfigError, RunConfig, to_yaml
-from lmcode.dist import Group, Rank
+from lmcode.dist import Group, Rank, on_rank_0
 from lmcode.eval.held_out import held_out_sampler
 from lmcode.lmcode import LMCODE
 from lmcode.train import checkpoint, durable, observe
+from lmcode.train.clock import Clock
 from lmcode.train.corpus import Corpus, load_corpus
-from lmcode.train.data import StreamSampler
+from lmcode.train.data import Pass
 from lmcode.train.durable import Lock
 from lmcode.train.engine import Engine
 from lmcode.train.metrics import Metrics, NullMetrics
+from lmcode.train.preempt import Preempted, Request, agreed
+from lmcode.train.replay import make_replay, make_sampler
 from lmcode.train.session import Session
+from lmcode.train.watch import NullWatch
 
 log = logging.getLogger("lmcode")
 
@@ -57,7 +62,7 @@ def open_run(config: RunConfig, group: Group, resume: str | None = None) -> Star
     """
     held: list[Lock] = []
     try:
-        found = checkpoint.on_rank_0(group, lambda: _open(config, group.size, None if resume == "none" else resume, held))
+        found = on_rank_0(group, lambda: _open(config, group.size, None if resume == "none" else resume, held))
     except ConfigError:
         for lock in held:
             lock.close()
@@ -90,40 +95,66 @@ def _open(config: RunConfig, world_size: int, resume: str | None, held: list[Loc
     return run, chosen, False
 
 
-def set_up(config: RunConfig, me: Rank, *, start: Start | None = None) -> Session:
+def set_up(config: RunConfig, me: Rank, *, start: Start | None = None, watch: NullWatch | None = None,
+           request: Request | None = None) -> Session:
     """Builds the session: run folder, corpus, model with banks, engine; and puts it where its checkpoint was, if `start`
-    names one. A collective."""
-    group = Group.world()
+    names one. A collective.
+
+    Raises:
+        Preempted: on every rank, if `request` was made on any.
+    """
+    watch, request = watch or NullWatch(Clock(), Group.world()), request or Request()
+    group = watch.group
     start = start or open_run(config, group)
-    corpus = shared_corpus(config, group)
+    corpus = shared_corpus(config, group, request)
     log.info("corpus: %s", corpus.describe())
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     device = dist.device()
     model = LMCODE(config.model, memory=config.memory, group=group, device=device)
     model.activation_checkpointing = config.train.activation_checkpointing
+    model.tokenizer = corpus.tokenizer
     engine = Engine(model, config, world_size=me.world_size)
-    sampler = StreamSampler(corpus.train, streams=config.train.streams, sequence_length=config.train.sequence_length,
-                            seed=config.train.seed)
+    agreed(request, group)
+    replay, data_pass = make_replay(config), Pass()
     session = Session(config=config, me=me, group=group, run_folder=start.run_folder, corpus=corpus, model=model,
-                      engine=engine, sampler=sampler, held_out=held_out_sampler(corpus.held_out, config),
-                      metrics=NullMetrics(), lock=start.lock)
+                      engine=engine, sampler=make_sampler(config, corpus.train, replay, data_pass=data_pass),
+                      held_out=held_out_sampler(corpus.held_out, config), metrics=NullMetrics(), replay=replay,
+                      data_pass=data_pass, lock=start.lock, clock=watch.clock, request=request, report=watch.report)
     if start.checkpoint is not None:
         checkpoint.restore(session, start.checkpoint)
+    agreed(request, group)
     if me.rank == 0:
-        durable.replace_text(start.run_folder / "config.yaml", to_yaml(config))
-        session.metrics = Metrics(start.run_folder, resumed_step=session.step)
-        checkpoint.write_json(start.run_folder / "ds_config.json", engine.ds_config)
-    log.info("%s", observe.describe_start(config, me, model))
-    if config.train.warmup_steps > config.train.total_steps:
-        log.warning("train.warmup_steps (%d) exceeds train.total_steps (%d): the learning rate never reaches its peak",
-                    config.train.warmup_steps, config.train.total_steps)
+        session.metrics = record_in(start.run_folder, session)
+    announce(session)
     return session
 
 
-def shared_corpus(config: RunConfig, group: Group) -> Corpus:
-    """Rank 0 tokenizes the corpus, the others wait and open it; all fail alike if that fails. A collective."""
+def record_in(run_folder: Path, session: Session) -> Metrics:
+    """Leaves a job's resolved settings in its run folder and opens its metrics; rank 0 only."""
+    durable.replace_text(run_folder / "config.yaml", to_yaml(session.config))
+    checkpoint.write_json(run_folder / "ds_config.json", session.engine.ds_config)
+    return Metrics(run_folder, resumed_step=session.step)
+
+
+def announce(session: Session) -> None:
+    """Says what starts, and warns of a learning rate that will stay below its peak."""
+    log.info("%s", observe.describe_start(session.config, session.me, session.model))
+    if session.config.train.warmup_steps > session.last_step:
+        log.warning("train.warmup_steps (%d) exceeds the steps of this job (%d): the learning rate never reaches its peak",
+                    session.config.train.warmup_steps, session.last_step)
+
+
+def shared_corpus(config: RunConfig, group: Group, request: Request) -> Corpus:
+    """Rank 0 tokenizes the corpus, the others wait and open it; all fail alike if that fails, and give way alike if asked
+    to. A collective."""
     opened: list[Corpus] = []
-    checkpoint.on_rank_0(group, lambda: opened.append(load_corpus(config)))
+
+    def prepare() -> None:
+        with suppress(Preempted):  # the others hear of it below
+            opened.append(load_corpus(config, progress=request.give_way))
+
+    on_rank_0(group, prepare)
+    agreed(request, group)
     corpus = opened[0] if opened else load_corpus(config)
     digests = group.all_gather_object(corpus.meta["digest"])
     if len(set(digests)) > 1:

@@ -130,7 +130,7 @@ def continue_document(session: Session) -> tuple[str, str]:
     def agree(token_B: torch.Tensor) -> torch.Tensor:
         return session.group.all_gather(token_B, phase="tokens")[:1]
 
-    decoding = Decoding(max_new_tokens=SAMPLE_TOKENS, top_p=1.0, seed=session.config.train.seed)
+    decoding = Decoding(max_new_tokens=SAMPLE_TOKENS, no_repeat_ngram_size=4, seed=session.config.train.seed)
     with session.engine.module.reading_from(forks):
         written = generate(session.engine.module, prompt, decoding, commit=commit, agree=agree,
                            window=session.config.train.sequence_length)
