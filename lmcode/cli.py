@@ -12,10 +12,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lmcode import __version__
+from lmcode import __version__, cli_cluster, cli_memory
 from lmcode.config import ConfigError, RunConfig, near_match, to_yaml
 from lmcode.presets import load_run_config
 
@@ -96,6 +97,9 @@ def build_parser() -> Parser:
     _add_train(commands)
     _add_eval(commands)
     _add_generate(commands)
+    cli_cluster.add_submit(partial(_command, commands, "submit", submit), _number)
+    cli_cluster.add_estimate(partial(_command, commands, "estimate", estimate), _number, _add_source)
+    cli_memory.add_memory(commands, partial(_command, run=memory, overrides=False), _number, _ignore_local_rank)
     _add_doctor(commands)
     _add_config(commands)
     return parser
@@ -228,9 +232,12 @@ def _run_config(arguments: argparse.Namespace) -> RunConfig:
 def train(arguments: argparse.Namespace) -> int:
     """`lmcode train`."""
     config = _run_config(arguments)
-    from lmcode.train import loop
+    from lmcode.train.preempt import noticing
 
-    return loop.run(config) if arguments.resume == "none" else loop.run(config, resume=arguments.resume)
+    with noticing():  # a signal that comes while torch is imported is remembered
+        from lmcode.train import loop
+
+        return loop.run(config) if arguments.resume == "none" else loop.run(config, resume=arguments.resume)
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -270,6 +277,25 @@ def doctor(arguments: argparse.Namespace) -> int:
     if rank == 0:
         print(to_json(rows) if arguments.json else to_table(rows))
     return exit_code(rows)
+
+
+def submit(arguments: argparse.Namespace) -> int:
+    """`lmcode submit`."""
+    print(cli_cluster.submit(arguments))
+    return DONE
+
+
+def estimate(arguments: argparse.Namespace) -> int:
+    """`lmcode estimate`."""
+    print(cli_cluster.estimate(arguments, _run_config(arguments)))
+    return DONE
+
+
+def memory(arguments: argparse.Namespace) -> int:
+    """`lmcode memory ...`."""
+    text, code = arguments.answer(arguments)
+    print(text, end="")
+    return code
 
 
 def config_show(arguments: argparse.Namespace) -> int:

@@ -6,20 +6,41 @@ The joint between two packages that do not know each other: `model/` (a plain mo
 
 from __future__ import annotations
 
+import hashlib
+import math
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lmcode.config import LMCODEConfig, MemoryConfig
 from lmcode.dist import Group
+from lmcode.experience import (
+    Experience,
+    Experiences,
+    Namespace,
+    Retrieved,
+    delete_token_entries,
+    live_token_entries,
+    namespace_number,
+    write_token_entries,
+)
+from lmcode.experience_input import Content, comparable, contents_of, experiences_of, read_content
 from lmcode.memory.bank import LongTermMemory
 from lmcode.model.generate import Generation, Prompts, generate
 from lmcode.model.lm import LMCODEOutput, MemoryLM, StreamState
+from lmcode.model.reading import read_texts
 from lmcode.model.sampling import Decoding
+from lmcode.pretrained import Pretrained
+from lmcode.tokenizer import MIN_BPE_VOCAB, ByteTokenizer, Tokenizer, check_vocab
+
+STORED_AT_ONCE = 256  # experiences whose token entries are in memory at the same time
 
 
-class LMCODE(MemoryLM):
+class LMCODE(MemoryLM, Pretrained):
     """A `MemoryLM` that owns one bank per memory layer, sliced over the ranks of `group`.
 
     Args:
@@ -44,11 +65,27 @@ class LMCODE(MemoryLM):
                     device=torch.device(device))
         super().__init__(config, banks)
         self.banks: dict[int, LongTermMemory] = banks
+        self._tokenizer: Tokenizer | None = ByteTokenizer() if config.vocab_size >= MIN_BPE_VOCAB else None
+        self._device = torch.device(device)
+        self._experiences: Experiences | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """What text passes through: bytes unless another is set; None if the vocabulary is too small for bytes.
+
+        Setting one whose vocabulary exceeds the model's is a ConfigError.
+        """
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer) -> None:
+        check_vocab(tokenizer, self.config.vocab_size)
+        self._tokenizer = tokenizer
 
     def generate(self, input_ids: Prompts, max_length: int | None = None, temperature: float = 0.8, top_k: int = 50,
                  top_p: float = 0.9, *, max_new_tokens: int | None = None, repetition_penalty: float = 1.0,
                  no_repeat_ngram_size: int = 0, eos_id: int | None = None, seed: int | None = None,
-                 attention_mask: Tensor | None = None, namespace: int | Sequence[int] | Tensor | None = None,
+                 attention_mask: Tensor | None = None, namespace: Namespace | Sequence[Namespace] | Tensor | None = None,
                  write_memory: bool = False, step: int = 0, state: StreamState | None = None, return_state: bool = False,
                  use_cache: bool = True, on_token: Callable[[Tensor], None] | None = None) -> Tensor | Generation:
         """Continues every prompt, reading the memories; a collective of the banks' group.
@@ -60,8 +97,8 @@ class LMCODE(MemoryLM):
             max_length: tokens of the result, prompt included; or give `max_new_tokens`; 128 new ones without either.
             temperature, top_k, top_p, repetition_penalty, no_repeat_ngram_size, eos_id, seed: see `Decoding`.
             attention_mask: bool or 0/1 [B, T], 0 at padding, which must lead.
-            namespace: the document that the streams, all of them or each, read (with the memory scope "document") and write;
-                stream b is in namespace b when None.
+            namespace: the document that the streams, all of them or each, read (with the memory scope "document") and
+                write, as a number or as the name that experiences were stored under; stream b's is b when None.
             write_memory: store in the banks, under `namespace`, what is read and produced: each window of `context_length`
                 tokens when it is full, the last ones at the end. Reading alone changes nothing in a bank.
             step: recorded as the step in which these entries were written.
@@ -99,10 +136,153 @@ class LMCODE(MemoryLM):
                         agree=lambda token_B: self.group.all_gather(token_B, phase="tokens")[:len(token_B)])
         return done if return_state else done.tokens_BT
 
-    def _namespaces(self, namespace: int | Sequence[int] | Tensor | None, num_streams: int) -> Tensor | None:
+    def store_experience(self, text: Content | Sequence[Content], namespace: Namespace | Sequence[Namespace] = 0,
+                         importance: float | Sequence[float] = 1.0, *, stored_at: int | Sequence[int] | None = None,
+                         step: int = 0) -> list[int]:
+        """Remembers one text or many: for `query_memory`, verbatim, and in every layer's bank, for generation. Collective.
+
+        Each text is read by itself, window by window if it is longer than the context, and its token entries are
+        written under its namespace. When `memory.experience_slots` is full, older experiences make way, whole.
+
+        Args:
+            text: text or a row of token ids, or a list of those; a tensor of ids [T] or [B, T].
+            namespace: a number or a name; one for all, or one for each. Generation reads what is in its namespace: 0 for
+                a single prompt. Documents that the model was trained on have numbers, too.
+            importance: in (0, 10]; raises the score, and delays eviction from `memory.second_chance_importance` on.
+            stored_at: Unix second from which the age counts; now when None.
+            step: recorded in the layers' banks as the step in which the token entries were written.
+
+        Returns:
+            The ids, one for each text, also of a single one.
+
+        Raises:
+            ValueError: for empty or blank text, ids outside the vocabulary or of a wrong shape or type, a namespace or
+                importance out of range, text without a tokenizer, a model without a bank, ranks that were given
+                different arguments. Nothing has been stored then.
+        """
+        self._check_has_banks()
+        self._check_same("store_experience", comparable((text, namespace, importance, stored_at, step)))
+        contents = contents_of(text)
+        moment = self._now() if stored_at is None else stored_at
+        batch, rows = experiences_of(contents, namespace=namespace, importance=importance, stored_at=moment,
+                                     tokenizer=self.tokenizer, vocab_size=self.config.vocab_size)
+        ids: list[int] = []
+        for start in range(0, len(batch), STORED_AT_ONCE):
+            part = slice(start, start + STORED_AT_ONCE)
+            offered = read_texts(self, rows[part])
+            entries = write_token_entries(self.banks, batch[part], offered, step=step)
+            stored, gone = self.experiences.store(
+                [replace(one, entries=ranges) for one, ranges in zip(batch[part], entries, strict=True)])
+            delete_token_entries(self.banks, gone)
+            ids += stored
+        return ids
+
+    def query_memory(self, text: Content, top_k: int = 5, namespace: Namespace | None = None
+                     ) -> tuple[list[Retrieved], Tensor]:
+        """The stored experiences that share most with a text, best first, and their ids, int64 [hits]. Collective.
+
+        What is compared are words and runs of letters, not what the model makes of them: see `memory.lexical`.
+
+        Args:
+            text: text or a row of token ids.
+            top_k: hits wanted, 1..2048; there are fewer if fewer are stored, none in an empty memory.
+            namespace: look there only; everywhere when None.
+
+        Raises:
+            ValueError: for a bad text (as `store_experience`), `top_k` out of range, a namespace under which nothing is
+                stored, a model without a bank, ranks that were given different arguments.
+        """
+        self._check_has_banks()
+        self._check_same("query_memory", comparable((text, top_k, namespace)))
+        contents = contents_of(text)
+        if len(contents) != 1:
+            raise ValueError(f"a query is one text or one row of ids: got {len(contents)}")
+        if isinstance(top_k, bool) or not isinstance(top_k, int):
+            raise ValueError(f"top_k must be an integer in 1..2048: got {top_k!r}")
+        words, ids, _ = read_content(contents[0], self.tokenizer, self.config.vocab_size)
+        found = self.experiences.find(Experience(words, ids).searchable, top_k=top_k, namespace=namespace,
+                                      now=self._now())
+        return found, torch.tensor([one.id for one in found], dtype=torch.int64)
+
+    def delete_experiences(self, *, ids: Sequence[int] | None = None, namespace: Namespace | None = None,
+                           older_than: float | None = None) -> int:
+        """Removes, for good and with all their token entries, the experiences that meet all given conditions. Collective.
+
+        Args:
+            older_than: seconds; those stored longer ago than that.
+
+        Returns:
+            How many there were; 0 is possible for `older_than` only.
+
+        Raises:
+            ValueError: for no condition, an id or a namespace that is not stored, a negative age.
+        """
+        self._check_has_banks()
+        self._check_same("delete_experiences", comparable((ids, namespace, older_than)))
+        if ids is None and namespace is None and older_than is None:
+            raise ValueError("delete_experiences needs at least one of ids, namespace, older_than: got none")
+        if older_than is not None and not older_than >= 0:
+            raise ValueError(f"older_than is an age in seconds, 0 or more: got {older_than}")
+        before = None if older_than is None else math.ceil(self._now() - older_than)
+        chosen = self.experiences.all(ids=ids, namespace=namespace, before=before)
+        delete_token_entries(self.banks, self.experiences.remove(chosen))
+        return len(chosen)
+
+    def inspect_experience(self, id: int) -> dict[str, Any]:
+        """Everything about one experience, as JSON values: `Experience.row` with id, age, virtual shard, and, by layer, the
+        range of its token entries' ids and how many are still there. Collective. ValueError for an unknown id."""
+        self._check_has_banks()
+        one, = self.experiences.all(ids=[id])
+        entries = {layer: {"ids": list(ids), "live": live_token_entries(self.banks[layer], ids)}
+                   for layer, ids in sorted((one.entries or {}).items()) if layer in self.banks}
+        return {"id": one.id, "text": one.text, **one.row(), "namespace_number": namespace_number(one.namespace),
+                "age": max(0, self._now() - one.stored_at), "virtual_shard": self.experiences.virtual_shard(one.id),
+                "token_entries": entries}
+
+    @property
+    def experiences(self) -> Experiences:
+        """The experience bank with its texts; made when it is first needed."""
+        if self._experiences is None:
+            self._experiences = self.new_experiences()
+        return self._experiences
+
+    @experiences.setter
+    def experiences(self, experiences: Experiences) -> None:
+        self._experiences = experiences
+
+    @property
+    def has_experiences(self) -> bool:
+        """Whether anything was ever stored (and hence ids given out); the same on every rank."""
+        return self._experiences is not None and self._experiences.bank.next_id > 0
+
+    def new_experiences(self) -> Experiences:
+        """An empty experience bank that fits this model."""
+        return Experiences(self.config, self.memory_config, group=self.group, device=self._device)
+
+    def _check_has_banks(self) -> None:
+        if not self.banks:
+            raise ValueError("a model without a long-term memory has no experiences: "
+                             f"long_term_memory_slots = {self.config.long_term_memory_slots}, "
+                             f"memory_layers = {self.config.memory_layers}")
+
+    def _now(self) -> int:
+        """The Unix second on rank 0."""
+        return self.group.all_gather_object(int(time.time()))[0]
+
+    def _check_same(self, name: str, arguments: Any) -> None:
+        """Refuses, on all ranks, arguments that differ between ranks."""
+        digest = hashlib.blake2b(repr(arguments).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if len(set(self.group.all_gather_object(digest))) > 1:
+            raise ValueError(f"{name} is a collective: all ranks must pass the same arguments")
+
+    def _namespaces(self, namespace: Namespace | Sequence[Namespace] | Tensor | None, num_streams: int) -> Tensor | None:
         """A namespace for each stream, on the model's device."""
         if namespace is None:
             return None
+        if isinstance(namespace, str):
+            namespace = namespace_number(namespace)
+        elif isinstance(namespace, Sequence):
+            namespace = [namespace_number(one) if isinstance(one, str) else one for one in namespace]
         namespace_B = torch.as_tensor(namespace, dtype=torch.int64, device=self.embedding.weight.device)
         return namespace_B.expand(num_streams) if namespace_B.dim() == 0 else namespace_B
 

@@ -15,7 +15,7 @@ from lmcode import cli, presets
 from lmcode.config import ConfigError, RunConfig
 from lmcode.presets import load_run_config
 
-COMMANDS = (["train"], ["eval"], ["generate"], ["doctor"],
+COMMANDS = (["train"], ["eval"], ["generate"], ["submit"], ["estimate"], ["doctor"],
             ["config", "show"], ["config", "check"], ["config", "schema"])
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
                       "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
@@ -60,7 +60,8 @@ def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_the_examples_in_the_help_are_understood(command: list[str]) -> None:
-    needed = {"eval": ["run"], "generate": ["run", "--prompt", "x"]}.get(command[0], [])
+    needed = {"eval": ["run"], "generate": ["run", "--prompt", "x"], "estimate": ["--world", "1"],
+              "submit": ["tiny", "--nodes", "1"]}.get(command[0], [])
     for line in cli.parse([*command, *needed]).parser.epilog.splitlines()[1:]:
         words = shlex.split(line.split(" > ")[0])
         assert cli.parse(words[words.index("lmcode") + 1:]).parser.prog == " ".join(["lmcode", *command])

@@ -5,6 +5,7 @@ file and folder is forced to disk, and only then does it take its name:
 
     .step-00000300.tmp/...      files, each fsynced; then manifest.json, fsynced; then the folders, fsynced
     step-00000300/...           one rename, and an fsync of the parent
+    step-00000300.1/...         the same step again, with another memory: a revision, which counts as newer
 
 A kill at any point leaves the earlier commits, or those and the new one; a temporary folder is swept at the next commit.
 `manifest.json` holds {"schema": 1, "step", "world_size", "virtual_shards", "config": blake2b of the settings,
@@ -34,7 +35,7 @@ from typing import Any
 SCHEMA = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * 2**20  # a file of this name that is longer was not written here
-STEP_NAME = re.compile(r"step-(\d{1,18})")
+STEP_NAME = re.compile(r"step-(\d{1,18})(?:\.([1-9]\d{0,8}))?")  # step and revision
 
 Seals = dict[str, dict[str, Any]]  # relative path -> {"bytes", "blake2b"}
 
@@ -75,9 +76,17 @@ class Manifest:
         return sum(seal["bytes"] for seal in self.files.values())
 
 
-def step_folder(parent: Path, step: int) -> Path:
-    """Where the commit of a step lies."""
-    return parent / f"step-{step:08d}"
+def step_folder(parent: Path, step: int, revision: int = 0) -> Path:
+    """Where the commit of a step lies, or a later revision of it."""
+    return parent / (f"step-{step:08d}" + (f".{revision}" if revision else ""))
+
+
+def step_of(path: Path) -> tuple[int, int]:
+    """The step and the revision that a commit's name says; ValueError for another name."""
+    named = STEP_NAME.fullmatch(path.name)
+    if named is None:
+        raise ValueError(f"a commit is called step-<number> or step-<number>.<revision>: got '{path.name}'")
+    return int(named[1]), int(named[2] or 0)
 
 
 def temporary_of(final: Path) -> Path:
@@ -101,6 +110,13 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it that are missing, and forces each new name to disk."""
+    for one in reversed([one for one in (folder, *folder.parents) if not one.is_dir()]):
+        one.mkdir(exist_ok=True)
+        sync(one.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -149,9 +165,7 @@ def begin(final: Path) -> Path:
     """
     if os.path.lexists(final):
         raise FileExistsError(errno.EEXIST, "a checkpoint is never written over", str(final))
-    if not final.parent.is_dir():
-        final.parent.mkdir(parents=True)
-        sync(final.parent.parent)
+    make_folder(final.parent)
     for leftover in final.parent.glob(".*.tmp"):
         shutil.rmtree(leftover)
     temporary = temporary_of(final)
@@ -209,8 +223,7 @@ def set_aside(folder: Path) -> Path:
 
 def steps(parent: Path) -> list[Path]:
     """What bears the name of a commit in `parent`, oldest first, verified or not."""
-    named = [(int(match[1]), path) for path in parent.glob("step-*") if (match := STEP_NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(named)]
+    return sorted((path for path in parent.glob("step-*") if STEP_NAME.fullmatch(path.name)), key=step_of)
 
 
 def newest_verified(parent: Path) -> tuple[Path | None, list[tuple[Path, str]]]:

@@ -1,0 +1,54 @@
+"""Keys made from text alone: a signed feature hash of its words and letters, so that half a sentence finds the whole.
+
+The one thing to know: nothing here is trained, so a key means the same in every model, fresh or trained, for ever. The
+features of a text are its distinct runs of `WORDS` words and of `LETTERS` characters, after folding case and white
+space; each is hashed to a component and a sign (Weinberger et al. 2009), whose inner products are unbiased estimates of
+the number of features that two texts share. Keys have length 1: a score is the cosine of two sets of features.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+
+import numpy as np
+
+from lmcode.memory.placement import splitmix64
+
+WORDS = (1, 2, 3)
+LETTERS = (4,)
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+def text_key(text: str, dim: int) -> np.ndarray:
+    """The key of a text, fp32 [dim], of length 1.
+
+    Raises:
+        ValueError: for text of white space only, which has no features, or with a lone surrogate.
+    """
+    features = features_of(text)
+    if not len(features):
+        raise ValueError(f"text must hold more than white space: got {text[:40]!r}")
+    place, sign = features % np.uint64(dim), 1.0 - 2.0 * (features >> np.uint64(63)).astype(np.float64)
+    key = np.bincount(place.astype(np.int64), sign, minlength=dim)
+    if not key.any():  # all features cancel out: possible for a few of them only
+        key[place[0]] = 1.0
+    return (key / np.linalg.norm(key)).astype(np.float32)
+
+
+def features_of(text: str) -> np.ndarray:
+    """The distinct features of a text, hashed: uint64, ascending."""
+    text = " ".join(text.casefold().split())
+    letters = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.uint64)
+    words = np.array([zlib.crc32(word.encode("utf-8")) for word in _WORD.findall(text)], np.uint64)
+    return np.unique(np.concatenate([*(_runs(words, n, 0) for n in WORDS), *(_runs(letters, n, 1) for n in LETTERS)]))
+
+
+def _runs(units: np.ndarray, n: int, kind: int) -> np.ndarray:
+    """A hash of each run of n units, uint64; different for words and letters."""
+    if len(units) < n:
+        return units[:0]
+    hashed = np.full(len(units) - n + 1, 2 * n + kind, np.uint64)
+    for place in range(n):
+        hashed = splitmix64(hashed ^ units[place:len(units) - n + 1 + place])
+    return hashed

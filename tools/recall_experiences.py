@@ -1,0 +1,134 @@
+"""python tools/recall_experiences.py [--count 10000] [--ranks 1 2] [data.path=books/*.txt ...]
+
+The share of stored sentences that their first half finds at rank 1, with a randomly initialised `tiny` model, on real gloo
+processes: fresh, and after saving and loading into another model on another number of ranks. Sentences come from docstrings
+of the default corpus (from all text with data.path). They are distinct, and none begins with the first half of another:
+a question that fits two sentences has no right answer. The share of sentences left out for that is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import bisect
+import os
+import random
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from lmcode import LMCODE, dist
+from lmcode.memory_files import load_memory, make_folders, save_memory
+from lmcode.presets import load_run_config
+from lmcode.train.sources import open_source
+
+WORDS = range(6, 61)  # in a sentence
+
+
+def texts_in(source: str) -> Iterator[str]:
+    """Docstrings of a Python file; the whole text of anything else."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        yield source
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
+
+
+def sentences_in(text: str) -> Iterator[str]:
+    for paragraph in re.split(r"\n\s*\n", text):
+        for sentence in re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(paragraph.split())):
+            if len(sentence.split()) in WORDS:
+                yield sentence
+
+
+def first_half(sentence: str) -> str:
+    words = sentence.split()
+    return " ".join(words[:(len(words) + 1) // 2])
+
+
+def choose(overrides: list[str], count: int) -> list[str]:
+    """`count` sentences drawn from those whose first half begins no other sentence."""
+    documents = open_source(load_run_config("tiny", overrides).data).read()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the standard library tests invalid escapes
+        found = sorted({one for _, text in documents for part in texts_in(text) for one in sentences_in(part)})
+    clear = []
+    for sentence in found:
+        half = first_half(sentence)
+        first = bisect.bisect_left(found, half)
+        if not any(other.startswith(half) and other != sentence for other in found[first:first + 2]):
+            clear.append(sentence)
+    print(f"{len(found):,} distinct sentences, {1 - len(clear) / len(found):.1%} left out: their first half is not theirs "
+          "alone", flush=True)
+    if len(clear) < count:
+        raise SystemExit(f"the corpus has {len(clear):,} such sentences: fewer than --count {count:,}")
+    return random.Random(0).sample(clear, count)
+
+
+def ask(model: LMCODE, sentences: list[str], name: str, group: dist.Group) -> list[int]:
+    """Asks for every sentence; the ids at rank 1."""
+    started = time.perf_counter()
+    ids = [int(model.query_memory(first_half(sentence), top_k=1)[1][0]) for sentence in sentences]
+    share = sum(id == place for place, id in enumerate(ids)) / len(ids)
+    if group.rank == 0:
+        print(f"  {name}: {share:.2%} at rank 1, {(time.perf_counter() - started) / len(ids) * 1e3:.1f} ms a question",
+              flush=True)
+    return ids
+
+
+def work(rank: int, ranks: int, port: int, sentences: list[str], folder: Path, load: bool) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.start()
+    group, config = dist.Group.world(), load_run_config("tiny")
+    torch.manual_seed(int(load))  # another model on purpose: keys do not depend on it
+    model = LMCODE(config.model, memory=config.memory, group=group)
+    if load:
+        load_memory(folder, model)
+        ids = ask(model, sentences, f"loaded on {ranks} rank(s)", group)
+    else:
+        started = time.perf_counter()
+        stored = model.store_experience(sentences)
+        if stored != list(range(len(sentences))):
+            raise SystemExit("a fresh memory numbers experiences from 0")
+        if rank == 0:
+            evicted = len(sentences) - len(model.experiences.held) if ranks == 1 else 0
+            print(f"{ranks} rank(s): stored {len(sentences):,} in {time.perf_counter() - started:.0f} s, "
+                  f"{evicted} of them evicted", flush=True)
+            make_folders(folder, model)
+        ids = ask(model, sentences, "fresh", group)
+        save_memory(folder, model)
+    if rank == 0:
+        torch.save(ids, folder / f"ids-{'loaded' if load else 'fresh'}.pt")
+    dist.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    arguments, overrides = parser.parse_known_args()
+    sentences = choose(overrides, arguments.count)
+    answers = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for ranks, others in zip(arguments.ranks, arguments.ranks[1:] + arguments.ranks[:1], strict=True):
+            folder = Path(scratch) / str(ranks)
+            folder.mkdir()
+            for size, load in ((ranks, False), (others, True)):
+                torch.multiprocessing.spawn(work, (size, dist.free_port(), sentences, folder, load), nprocs=size)
+                kind = "loaded" if load else "fresh"
+                answers[ranks, kind] = torch.load(folder / f"ids-{kind}.pt")
+    same = all(ids == answers[arguments.ranks[0], "fresh"] for ids in answers.values())
+    print(f"the answers are {'the same' if same else 'NOT the same'} everywhere")
+
+
+if __name__ == "__main__":
+    main()
