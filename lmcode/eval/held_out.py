@@ -59,7 +59,8 @@ def evaluation_banks(banks: Mapping[int, LongTermMemory], slots: int | None) -> 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[int, LongTermMemory], group: Group,
              mode: str = "on", windows: int = 16, slots: int | None = None,
-             upkeep: Callable[[int, LongTermMemory], None] | None = None) -> EvalResult:
+             upkeep: Callable[[int, LongTermMemory], None] | None = None,
+             between: Callable[[], None] | None = None) -> EvalResult:
     """Reads `windows` windows of every held-out stream and returns the mean loss. A collective.
 
     Args:
@@ -69,6 +70,7 @@ def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[i
         mode: "on", "off" (no retrieval, the rest unchanged) or "shuffled" (another document's memory).
         slots: slots of the evaluation banks; None keeps those of `banks`.
         upkeep: called after each window with its number, from 0, and every evaluation bank; may be a collective.
+        between: called before each window; may be a collective, and what it raises ends the evaluation.
 
     Raises:
         ValueError: for an unknown mode.
@@ -85,6 +87,8 @@ def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[i
     model.eval()
     with model.reading_from(retrievers):
         for step in range(min(windows, sampler.num_steps)):
+            if between is not None:
+                between()
             if shuffled:
                 everyone = sampler.batch(step, rank=0, world_size=1).namespace_B.tolist()
                 for retriever in shuffled.values():

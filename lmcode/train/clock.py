@@ -1,4 +1,5 @@
-"""Where the time of a step goes: named stretches of wall time, summed until they are read, and their totals over a job."""
+"""Where the main thread is and where its time goes: named stretches of wall time, summed until they are read, and their
+totals over a job."""
 
 from __future__ import annotations
 
@@ -12,18 +13,28 @@ PHASES = ("step", "data", "forward", "backward", "search", "exchange", "optimize
 
 
 class Clock:
-    """Sums wall seconds by name. `take` returns the sums since the last call and starts anew."""
+    """Sums wall seconds by name. `take` returns the sums since the last call and starts anew.
+
+    step: steps behind us, for others to see; set by the loop.
+    phase: the innermost stretch we are in; after an exception the one that it came from.
+    moves: stretches entered and left so far.
+    """
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self.step, self.phase, self.moves = 0, "preparing", 0
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
+        outer, self.phase = self.phase, name
+        self.moves += 1
         try:
             yield
         finally:
             self.add(name, time.perf_counter() - start)
+        self.phase = outer
+        self.moves += 1
 
     def add(self, name: str, seconds: float) -> None:
         """Adds seconds that somebody else has measured."""

@@ -95,10 +95,10 @@ class Corpus:
                 f"vocabulary {self.tokenizer.vocab_size:,}, {train['bytes'] / train['tokens']:.2f} bytes per token")
 
 
-def load_corpus(config: RunConfig) -> Corpus:
+def load_corpus(config: RunConfig, progress: Progress | None = None) -> Corpus:
     """The tokenized corpus of a run, prepared unless it already is; in `data.cache`, or runs/corpora beside the runs."""
     folder = Path(config.data.cache) if config.data.cache else Path("runs") / "corpora"
-    return prepare_corpus(config.data, vocab_size=config.model.vocab_size, folder=folder)
+    return prepare_corpus(config.data, vocab_size=config.model.vocab_size, folder=folder, progress=progress)
 
 
 def prepare_corpus(config: DataConfig, *, vocab_size: int, folder: Path, progress: Progress | None = None) -> Corpus:
@@ -108,7 +108,7 @@ def prepare_corpus(config: DataConfig, *, vocab_size: int, folder: Path, progres
         config: the data section of a run.
         vocab_size: of the model; BPE is trained to this size, any other tokenizer must fit into it.
         folder: where prepared corpora are kept; shared by runs, safe for several processes at once.
-        progress: called with (documents done, documents in all) while tokenizing.
+        progress: called with (documents done, documents in all) while tokenizing; what it raises ends the preparation.
 
     Raises:
         ConfigError: if the source is missing, empty, not text, lacks the text field, or is too small to split; if the

@@ -4,7 +4,8 @@ Each of the global batch's G streams reads a document window by window, T tokens
 the next document of one queue that all streams share (the stream that is free first goes first, the lower number at a
 tie). A window never spans two documents. The state is one integer, the step: `StreamSampler.batch(step, ...)` is a pure
 function of its arguments, so resuming is asking for the next step, and what a step reads does not depend on the number
-of ranks. Letters: B streams of one micro-batch, T tokens of a window.
+of ranks. Experience replay takes rows away from streams, which pause for that step; `Pauses` says which, again by the step
+alone. Letters: B streams of one micro-batch, T tokens of a window.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import heapq
 from array import array
 from bisect import bisect_right
+from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import NamedTuple
 
@@ -34,6 +37,7 @@ class Batch(NamedTuple):
     namespace_B: int64, the visit: the place in the endless queue of documents, so that a document read again in a later
         epoch cannot see what was written when it was read before. -1 for a stream that has run out of documents.
     window_B: int64, how many windows of its document came before this one; -1 for a stream that has run out.
+    replayed_B: bool, True where the stream pauses: the row belongs to replay, and the stream's state must outlive it.
     global_tokens: targets that are not padding in the whole global batch: all ranks, all micro-batches.
     """
 
@@ -43,12 +47,63 @@ class Batch(NamedTuple):
     reset_B: Tensor
     namespace_B: Tensor
     window_B: Tensor
+    replayed_B: Tensor
     global_tokens: int
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
         *tensors, global_tokens = self
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors), global_tokens)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Where the current reading of a dataset began. A job from the command line has one; a trainer may have several.
+
+    first_step: the step of its first batch.
+    first_namespace: that of its first visit; the smaller ones belong to what was written before.
+    first_pause: steps into the pass before which no stream pauses, since nothing was stored to replay.
+    over: whether it has ended because its epochs were read.
+    """
+
+    first_step: int = 0
+    first_namespace: int = 0
+    first_pause: int = 1
+    over: bool = False
+
+
+@dataclass(frozen=True)
+class Pauses:
+    """Which streams pause in which step; a pure function of the step.
+
+    After n steps stream b of G has paused floor(n * ratio + b / G) times. So each stream pauses in a share `ratio` of its
+    steps, evenly spread (a fixed choice of rows would stop some streams for ever), no two streams differ by more than one
+    pause, and all together have paused floor(n * ratio * G) times (Hermite's identity): the share is exact from the first
+    step on. `ratio` is a fraction, so nothing is rounded.
+
+    first: steps before which there is no pause.
+    """
+
+    ratio: Fraction
+    streams: int
+    first: int = 1
+
+    def before(self, stream: int, step: int) -> int:
+        """Pauses of `stream` in the steps before `step`."""
+        n = max(0, step - self.first)
+        top, bottom = self.ratio.numerator, self.ratio.denominator
+        return (n * top * self.streams + stream * bottom) // (bottom * self.streams)
+
+    def at(self, stream: int, step: int) -> bool:
+        """Whether `stream` pauses in `step`."""
+        return self.before(stream, step + 1) > self.before(stream, step)
+
+    def end(self, stream: int, windows: int) -> int:
+        """The first step before which `stream` has read so many windows."""
+        step = windows
+        while (missing := windows - (step - self.before(stream, step))) > 0:
+            step += missing
+        return step
 
 
 class StreamSampler:
@@ -64,13 +119,16 @@ class StreamSampler:
         seed: decides the order; without effect if `shuffle` is off.
         epochs: passes over the documents; endless when None.
         shuffle: False reads documents in their stored order in every epoch.
+        pauses: when streams do not read; their rows are then empty and marked for replay. None: never.
+        first_step, first_namespace: of the first batch, and of the first visit.
 
     Raises:
         ValueError: if a count is not positive, the seed negative, or a document too short.
     """
 
     def __init__(self, documents: Documents, *, streams: int, sequence_length: int, seed: int,
-                 epochs: int | None = None, shuffle: bool = True) -> None:
+                 epochs: int | None = None, shuffle: bool = True, pauses: Pauses | None = None, first_step: int = 0,
+                 first_namespace: int = 0) -> None:
         for name, value in (("streams", streams), ("sequence_length", sequence_length),
                             ("epochs", 1 if epochs is None else epochs), ("number of documents", len(documents))):
             if value < 1:
@@ -83,19 +141,22 @@ class StreamSampler:
             raise ValueError(f"a document needs at least 2 tokens: '{documents.names[index]}' has "
                              f"{self._targets[index] + 1}")
         self.documents, self.streams, self.sequence_length = documents, streams, sequence_length
-        self.epochs = epochs
+        self.epochs, self.pauses = epochs, pauses or Pauses(Fraction(0), streams)
+        self.first_step, self.first_namespace = first_step, first_namespace
         self._schedule = _Schedule(-(-self._targets // sequence_length), streams=streams, seed=seed, epochs=epochs,
                                    shuffle=shuffle)
 
     @cached_property
     def num_steps(self) -> int | None:
-        """Steps after which every stream has run out of documents; None when endless."""
-        return None if self.epochs is None else self._schedule.end()
+        """Steps from the first batch until every stream has run out of documents; None when endless."""
+        if self.epochs is None:
+            return None
+        return max(self.pauses.end(stream, windows) for stream, windows in enumerate(self._schedule.ends()))
 
     @cached_property
     def padding_share(self) -> float:
-        """Share of positions that hold no token: over all `num_steps` steps, idle streams included, or, when endless,
-        over the windows of one pass through the documents."""
+        """Share of positions that hold no token: over all `num_steps` steps, idle and paused streams included, or, when
+        endless, over the windows of one pass through the documents."""
         targets = int(self._targets.sum())
         if self.num_steps is None:
             return 1.0 - targets / (int(self._schedule.windows.sum()) * self.sequence_length)
@@ -127,43 +188,51 @@ class StreamSampler:
 
     def _windows(self, step: int) -> list[_Window]:
         """What each of all the streams reads in `step`."""
-        if step < 0:
-            raise ValueError(f"step must not be negative: got {step}")
-        windows = []
-        for stream in range(self.streams):
-            visit, document, number = self._schedule.at(stream, step)
-            start = number * self.sequence_length
-            length = min(self.sequence_length, int(self._targets[document]) - start)
-            windows.append(_Window(visit, number, int(self.documents.offsets[document]) + start, length)
-                           if visit >= 0 else _NO_WINDOW)
-        return windows
+        if step < self.first_step:
+            rule = f"lie at or beyond the first, {self.first_step}" if self.first_step else "not be negative"
+            raise ValueError(f"step must {rule}: got {step}")
+        return [self._window(stream, step - self.first_step) for stream in range(self.streams)]
+
+    def _window(self, stream: int, step: int) -> _Window:
+        """What one stream reads so many steps into the pass."""
+        if self.pauses.at(stream, step):
+            return _PAUSE
+        visit, document, number = self._schedule.at(stream, step - self.pauses.before(stream, step))
+        if visit < 0:
+            return _NO_WINDOW
+        start = number * self.sequence_length
+        length = min(self.sequence_length, int(self._targets[document]) - start)
+        return _Window(self.first_namespace + visit, number, int(self.documents.offsets[document]) + start, length)
 
     def _assemble(self, windows: list[_Window], global_tokens: int) -> Batch:
         shape = (len(windows), self.sequence_length)
         inputs_BT = np.full(shape, self.documents.end_id, dtype=np.int64)
         targets_BT = np.full(shape, IGNORED, dtype=np.int64)
-        for row, (_, _, start, length) in enumerate(windows):
+        for row, (_, _, start, length, _) in enumerate(windows):
             inputs_BT[row, :length] = self.documents.tokens[start:start + length]
             targets_BT[row, :length] = self.documents.tokens[start + 1:start + length + 1]
         window_B = torch.tensor([window.number for window in windows])
         return Batch(torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT), torch.from_numpy(targets_BT != IGNORED),
-                     window_B == 0, torch.tensor([window.visit for window in windows]), window_B, global_tokens)
+                     window_B == 0, torch.tensor([window.namespace for window in windows]), window_B,
+                     torch.tensor([window.paused for window in windows]), global_tokens)
 
 
 class _Window(NamedTuple):
     """What one stream reads in one step: `length` inputs from position `start` of the token file."""
 
-    visit: int
+    namespace: int
     number: int  # within its document
     start: int
     length: int
+    paused: bool = False
 
 
 _NO_WINDOW = _Window(-1, -1, 0, 0)  # of a stream that has run out of documents
+_PAUSE = _Window(-1, -1, 0, 0, True)
 
 
 class _Schedule:
-    """Which document each stream reads at which step. Grows on demand, always in the same order."""
+    """Which document each stream reads at which step, pauses left out. Grows on demand, always in the same order."""
 
     def __init__(self, windows: np.ndarray, *, streams: int, seed: int, epochs: int | None, shuffle: bool) -> None:
         self.windows = windows
@@ -187,11 +256,11 @@ class _Schedule:
         document, number = self._document[stream][place], step - self._starts[stream][place]
         return (self._visit[stream][place], document, number) if number < self.windows[document] else (-1, 0, 0)
 
-    def end(self) -> int:
-        """The step at which the last stream has run out; only for a limited number of epochs."""
+    def ends(self) -> list[int]:
+        """The step at which each stream has run out; only for a limited number of epochs."""
         while self._visits != self._limit:
             self._advance()
-        return max(step for step, _ in self._free)
+        return [step for step, _ in sorted(self._free, key=lambda free: free[1])]
 
     def _advance(self) -> None:
         """Gives the next document of the queue to the stream that is free first."""

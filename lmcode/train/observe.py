@@ -17,6 +17,7 @@ from lmcode.eval.held_out import EvalResult
 from lmcode.lmcode import LMCODE
 from lmcode.train.clock import PHASES
 from lmcode.train.engine import count_parameters
+from lmcode.train.replay import ReplaySampler
 from lmcode.train.schedule import learning_rate
 from lmcode.train.session import Session, StepResult
 
@@ -50,6 +51,8 @@ def log_step(session: Session, result: StepResult) -> None:
     times = phase_times(session, timings, steps)
     session.costs.add(times, steps)
     values.update(times)
+    if isinstance(session.sampler, ReplaySampler):
+        values.update(session.sampler.take())
     for layer in session.model.banks:
         values.update(layer_metrics(session, result, layer))
     session.metrics.scalars(session.step, values)
@@ -65,7 +68,7 @@ def phase_times(session: Session, timings: Mapping[str, float], steps: int) -> d
     inside_forward = search + sum(exchange.get(phase, 0.0) for phase in ("queries", "hits", "values"))
     raw["forward"] -= inside_forward
     raw["backward"] -= exchange.get("gradients", 0.0)
-    raw["commit"] -= exchange.get("writes", 0.0) + exchange.get("loss", 0.0)
+    raw["commit"] -= sum(exchange.get(phase, 0.0) for phase in ("writes", "loss", "replay"))
     ms = torch.tensor([1000 * raw[phase] / steps for phase in PHASES], device=session.engine.device)
     ms = group.all_reduce(ms, phase="metrics") / group.size
     named = {f"perf/{phase}_ms": value for phase, value in zip(PHASES, ms.tolist(), strict=True)}

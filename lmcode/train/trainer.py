@@ -1,0 +1,350 @@
+"""`MemoryAwareTrainer`: a model and a dataset in memory, trained by the engine and loop of the command line.
+
+The trainer makes a `Session` and hands it to `loop.fit`; nothing of the loop is repeated here. Every method is a
+collective: in a job of several ranks each runs the same script, makes the same trainer and calls the same methods. The
+ranks then hold one model: rank 0's weights, and banks that are sliced over all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmcode import dist
+from lmcode.config import ConfigError, RunConfig, TrainConfig, build
+from lmcode.dist import Group
+from lmcode.eval.held_out import EvalResult, evaluate
+from lmcode.lmcode import LMCODE
+from lmcode.memory.bank import LongTermMemory
+from lmcode.presets import load_run_config
+from lmcode.tokenizer import ByteTokenizer
+from lmcode.train import checkpoint, loop, observe, path_checkpoint, start
+from lmcode.train.corpus import Corpus
+from lmcode.train.data import Pass, StreamSampler
+from lmcode.train.dataset import MemoryDataset, as_dataset
+from lmcode.train.engine import Engine
+from lmcode.train.metrics import NullMetrics
+from lmcode.train.replay import Replay, make_replay, make_sampler
+from lmcode.train.session import Session
+
+log = logging.getLogger("lmcode")
+
+NAMED = 2**61  # from here on namespaces are those of names, which no pass of a dataset takes
+HISTORY = {"train/loss": "loss", "train/learning_rate": "learning_rate", "train/grad_norm": "grad_norm",
+           "perf/tokens_per_s": "tokens_per_s", "train/replay_share": "replay_share", "train/replay_loss": "replay_loss"}
+
+
+class History(NullMetrics):
+    """Keeps what a session records, as lists to plot, and hands it on."""
+
+    def __init__(self, inner: NullMetrics) -> None:
+        self.inner = inner
+        self.lists: dict[str, list[float]] = {name: [] for name in ("step", *HISTORY.values(), "eval_step", "eval_loss",
+                                                                    "eval_loss_memory_off")}
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.inner.scalars(step, values)
+        if "train/loss" in values:
+            self._add(step=step, **{name: values.get(tag, math.nan) for tag, name in HISTORY.items()})
+        if "eval/loss" in values:
+            self._add(eval_step=step, eval_loss=values["eval/loss"],
+                      eval_loss_memory_off=values.get("eval/loss_memory_off", math.nan))
+
+    def _add(self, **values: float) -> None:
+        for name, value in values.items():
+            self.lists[name].append(value)
+
+    def histogram(self, step: int, tag: str, values: torch.Tensor) -> None:
+        self.inner.histogram(step, tag, values)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+class MemoryAwareTrainer:
+    """Trains `model` in place: its own weights and banks.
+
+    Args:
+        model: on one rank as it is. On several its weights become those of rank 0 and its banks are spread over all ranks;
+            what is in them must be the same on every rank.
+        config: a `TrainConfig`, or a dict of its keys; what is left out has its default, but `sequence_length` is that of
+            the longest sample, and `streams` and `memory_sample_ratio` come with the dataset. With `run_dir` there is a run
+            folder, too, with metrics and a checkpoint every `save_every` steps; the last one is for `save_checkpoint`.
+
+    Raises:
+        ConfigError: an unknown key, with the nearest known one; a value that cannot work; banks that cannot be spread.
+    """
+
+    def __init__(self, model: LMCODE, config: TrainConfig | Mapping[str, Any] | None = None) -> None:
+        if not isinstance(model, LMCODE):
+            raise ConfigError(f"model must be an LMCODE: got {type(model).__name__}")
+        self.config: TrainConfig = config if isinstance(config, TrainConfig) else build(TrainConfig, config or {})
+        if self.config.save_every and self.config.run_dir is None:
+            raise ConfigError("save_every needs run_dir, the folder that the checkpoints go to")
+        self.model = model
+        self._me = dist.join()
+        self.group = model.group if model.group.size == self._me.world_size else Group.world()
+        share(model, self.group)
+        self._engine: Engine | None = None
+        self._start: start.Start | None = None
+        self._session: Session | None = None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps behind the trainer, over all calls of `train`."""
+        return 0 if self._session is None else self._session.step
+
+    @property
+    def replay(self) -> Replay | None:
+        """The stored spans, whose `forget` is final; None if nothing is replayed."""
+        return None if self._session is None else self._session.replay
+
+    def train(self, dataset: Any, num_epochs: int = 10, batch_size: int = 32,
+              eval_dataset: Any = None) -> dict[str, list[float]]:
+        """Trains until the samples have been read `num_epochs` times or `total_steps` are reached, whichever comes first.
+
+        Each sample is a document: `batch_size` of them are read side by side, window by window, and a free row takes the
+        next one; rows without any are padding. Learning rate and steps go on over several calls; so does a reading that
+        `total_steps` or a checkpoint cut short, if it is called again with the same samples, windows and batch size.
+        Anything else is read from its beginning, as new documents.
+
+        Args:
+            dataset: a `MemoryDataset`, or what one can be made of (then with `config.memory_sample_ratio`).
+            batch_size: over all ranks, which must divide it.
+            eval_dataset: evaluated about once an epoch and at the end.
+
+        Returns:
+            Lists to plot: step, loss, learning_rate, grad_norm, tokens_per_s, replay_share and replay_loss (NaN without
+            replay) of every `log_every` steps and the last; eval_step, eval_loss, eval_loss_memory_off.
+
+        Raises:
+            ConfigError: a batch size that ranks do not divide or that the config contradicts, ids outside the model's
+                vocabulary, ranks with different samples.
+        """
+        if num_epochs < 1:
+            raise ConfigError(f"num_epochs must be at least 1: got {num_epochs}")
+        data = self._dataset(dataset)
+        held_out = None if eval_dataset is None else self._dataset(eval_dataset)
+        config = self._run_config(data, batch_size)
+        session = self._next_session(config, data, num_epochs, held_out)
+        was_training = self.model.training
+        try:
+            if session.step >= session.last_step:
+                log.warning("nothing to train: %d of %d steps are behind", session.step, session.last_step)
+            else:
+                loop.fit(session)
+                self._evaluate_last(session)
+        finally:
+            self.model.train(was_training)
+        over = session.step >= session.data_pass.first_step + (session.sampler.num_steps or 0)
+        session.data_pass = dataclasses.replace(session.data_pass, over=over)
+        return session.metrics.lists
+
+    def evaluate(self, dataset: Any, batch_size: int = 32) -> dict[str, float]:
+        """Held-out loss over all of `dataset`, in banks of its own: nothing is changed.
+
+        Returns:
+            loss (nats per token), perplexity and tokens; with banks also loss_memory_off and perplexity_memory_off, the same
+            without retrieval.
+        """
+        data = self._dataset(dataset)
+        sampler = self._held_out(data, batch_size, self._window(data))
+        modes = ("on", "off") if self.model.banks else ("on",)
+        results: dict[str, EvalResult] = {
+            mode: evaluate(self.model, sampler, banks=self.model.banks, group=self.group, mode=mode,
+                           windows=sampler.num_steps or 0) for mode in modes}
+        told = {"loss": results["on"].loss, "perplexity": _perplexity(results["on"]), "tokens": results["on"].tokens}
+        if "off" in results:
+            told.update(loss_memory_off=results["off"].loss, perplexity_memory_off=_perplexity(results["off"]))
+        return told
+
+    def save_checkpoint(self, path: str | Path) -> None:
+        """Writes the whole state as the folder `path`: weights, banks, optimizer, streams and replay, of one step.
+
+        A path such as 'best_model.pt' names a folder all the same, which `lmcode generate` reads, too. A checkpoint that was
+        there stays until the new one is whole and verified by its hashes.
+
+        Raises:
+            ConfigError: before any training; or if something is there that is no checkpoint.
+            SaveFailed: if the file system refuses; the old checkpoint is as it was.
+        """
+        if self._session is None:
+            raise ConfigError("there is nothing to save yet: call train or load_checkpoint first")
+        path_checkpoint.save(self._session, Path(path))
+
+    def load_checkpoint(self, path: str | Path) -> None:
+        """Puts model and trainer where they were when `path` was saved; `train` with the same dataset then goes on exactly.
+
+        Raises:
+            ConfigError: if there is no checkpoint, it does not verify, or is of another shape of model or training.
+        """
+        folder = path_checkpoint.find(Path(path), self.group)
+        saved = load_run_config(folder / "config.yaml").train
+        train = self.config.model_copy(update={
+            name: getattr(saved, name) for name in ("streams", "sequence_length", "memory_sample_ratio", "replay_sampler",
+                                                    "replay_slots")})
+        config = RunConfig(preset="trainer", model=self.model.config, memory=self.model.memory_config, train=train)
+        checkpoint.check_resumable(config, folder, self.group.size)
+        trainer, corpus = path_checkpoint.corpus_of(folder)
+        session = self._make_session(config, corpus, make_replay(config), Pass(**trainer.get("pass", {})), None)
+        checkpoint.load_into(session, folder, trainer)
+        self._session = session
+
+    def _dataset(self, data: Any) -> MemoryDataset:
+        tokenizer = getattr(self.model, "tokenizer", None)
+        made = as_dataset(data, memory_sample_ratio=self.config.memory_sample_ratio, tokenizer=tokenizer)
+        if made.largest_id >= self.model.config.vocab_size:
+            raise ConfigError(f"ids must be below the model's vocab_size, {self.model.config.vocab_size}: "
+                              f"the dataset has {made.largest_id}")
+        if len(set(self.group.all_gather_object(made.digest()))) > 1:
+            raise ConfigError("every rank must pass the same samples in the same order: these differ")
+        return made
+
+    def _run_config(self, data: MemoryDataset, batch_size: int) -> RunConfig:
+        """The config of one call; a number that the trainer's config and the call both give must be the same."""
+        called = {"streams": batch_size, "memory_sample_ratio": data.memory_sample_ratio, "replay_sampler": data.sampler,
+                  "replay_slots": data.slots}
+        for name, value in called.items():
+            if name in self.config.model_fields_set and getattr(self.config, name) != value:
+                raise ConfigError(f"the config gives {name} = {getattr(self.config, name)} and the call {value}: leave one "
+                                  "out, or make them equal")
+        config: RunConfig = build(RunConfig, {
+            "preset": "trainer", "model": self.model.config, "memory": self.model.memory_config,
+            "train": {**self.config.model_dump(), **called, "sequence_length": self._window(data)},
+            "eval": {"every": 0, "streams": batch_size}})
+        config.check_world_size(self.group.size)
+        return config
+
+    def _window(self, data: MemoryDataset) -> int:
+        """Tokens of a window: as configured, or so many that the longest sample is one, if the model can read that many."""
+        if "sequence_length" in self.config.model_fields_set:
+            return self.config.sequence_length
+        stride, most = self.model.config.retrieval_stride, self.model.config.context_length
+        return max(2, stride * min(-(-(data.longest - 1) // stride), most // stride))
+
+    def _held_out(self, data: MemoryDataset, batch_size: int, length: int) -> StreamSampler:
+        """One pass through `data` in order, no more rows than needed, the same number on every rank."""
+        ranks = self.group.size
+        return StreamSampler(data.as_documents(), streams=ranks * -(-min(batch_size, len(data)) // ranks),
+                             sequence_length=length, seed=0, epochs=1, shuffle=False)
+
+    def _next_session(self, config: RunConfig, data: MemoryDataset, num_epochs: int,
+                      held_out: MemoryDataset | None) -> Session:
+        """The session of this call: it goes on where the last one was, with new data or with the rest of the same."""
+        former, train = self._session, config.train
+        tokenizer = data.tokenizer or getattr(self.model, "tokenizer", None) or ByteTokenizer()
+        documents = data.as_documents()
+        corpus = Corpus(documents, documents, tokenizer, Path(), {"digest": data.digest()})
+        replay, data_pass, goes_on = make_replay(config), Pass(first_namespace=_free_namespace(self.model)), False
+        if former is not None:
+            replay = _kept(former.replay, replay)
+            data_pass = Pass(first_step=former.step, first_namespace=_free_namespace(self.model),
+                             first_pause=1 if replay is None or not len(replay) else 0)
+            goes_on = not former.data_pass.over and former.corpus.meta["digest"] == data.digest() and all(
+                getattr(former.config.train, name) == getattr(train, name)
+                for name in ("streams", "sequence_length", "memory_sample_ratio"))
+        session = self._make_session(config, corpus, replay, former.data_pass if goes_on else data_pass, num_epochs)
+        if former is not None:
+            session = dataclasses.replace(session, step=former.step, states=former.states if goes_on else {},
+                                          training_seconds=former.training_seconds, failed_saves=former.failed_saves,
+                                          saved=former.saved)
+        if held_out is not None:
+            session.held_out = self._held_out(held_out, train.streams, train.sequence_length)
+            every = max(1, (session.sampler.num_steps or 0) // num_epochs)
+            evaluation = config.eval.model_copy(update={"every": every, "windows": session.held_out.num_steps})
+            session.config = config.model_copy(update={"eval": evaluation})
+        session.metrics = History(self._record(session))
+        start.announce(session)
+        self._session = session
+        return session
+
+    def _make_session(self, config: RunConfig, corpus: Corpus, replay: Replay | None, data_pass: Pass,
+                      num_epochs: int | None) -> Session:
+        if self._engine is None:  # one engine for the trainer's life: its optimizer state goes on
+            torch.manual_seed(config.train.seed)
+            self.model.activation_checkpointing = config.train.activation_checkpointing
+            self._engine = Engine(self.model, config, world_size=self.group.size)
+        if self._start is None and config.train.run_dir is not None:
+            self._start = start.open_run(config, self.group)
+        folder = None if self._start is None else self._start.run_folder
+        sampler = make_sampler(config, corpus.train, replay, data_pass=data_pass, epochs=num_epochs)
+        return Session(config=config, me=self._me, group=self.group, run_folder=folder, corpus=corpus, model=self.model,
+                       engine=self._engine, sampler=sampler, held_out=None, metrics=NullMetrics(), replay=replay,
+                       data_pass=data_pass)
+
+    def _record(self, session: Session) -> NullMetrics:
+        """Where the numbers go beside the history: the run folder, if there is one."""
+        if session.run_folder is None or self._me.rank != 0:
+            return NullMetrics()
+        return start.record_in(session.run_folder, session)
+
+    def _evaluate_last(self, session: Session) -> None:
+        if session.held_out is not None:
+            modes = ("on", "off") if self.model.banks else ("on",)
+            observe.log_evaluation(session, {
+                mode: loop.held_out_loss(session, mode, session.config.eval.windows) for mode in modes})
+
+
+def share(model: LMCODE, group: Group) -> None:
+    """Gives all ranks of `group` the weights of rank 0 and spreads the banks of `model` over them. A collective.
+
+    Raises:
+        ConfigError: banks that differ between ranks, more ranks than virtual shards, experiences that are not spread yet.
+    """
+    if group.size > 1:
+        for parameter in model.parameters():
+            mine = parameter.data if group.rank == 0 else torch.zeros_like(parameter.data)
+            parameter.data = group.all_reduce(mine, phase="weights")
+    device = dist.device()
+    if model.group.size == group.size and all(bank.device == device for bank in model.banks.values()):
+        return
+    if model.group.size not in (1, group.size):
+        raise ConfigError(f"the model's banks lie on {model.group.size} ranks and the job has {group.size}")
+    if model.group.size != group.size and getattr(model, "has_experiences", False):
+        raise ConfigError("experiences were stored before the ranks joined: make the model with group=Group.world(), or the "
+                          "trainer before storing")
+    hashes = group.all_gather_object([bank.content_hash() for bank in model.banks.values()])
+    if model.group.size != group.size and any(one != hashes[0] for one in hashes):
+        raise ConfigError("every rank must hold the same entries before they are spread over the ranks: these differ")
+    banks = {layer: _moved(bank, group, device) for layer, bank in model.banks.items()}
+    model.group, model.banks = group, banks
+    model.set_retrievers(banks)
+
+
+def _moved(bank: LongTermMemory, group: Group, device: torch.device) -> LongTermMemory:
+    """This rank's part, on `device`, of a bank that it holds whole (or in the same part)."""
+    other = LongTermMemory(heads=bank.heads, head_dim=bank.head_dim, slots=bank.slots, top_k=bank.top_k,
+                           config=bank.config, group=group, device=device)
+    for shard in other.owned:
+        other.load(shard, bank.state(shard))
+    return other
+
+
+def _free_namespace(model: LMCODE) -> int:
+    """The first number beyond those of all entries. A collective."""
+    mine = 0
+    for bank in model.banks.values():
+        columns = bank.shard.columns
+        used = columns["namespace"][(columns["id"] >= 0) & (columns["namespace"] < NAMED)]
+        mine = max(mine, 1 + int(used.max(initial=-1)))
+    return max(model.group.all_gather_object(mine))
+
+
+def _kept(former: Replay | None, fresh: Replay | None) -> Replay | None:
+    """The spans of the last call, if this one can replay them."""
+    if former is None or fresh is None or former.sequence_length != fresh.sequence_length or former.slots != fresh.slots:
+        if former is not None and fresh is not None:
+            log.warning("the spans stored so far have another length or number of slots: replay starts empty")
+        return fresh
+    former.sampler = fresh.sampler
+    return former
+
+
+def _perplexity(result: EvalResult) -> float:
+    return math.exp(min(result.loss, 700.0))
