@@ -9,6 +9,7 @@
 #
 # LMCODE_RANKS sets the number of ranks, CUDA_VISIBLE_DEVICES the GPUs, and launch/environment.sh reads a few more.
 # Settings are checked before any rank starts: exit code 2 and one line. Otherwise the exit code is the job's own.
+# SIGTERM and SIGUSR2 ask the job to save and end (exit code 75); Ctrl-C gives it half a minute.
 set -euo pipefail
 
 launch="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -64,9 +65,26 @@ stop() {
     kill -KILL -- "-$launcher" 2>/dev/null || true
     exit "$1"
 }
-trap 'stop 130' INT
-trap 'stop 143' TERM HUP
+# A request to save and end goes to the ranks alone, which then end with 75: DeepSpeed's launchers would not pass it on, or
+# kill what has not ended after 30 s. Where there are no ranks yet, there is nothing to save.
+ask() {
+    asked=1
+    "$LMCODE_PYTHON" -c 'if True:
+        import psutil, signal, sys
+        nodes = psutil.Process(int(sys.argv[1])).children()
+        ranks = [rank for node in nodes for rank in node.children()]
+        for rank in ranks:
+            rank.send_signal(signal.SIGUSR2)
+        sys.exit(not ranks)' "$launcher" 2>/dev/null || stop 143
+}
 
-status=0
-wait "$launcher" || status=$?
+trap 'stop 130' INT
+trap 'stop 143' HUP
+trap ask TERM USR2
+
+while :; do  # `wait` returns early when a signal comes
+    asked=0 status=0
+    wait "$launcher" || status=$?
+    if [ "$asked" = 0 ]; then break; fi
+done
 exit "$status"

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parents[1]
-SCRIPTS = [CHECKOUT / name for name in ("launch/environment.sh", "launch/local.sh", "launch/mpi.sh", "tests/run.sh",
-                                        ".ci/run")]
+SCRIPTS = [CHECKOUT / name for name in ("launch/environment.sh", "launch/local.sh", "launch/mpi.sh", "launch/multinode.sh",
+                                        "launch/slurm.sbatch", "tests/run.sh", "tests/cluster/setup.sh", ".ci/run")]
 Done = subprocess.CompletedProcess
 RUNNER = """import os, sys, time
 print("runner", *sys.argv[1:], "threads=" + os.environ["OMP_NUM_THREADS"], flush=True)

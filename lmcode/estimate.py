@@ -1,0 +1,247 @@
+"""What a run will need before it runs: memory of a rank, bytes it receives per step, size of a checkpoint.
+
+Traffic of the memory and checkpoints are counted from shapes and hold to a few per cent. Memory is an upper guess of what
+lives at the same time in the costliest moment of a step, on top of what any process of a run has; it is held against
+real runs by tools/estimate_check.py. Letters as everywhere: R ranks, N queries of a rank, H, D, K, T, C, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from lmcode.config import RunConfig
+
+Device = Literal["cpu", "gpu"]
+GIB = 2**30
+MIB = 2**20
+# What a process has beyond the parts below. CPU: taken from runs (tools/estimate_check.py); importing everything is 264 MiB
+# of it, the rest belongs to DeepSpeed, gloo and the allocator. GPU: a CUDA context and NCCL, not measured.
+BASE_BYTES = {"cpu": 450 * MIB, "gpu": 1200 * MIB}
+FAISS_GPU_BYTES = 256 * MIB  # the limit that memory/faiss_index.py sets
+COLUMN_BYTES = 53  # of one slot's metadata: six int64, one fp32, one bool
+FACT_BYTES = 16  # what decides about a candidate: its namespace and its surprise
+CUT_BYTES = 16  # per query and head, memory.exchange = all_to_all
+HIT_BYTES = 12  # score and id
+ROOM = 0.9  # share of the memory that a run may plan to use
+BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Everything in bytes; `memory` and `traffic` are those of the costliest rank.
+
+    memory: by purpose, where the rank computes. host_memory: the same for what a rank on a GPU keeps on its host.
+    traffic: received per optimizer step, by phase; the "zero ..." phases are DeepSpeed's and follow the formulas of
+        Rajbhandari et al. 2020 (section 7), the others are what `lmcode.dist.Group` counts.
+    checkpoint: by part.
+    warnings: what will not fit, or only just.
+    """
+
+    ranks: int
+    device: str
+    zero_stage: int
+    parameters: int
+    memory: dict[str, int]
+    host_memory: dict[str, int]
+    traffic: dict[str, int]
+    checkpoint: dict[str, int]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the fields, and the sums of the parts."""
+        sums = {f"{name}_total": sum(getattr(self, name).values())
+                for name in ("memory", "host_memory", "traffic", "checkpoint")}
+        return {**asdict(self), **sums}
+
+
+def estimate(config: RunConfig, world_size: int, *, device: Device = "cpu", memory_bytes: int | None = None,
+             ranks_per_host: int | None = None) -> Estimate:
+    """Adds up a run of `config` on `world_size` ranks.
+
+    Args:
+        memory_bytes: of the host (cpu) or of one GPU, to warn about; None warns about nothing.
+        ranks_per_host: ranks that share a host's memory; all of them when None.
+
+    Raises:
+        ConfigError: settings that cannot work on this number of ranks.
+    """
+    from lmcode.train.ds_config import resolve
+
+    zero = resolve(config, world_size)["zero_optimization"]
+    parameters = count_parameters(config)
+    states, on_host = zero_bytes(config, world_size, zero, parameters, device)
+    memory = {"process": BASE_BYTES[device], **states, **step_bytes(config, world_size),
+              **bank_bytes(config, world_size, device)}
+    # Rank 0 gathers the weights, and every rank its part of the moments, on the host before they are written.
+    (memory if device == "cpu" else on_host)["saving"] = 4 * parameters + math.ceil(8 * parameters / world_size)
+    sharing = 1 if device == "gpu" else (ranks_per_host or world_size)
+    return Estimate(world_size, device, zero["stage"], parameters, memory, on_host,
+                    traffic_bytes(config, world_size, zero["stage"], parameters), checkpoint_bytes(config, parameters),
+                    tuple(fit_warnings(sum(memory.values()), memory_bytes, sharing, device)))
+
+
+def count_parameters(config: RunConfig) -> int:
+    """The model's parameters, counted on a model without memory."""
+    import torch
+
+    from lmcode.model.lm import MemoryLM
+
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in MemoryLM(config.model).parameters())
+
+
+def zero_bytes(config: RunConfig, R: int, zero: Mapping[str, Any], parameters: int,
+               device: Device) -> tuple[dict[str, int], dict[str, int]]:
+    """Weights, gradients and optimizer of one rank under ZeRO, and the part of them that is offloaded to the host.
+
+    Rajbhandari et al. 2020: stage 1 divides the optimizer by R, stage 2 the gradients as well, stage 3 everything. With
+    ZeRO an fp32 copy of the weights belongs to the optimizer, even where the weights are fp32.
+    """
+    b, stage = BYTES[config.train.precision], zero["stage"]
+    def part(of: int, from_stage: int) -> int:
+        return math.ceil(of / R) if stage >= from_stage else of
+
+    master = 4 * parameters if stage or b == 2 else 0
+    buckets = min(zero.get("reduce_bucket_size", 0), parameters if device == "cpu" else 2**62) * b
+    states = {"weights": part(b * parameters, 3), "gradients": part(b * parameters, 2),
+              "optimizer": part(8 * parameters + master, 1), "ZeRO buffers": buckets}
+    if stage == 3:  # what is gathered around a layer's work: the embedding is the largest
+        states["ZeRO buffers"] += 2 * b * config.model.vocab_size * config.model.hidden_size
+    moved = [name for key, name in (("offload_optimizer", "optimizer"), ("offload_param", "weights"))
+             if device == "gpu" and zero.get(key, {}).get("device") == "cpu"]
+    return {name: size for name, size in states.items() if name not in moved}, {name: states[name] for name in moved}
+
+
+def streams_per_rank(config: RunConfig, R: int) -> int:
+    """Streams of one micro-batch on one rank."""
+    return config.train.streams // (R * config.train.gradient_accumulation_steps)
+
+
+def queries_per_rank(config: RunConfig, R: int) -> int:
+    """N: reads of one micro-batch on one rank, for each head."""
+    return streams_per_rank(config, R) * math.ceil(config.train.sequence_length / config.model.retrieval_stride)
+
+
+def step_bytes(config: RunConfig, R: int) -> dict[str, int]:
+    """Activations of one micro-batch at the end of the forward pass, and the logits with what their loss needs."""
+    model, b = config.model, BYTES[config.train.precision]
+    B, T, C = streams_per_rank(config, R), config.train.sequence_length, model.hidden_size
+    inner = model.feed_forward_size or 4 * C
+    # Saved per token: inputs and outputs of four norms, q, k, v before and after rotation, what enters each projection.
+    per_token = 16 * C + 2 * inner
+    if model.short_term_memory_size:
+        per_token += 2 * C + 5 * model.short_term_dim + 3 * model.short_term_memory_size
+    layer = B * T * per_token * b
+    own_past = 3 * model.memory_heads * B * T * T * 4 + 12 * B * T * model.memory_heads * model.memory_head_dim * 4
+    reads = len(model.memory_layer_indices)
+    if config.train.activation_checkpointing:
+        activations = model.num_layers * B * T * C * b + layer + own_past
+    else:
+        activations = model.num_layers * layer + reads * own_past
+    # Logits, their log-softmax in fp32, and both gradients.
+    return {"activations": activations, "logits": B * T * model.vocab_size * (2 * b + 8)}
+
+
+def bank_bytes(config: RunConfig, R: int, device: Device) -> dict[str, int]:
+    """The rank's shard of every bank, the banks of an evaluation, and one layer's search."""
+    model, memory = config.model, config.memory
+    layers = len(model.memory_layer_indices) if model.long_term_memory_slots else 0
+    if not layers:
+        return {}
+    H, D, K, N = model.memory_heads, model.memory_head_dim, model.memory_top_k, queries_per_rank(config, R)
+    share = math.ceil(memory.virtual_shards / R) / memory.virtual_shards
+    slot = H * (2 * D + 1) * BYTES[memory.dtype] + COLUMN_BYTES
+    slots, evaluation = (math.ceil(share * count) for count in
+                         (model.long_term_memory_slots, config.eval.slots or model.long_term_memory_slots))
+    lists = R * N * H * K * (HIT_BYTES + 8) * 2 + (R * R * N * H * K * HIT_BYTES * 2 if R > 1 else 0)
+    queries = 3 * R * N * H * (D + 1) * 4
+    rows = H * (D + 1) * 4 * slots  # a copy of the rows that a group of queries sees; in fp32
+    faiss = FAISS_GPU_BYTES if device == "gpu" and memory.tier != "exact" else 0
+    return {"bank": layers * slots * slot, "evaluation's bank": layers * evaluation * slot,
+            "search": queries + lists + (rows if memory.scope == "global" else 0) + faiss}
+
+
+def search_traffic(config: RunConfig, R: int, N: int) -> dict[str, int]:
+    """Bytes that one rank receives for one search of one layer with N queries per rank: phases 1 and 3."""
+    model = config.model
+    H, D, K = model.memory_heads, model.memory_head_dim, model.memory_top_k
+    lists = R * N * H * K * HIT_BYTES
+    switched = N * H * (K * HIT_BYTES + CUT_BYTES)
+    hits = {"all_gather": lists, "all_to_all": switched, "auto": min(lists, switched)}[config.memory.exchange]
+    return {"queries": (R - 1) * N * (H * D * 4 + 8), "hits": (R - 1) * hits}
+
+
+def traffic_bytes(config: RunConfig, R: int, stage: int, parameters: int) -> dict[str, int]:
+    """Bytes that one rank receives per optimizer step, by phase."""
+    model, memory, train = config.model, config.memory, config.train
+    N, H, D, K = queries_per_rank(config, R), model.memory_heads, model.memory_head_dim, model.memory_top_k
+    layers, micro = len(model.memory_layer_indices), train.gradient_accumulation_steps
+    traffic: dict[str, int] = {}
+    if model.long_term_memory_slots and R > 1:
+        offered = micro * streams_per_rank(config, R) * train.sequence_length
+        share = {"all": 1.0, "every_nth": 1 / memory.write_every, "surprise": memory.write_share}[memory.write]
+        sums = memory.fetch == "sums"
+        once = {**search_traffic(config, R, N),
+                "values": (R - 1) * N * H * (D if sums else 2 * D * K) * 4,
+                "gradients": (R - 1) * N * H * (2 * D + 2) * 4 if sums else 0}
+        traffic = {phase: layers * micro * size for phase, size in once.items()}
+        vectors = math.ceil(share * offered) * 2 * H * D * BYTES[memory.dtype]
+        traffic["writes"] = layers * (R - 1) * (8 + offered * FACT_BYTES + vectors)
+        # A logged step measures recall on a sample: one search as it is, one exact.
+        sample = min(memory.recall_queries, N)
+        traffic["recall"] = 2 * layers * sum(search_traffic(config, R, sample).values()) // train.log_every
+    b, share_R = BYTES[train.precision], (R - 1) / R
+    # stage 0: an all-reduce; 1 and 2: gradients to their owners, weights back; 3: weights twice and gradients once.
+    passes = {"zero gradients": (2 if stage == 0 else 1) * micro,
+              "zero weights": {0: 0, 1: 1, 2: 1, 3: 2 * micro}[stage]}
+    if stage < 2:
+        passes["zero gradients"] //= micro
+    return {**traffic, **{name: int(count * share_R * parameters * b) for name, count in passes.items()}} if R > 1 else {}
+
+
+def checkpoint_bytes(config: RunConfig, parameters: int) -> dict[str, int]:
+    """Files of one checkpoint: fp32 weights, two moments, every bank in whole, what streams carry. The same for any R."""
+    model = config.model
+    layers = len(model.memory_layer_indices)
+    slot = 2 * model.memory_heads * model.memory_head_dim * BYTES[config.memory.dtype] + COLUMN_BYTES
+    carried = (model.num_layers * model.short_term_memory_size * model.short_term_dim
+               + layers * model.memory_heads * model.memory_head_dim)
+    return {"weights": 4 * parameters, "optimizer": 8 * parameters,
+            "banks": layers * model.long_term_memory_slots * slot, "streams": 4 * config.train.streams * carried}
+
+
+def fit_warnings(rank_bytes: int, memory_bytes: int | None, sharing: int, device: Device) -> list[str]:
+    """What to say about `sharing` ranks in `memory_bytes`: nothing if they fit with a tenth to spare."""
+    if memory_bytes is None or sharing * rank_bytes <= ROOM * memory_bytes:
+        return []
+    place = "a GPU" if device == "gpu" else f"a host for {sharing} rank{'s' * (sharing > 1)}"
+    verdict = "will not fit" if sharing * rank_bytes > memory_bytes else "may not fit"
+    return [f"{verdict}: {sharing * rank_bytes / GIB:.1f} GiB into {memory_bytes / GIB:.1f} GiB of {place}; what helps: "
+            "more ranks or hosts, fewer streams or more gradient_accumulation_steps, activation_checkpointing, zero3 or "
+            "zero3_offload, memory.dtype=bf16, fewer slots, a smaller eval.slots"]
+
+
+def this_machine(device: Device | None = None) -> tuple[Device, int | None]:
+    """Where ranks would compute here, and the memory of that; for a device that is not here the memory is unknown."""
+    import psutil
+    import torch
+
+    here: Device = "gpu" if torch.cuda.is_available() else "cpu"
+    if device == "gpu" or (device is None and here == "gpu"):
+        return "gpu", torch.cuda.get_device_properties(0).total_memory if here == "gpu" else None
+    return "cpu", psutil.virtual_memory().total
+
+
+def to_table(made: Estimate) -> str:
+    """Aligned text: memory, traffic, checkpoint, warnings."""
+    lines = [f"{made.parameters:,} parameters, {made.ranks} rank{'s' * (made.ranks > 1)} on {made.device}, "
+             f"ZeRO stage {made.zero_stage}"]
+    for title, parts in (("memory of a rank", made.memory), ("on the host of its GPU", made.host_memory),
+                         ("received per rank and step", made.traffic), ("checkpoint", made.checkpoint)):
+        if parts:
+            lines += ["", f"{title:<28}{sum(parts.values()) / MIB:>12,.1f} MiB"]
+            lines += [f"  {name:<26}{size / MIB:>12,.1f}" for name, size in parts.items()]
+    return "\n".join([*lines, *(f"\nwarning: {text}" for text in made.warnings)])
