@@ -56,6 +56,14 @@ def log_step(session: Session, result: StepResult) -> None:
     for layer in session.model.banks:
         values.update(layer_metrics(session, result, layer))
     session.metrics.scalars(session.step, values)
+    forget_costs(session)
+
+
+def forget_costs(session: Session) -> None:
+    """Drops what was counted outside of steps, so that measuring and evaluating are not taken for training."""
+    session.group.take()
+    for bank in session.model.banks.values():
+        bank.take_search_seconds()
 
 
 def phase_times(session: Session, timings: Mapping[str, float], steps: int) -> dict[str, float]:
@@ -112,3 +120,4 @@ def log_evaluation(session: Session, results: Mapping[str, EvalResult]) -> None:
     session.metrics.scalars(session.step, result_tags(results))
     log.info("held-out loss after step %d: %s", session.step,
              "  ".join(f"memory {mode} {result.loss:.4f}" for mode, result in results.items()))
+    forget_costs(session)
