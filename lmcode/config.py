@@ -227,21 +227,40 @@ class RunConfig(Section):
                               f"{self.memory.virtual_shards} < {world_size}")
 
 
+def read_yaml(text: str) -> Any:
+    """The value of a YAML text without aliases, with which a few lines can describe more than fits into memory.
+
+    Raises:
+        ValueError: for anything else, in one line.
+    """
+    import yaml
+
+    class PlainLoader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError(f"an alias is not allowed: got '*{self.peek_event().anchor}'")
+            return super().compose_node(parent, index)
+
+    try:
+        return yaml.load(text, Loader=PlainLoader)
+    # PyYAML lets through what its constructors meet in a day 2001-99-99, 5,000 digits, '!!timestamp x' or '!!bool x'.
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
 def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     """Splits 'train.learning_rate=1e-3' into its path and its YAML value.
 
     Raises:
         ConfigError: without '=' or with an empty path part.
     """
-    import yaml
-
     path, equals, value = text.partition("=")
     parts = tuple(path.split("."))
     if not equals or not all(parts):
         raise ConfigError(f"an override looks like section.key=value: got '{text}'")
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        parsed = read_yaml(value)
+    except ValueError as error:
         raise ConfigError(f"the value of override '{path}' is not valid YAML: {value!r}") from error
     if isinstance(parsed, str):  # YAML 1.1 reads '1e-3' (no dot) as text
         try:

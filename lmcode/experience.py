@@ -99,7 +99,7 @@ def namespace_number(namespace: Namespace) -> int:
 def check_importance(importance: float) -> float:
     """The importance as fp32 keeps it, in its shortest spelling; ValueError outside (0, 10]."""
     number = isinstance(importance, int | float | np.number) and not isinstance(importance, bool)
-    if not number or not 0 < np.float32(importance) <= MAX_IMPORTANCE:
+    if not number or not 0 < importance <= MAX_IMPORTANCE or np.float32(importance) == 0:
         raise ValueError(f"importance must lie in (0, {MAX_IMPORTANCE:g}]: got {importance!r}")
     return float(str(np.float32(importance)))
 

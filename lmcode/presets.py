@@ -18,6 +18,7 @@ from lmcode.config import (
     TrainConfig,
     build,
     near_match,
+    read_yaml,
     with_overrides,
 )
 
@@ -88,15 +89,13 @@ def load_run_config(source: str | Path | None, overrides: Iterable[str] = ()) ->
     Raises:
         ConfigError: unknown preset or key, missing file, bad value, impossible combination.
     """
-    import yaml
-
     source = "tiny" if source is None else str(source)
     if source.endswith((".yaml", ".yml")):
         try:
-            values = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+            values = read_yaml(Path(source).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"there is no config file '{source}'") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"'{source}' cannot be read as YAML: {' '.join(str(error).split())}") from None
         if values is None:
             values = {}

@@ -57,7 +57,7 @@ class Commit:
         self._publishing: Future[None] | None = None
 
     def _prepare(self, needed: int, folders: Iterable[str]) -> None:
-        self.final.parent.mkdir(exist_ok=True)
+        durable.make_folder(self.final.parent)
         durable.check_space(self.final.parent, needed)
         temporary = durable.begin(self.final)
         for name in folders:

@@ -79,7 +79,7 @@ def _open(config: RunConfig, world_size: int, resume: str | None, held: list[Loc
         run, chosen = checkpoint.locate(Path(resume))
         if name is not None and Path(name).resolve() != run.resolve():
             log.warning("going on in '%s', where the checkpoint is; train.run_dir says '%s'", run, name)
-    run.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(run)
     held.append(Lock(run))
     if resume is None and (run / "config.yaml").exists():
         raise ConfigError(f"'{run}' already holds a run; give another train.run_dir, or --resume auto to go on with it")
