@@ -17,14 +17,20 @@ if TYPE_CHECKING:
     from lmcode.model.lm import LMCODEOutput, StreamState
     from lmcode.model.short_term import ShortTermMemory
     from lmcode.presets import load_run_config
+    from lmcode.report.analysis import analyze_memory_capacity, compute_memory_efficiency
+    from lmcode.report.monitor import MemoryMonitor
+    from lmcode.report.plots import plot_training_history, visualize_memory_flow
+    from lmcode.report.run import generate_memory_report
     from lmcode.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
     from lmcode.train.dataset import MemoryDataset, create_synthetic_dataset
     from lmcode.train.trainer import MemoryAwareTrainer
 
 __version__ = "0.1.0"
 __all__ = ["BPETokenizer", "ByteTokenizer", "ConfigError", "LMCODE", "LMCODEConfig", "LMCODEOutput", "LongTermMemory",
-           "MemoryAugmentedLayer", "MemoryAwareTrainer", "MemoryConfig", "MemoryDataset", "Retrieved", "RunConfig",
-           "ShortTermMemory", "StreamState", "TrainConfig", "create_synthetic_dataset", "load_run_config", "load_tokenizer"]
+           "MemoryAugmentedLayer", "MemoryAwareTrainer", "MemoryConfig", "MemoryDataset", "MemoryMonitor", "Retrieved",
+           "RunConfig", "ShortTermMemory", "StreamState", "TrainConfig", "analyze_memory_capacity",
+           "compute_memory_efficiency", "create_synthetic_dataset", "generate_memory_report", "load_run_config",
+           "load_tokenizer", "plot_training_history", "visualize_memory_flow"]
 
 _MODULES = {
     "lmcode.config": ("ConfigError", "LMCODEConfig", "MemoryConfig", "RunConfig", "TrainConfig"),
@@ -35,6 +41,10 @@ _MODULES = {
     "lmcode.model.lm": ("LMCODEOutput", "StreamState"),
     "lmcode.model.short_term": ("ShortTermMemory",),
     "lmcode.presets": ("load_run_config",),
+    "lmcode.report.analysis": ("analyze_memory_capacity", "compute_memory_efficiency"),
+    "lmcode.report.monitor": ("MemoryMonitor",),
+    "lmcode.report.plots": ("plot_training_history", "visualize_memory_flow"),
+    "lmcode.report.run": ("generate_memory_report",),
     "lmcode.tokenizer": ("BPETokenizer", "ByteTokenizer", "load_tokenizer"),
     "lmcode.train.dataset": ("MemoryDataset", "create_synthetic_dataset"),
     "lmcode.train.trainer": ("MemoryAwareTrainer",),

@@ -99,6 +99,7 @@ def build_parser() -> Parser:
     _add_generate(commands)
     cli_cluster.add_submit(partial(_command, commands, "submit", submit), _number)
     cli_cluster.add_estimate(partial(_command, commands, "estimate", estimate), _number, _add_source)
+    _add_report(commands)
     cli_memory.add_memory(commands, partial(_command, run=memory, overrides=False), _number, _ignore_local_rank)
     _add_doctor(commands)
     _add_config(commands)
@@ -171,6 +172,15 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--seed", metavar="N", type=_number(int, lowest=0), default=0,
                         help="of the draws (%(default)s)")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="switch the long-term memory off")
+
+
+def _add_report(commands: Any) -> None:
+    parser = _command(
+        commands, "report", report, overrides=True, help="write an HTML page about a run's memory and training",
+        usage="lmcode report RUN [--out FILE] [section.key=value ...]",
+        examples="  lmcode report runs/books\n  lmcode report runs/books --out books.html data.path=books/")
+    parser.add_argument("path", metavar="RUN", type=Path, help="a run folder, or one checkpoint in it")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="the page to write (RUN/report/index.html)")
 
 
 def _add_doctor(commands: Any) -> None:
@@ -264,6 +274,18 @@ def generate(arguments: argparse.Namespace) -> int:
                              seed=arguments.seed, memory=arguments.memory)
     if me.rank == 0:
         print(text)
+    return DONE
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """`lmcode report`."""
+    from lmcode import dist
+    from lmcode.report.run import report_run
+
+    with dist.running() as me:
+        page = report_run(arguments.path, arguments.overrides, out=arguments.out)
+    if me.rank == 0:
+        print(page)
     return DONE
 
 

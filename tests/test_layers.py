@@ -26,8 +26,9 @@ OWNERS = {  # the one file or folder that may import a package
     "mpi4py": "lmcode/dist.py",
     "torch.distributed": "lmcode/dist.py",
     "tokenizers": "lmcode/tokenizer.py",
-    "matplotlib": "lmcode/report/",
+    "matplotlib": "lmcode/report/plots.py",
     "transformers": "lmcode/hf.py",
+    "huggingface_hub": "lmcode/pretrained.py",
 }
 LAZY = ("deepspeed", "faiss", "tensorboard", "tokenizers", "yaml", "mpi4py", "matplotlib", "transformers", "datasets")
 MAY_PRINT = ("lmcode/cli.py",)

@@ -1,0 +1,241 @@
+"""What a memory costs, how much of it is used, and how many items it can hold apart.
+
+Every number is over all ranks of the model's group, and both functions are collectives: all ranks call them with the
+same arguments. The model's banks are only read; what has to be written goes to forks that are thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmcode.lmcode import LMCODE
+from lmcode.memory.bank import LongTermMemory
+from lmcode.memory.entry import MASS_UNIT, METADATA, importance_of
+from lmcode.report.sequences import as_documents, device_of, token_sequences
+from lmcode.retrieval import Hits, NullRetriever
+from lmcode.tokenizer import Tokenizer
+from lmcode.train.data import StreamSampler
+
+QUERIES = 256  # entries that are asked for at each point of the curve
+STREAMS = 8  # windows that are read in one forward pass
+
+
+def entry_columns(bank: LongTermMemory) -> dict[str, np.ndarray]:
+    """The metadata of all live entries, the columns of `entry.METADATA` in id order, on every rank. A collective.
+
+    Some 60 bytes an entry, so a bank of many millions is better described by `stats`.
+    """
+    live_M = bank.shard.live_M
+    mine = {name: column[live_M] for name, column in bank.shard.columns.items()}
+    parts = bank.group.all_gather_object(mine)
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in METADATA}
+    order_E = np.argsort(whole["id"])
+    return {name: column[order_E] for name, column in whole.items()}
+
+
+def mass_share(mass_E: np.ndarray, top: float) -> float:
+    """Share of all hit mass that went to the `top` share of entries that received most, at least one; nan without mass."""
+    total = float(mass_E.sum())
+    most = np.sort(mass_E)[::-1][:max(1, round(top * len(mass_E)))]
+    return float(most.sum()) / total if total else float("nan")
+
+
+def bank_bytes(bank: LongTermMemory) -> int:
+    """Bytes of a whole bank over all ranks: keys with their extra component, values and metadata."""
+    row = bank.heads * (2 * bank.head_dim + 1) * bank.shard.key_HME.element_size()
+    return bank.slots * (row + sum(np.dtype(kind).itemsize for kind in METADATA.values()))
+
+
+def near_duplicate_share(bank: LongTermMemory, threshold: float) -> float:
+    """Share of the live entries that one round of consolidation would merge away, tried on a copy; nan if it is empty.
+
+    Raises:
+        ValueError: for a threshold outside (0, 2].
+    """
+    report = bank.fork(empty=False).consolidate(threshold)
+    return report.merged / report.before if report.before else float("nan")
+
+
+def compute_memory_efficiency(model: LMCODE, *, thresholds: Sequence[float] = (0.1,)) -> dict[str, Any]:
+    """What the memory costs and how well it is used. A collective.
+
+    Args:
+        thresholds: cosine distances at which near-duplicates are counted. Each takes a copy of a bank and time that grows
+            with the square of a namespace's entries; () leaves them out.
+
+    Returns:
+        parameters, memory_parameters, memory_parameter_share: all weights, those of both memories (read, write, gate), and
+            their share. Slots are state, not parameters.
+        bank_bytes: over all layers and ranks.
+        layers: for each layer with a bank: slots, entries, fill, evicted, merged, bank_bytes, never_hit_share (of the
+            entries: written, never read), near_duplicate_share ({threshold: share of the entries that one round of
+            consolidation would merge away}), top_1_percent_share and top_10_percent_share (of the attention that went to
+            the entries read most), namespaces. Shares are nan in an empty bank.
+
+    Raises:
+        ValueError: for a threshold outside (0, 2].
+    """
+    counts = [(name, getattr(p, "ds_numel", p.numel())) for name, p in model.named_parameters()]  # ds_numel: ZeRO-3
+    total, memory = sum(n for _, n in counts), sum(n for name, n in counts if "_term" in name)
+    return {"parameters": total, "memory_parameters": memory, "memory_parameter_share": memory / total,
+            "bank_bytes": sum(bank_bytes(bank) for bank in model.banks.values()),
+            "layers": {layer: _bank_efficiency(bank, thresholds) for layer, bank in model.banks.items()}}
+
+
+def _bank_efficiency(bank: LongTermMemory, thresholds: Sequence[float]) -> dict[str, Any]:
+    stats, columns = bank.stats(), entry_columns(bank)
+    mass_E = columns["hit_mass"]
+    never = float((mass_E == 0).mean()) if len(mass_E) else float("nan")
+    return {"slots": stats["slots"], "entries": stats["live"], "fill": stats["fill"], "evicted": stats["evicted"],
+            "merged": stats["merged"], "bank_bytes": bank_bytes(bank), "never_hit_share": never,
+            "near_duplicate_share": {one: near_duplicate_share(bank, one) for one in thresholds},
+            "top_1_percent_share": mass_share(mass_E, 0.01), "top_10_percent_share": mass_share(mass_E, 0.1),
+            "namespaces": len(np.unique(columns["namespace"]))}
+
+
+def attention_received(columns: dict[str, np.ndarray]) -> np.ndarray:
+    """Units of attention that each entry has received so far, fp64: 1 is the whole softmax over the hits of one query."""
+    return columns["hit_mass"] / MASS_UNIT
+
+
+class Recorder(NullRetriever):
+    """Finds nothing and keeps the queries that it was asked, [H, N, D]."""
+
+    query_HND: Tensor
+
+    def search(self, query_HND: Tensor, namespace_N: Tensor) -> Hits:
+        self.query_HND = query_HND
+        return super().search(query_HND, namespace_N)
+
+
+class Items(NamedTuple):
+    """Entries of some text beside the query that stands at each one's key. P positions, in reading order.
+
+    key_HPD, value_HPD, query_HPD: fp32. importance_P: fp32. next_P: int64, the token after the key's.
+    """
+
+    key_HPD: Tensor
+    value_HPD: Tensor
+    query_HPD: Tensor
+    importance_P: Tensor
+    next_P: Tensor
+
+
+@contextmanager
+def quietly(model: LMCODE) -> Any:
+    """Without gradient and in evaluation mode; the mode it came in afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def read_items(model: LMCODE, sequences: list[list[int]]) -> dict[int, Items]:
+    """Reads the sequences, cut into windows that know nothing of each other, and collects each bank's items.
+
+    Nothing is retrieved while reading, so an item does not depend on which others were stored before.
+    """
+    length, stride = model.config.context_length, model.config.retrieval_stride
+    pieces = [one[start:start + length + 1] for one in sequences for start in range(0, len(one) - 1, length)]
+    sampler = StreamSampler(as_documents(pieces), streams=min(STREAMS, len(pieces)), seed=0, epochs=1, shuffle=False,
+                            sequence_length=min(length, max(map(len, pieces)) - 1))
+    recorders = {layer: Recorder() for layer in model.banks}
+    found: dict[int, list[Items]] = {layer: [] for layer in model.banks}
+    with quietly(model), model.reading_from(recorders):
+        for step in range(sampler.num_steps or 0):
+            batch = sampler.batch(step).to(device_of(model))
+            output = model(batch.input_ids_BT, targets_BT=batch.targets_BT, reset_B=batch.reset_B,
+                           namespace_B=batch.namespace_B, valid_BT=batch.valid_BT)
+            for layer, recorder in recorders.items():
+                found[layer].append(_items(model, batch, output.memory[layer].candidates, recorder.query_HND, stride))
+    return {layer: Items(*(torch.cat(part, dim=0 if part[0].ndim == 1 else 1) for part in zip(*parts, strict=True)))
+            for layer, parts in found.items()}
+
+
+def _items(model: LMCODE, batch: Any, candidates: Any, query_HND: Tensor, stride: int) -> Items:
+    """Pairs each query with the candidate whose key stands at the token that asks; both are b-major."""
+    B, T = batch.input_ids_BT.shape
+    asks_G = torch.arange(query_HND.shape[1] // B) * stride - int(stride > 1)  # a chunk asks with the token before it
+    entry_G = asks_G + model.config.successor_values
+    kept_G = (asks_G >= 0) & (entry_G < T)
+    asks_G, entry_G = asks_G[kept_G], entry_G[kept_G]
+    rows_BG = torch.arange(B)[:, None] * T
+    query_BG = (torch.arange(B)[:, None] * len(kept_G) + kept_G.nonzero().squeeze(1)).to(query_HND.device)
+    at_N = (rows_BG + entry_G).flatten().to(query_HND.device)
+    valid_N = candidates.valid_N[at_N]
+    at_P, query_P = at_N[valid_N], query_BG.flatten()[valid_N]
+    importance_P = torch.from_numpy(importance_of(candidates.surprise_N[at_P].cpu().numpy()))
+    next_P = batch.targets_BT.flatten()[(rows_BG + asks_G).flatten().to(query_HND.device)[valid_N]]
+    return Items(candidates.key_HND[:, at_P].float(), candidates.value_HND[:, at_P].float(), query_HND[:, query_P].float(),
+                 importance_P, next_P)
+
+
+def analyze_memory_capacity(model: LMCODE, test_sequences: Iterable[Any], *, sizes: Sequence[int] | None = None,
+                            slots: int | None = None, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
+    """Recall against the number of stored items, for each bank. A collective; the model's banks are left alone.
+
+    The sequences are read once, in windows of at most `context_length` tokens; every token gives one item, the key that
+    would be stored there, and the query that the model asks there. The first n items are written to an empty fork and up to
+    256 of them, evenly spread, are asked for among *all* items stored, whatever the bank's scope. Items that the fork had
+    to evict count as not found, so the curve bends where the bank is full.
+
+    Args:
+        test_sequences: see `token_sequences`; more text gives a longer curve.
+        sizes: numbers of items; powers of two from 64 up to what the text gives, and all of it, when None.
+        slots: of the fork; the bank's own number when None.
+        tokenizer: for texts; the model's own when None.
+
+    Returns:
+        top_k, slots, and layers: for each layer lists of equal length: stored, live (items still there), recall_at_1 (share
+        of the items asked for that came back first, mean over heads), recall_at_k (among the best top_k) and next_at_1
+        (share of the first hits that were followed by the right token, be it another item).
+
+    Raises:
+        ValueError: a model without a bank; sequences that do not fit (see `token_sequences`); sizes out of range.
+    """
+    if not model.banks:
+        raise ValueError("the model has no bank whose capacity could be measured: long_term_memory_slots is 0")
+    items = read_items(model, token_sequences(model, test_sequences, tokenizer=tokenizer))
+    bank, total = next(iter(model.banks.values())), len(next(iter(items.values())).next_P)
+    if not total:
+        raise ValueError("the sequences are too short: no token of theirs has a successor to store")
+    sizes = default_sizes(total) if sizes is None else sorted(set(sizes))
+    if not sizes or sizes[0] < 1 or sizes[-1] > total:
+        raise ValueError(f"sizes must lie in 1..{total}, the number of items in these sequences: got {list(sizes)}")
+    return {"top_k": bank.top_k, "slots": slots or bank.slots,
+            "layers": {layer: _curve(model.banks[layer], one, sizes, slots) for layer, one in items.items()}}
+
+
+def default_sizes(total: int) -> list[int]:
+    """64, 128, ... below `total`, and `total` itself."""
+    return [size for size in (2**power for power in range(6, 40)) if size < total] + [total]
+
+
+def _curve(bank: LongTermMemory, items: Items, sizes: Sequence[int], slots: int | None) -> dict[str, list[float]]:
+    fork, id_P = bank.fork(empty=True, slots=slots), torch.empty(0, dtype=torch.int64)
+    curve: dict[str, list[float]] = {"stored": [], "live": [], "recall_at_1": [], "recall_at_k": [], "next_at_1": []}
+    for size in sizes:
+        new = slice(len(id_P), size)
+        id_E = fork.write(items.key_HPD[:, new], items.value_HPD[:, new], torch.zeros(size - len(id_P), dtype=torch.int64),
+                          items.importance_P[new])
+        id_P = torch.cat([id_P, id_E])
+        asked_Q = torch.linspace(0, size - 1, min(QUERIES, size)).round().long()
+        hits = fork.search(items.query_HPD[:, asked_Q], torch.zeros(len(asked_Q), dtype=torch.int64), scope="global")
+        found_HQK = hits.id_HNK.cpu() == id_P[asked_Q][None, :, None]
+        # Ids count up from 0 in the order of writing, rejected ones included, so an id is also the item's position.
+        next_HQ = items.next_P.cpu()[hits.id_HNK[..., 0].cpu().clamp(min=0)]
+        right_HQ = (next_HQ == items.next_P.cpu()[asked_Q]) & hits.valid_HNK[..., 0].cpu()
+        row = {"stored": size, "live": fork.stats()["live"], "recall_at_1": float(found_HQK[..., 0].float().mean()),
+               "recall_at_k": float(found_HQK.any(-1).float().mean()), "next_at_1": float(right_HQ.float().mean())}
+        for name, value in row.items():
+            curve[name].append(value)
+    return curve

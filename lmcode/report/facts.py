@@ -1,0 +1,163 @@
+"""What the report says, as plain values: gathered once from a model, then turned into a page by a pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lmcode.lmcode import LMCODE
+from lmcode.memory.placement import capacity_of, rank_of, virtual_shard_of
+from lmcode.report.analysis import analyze_memory_capacity, attention_received, compute_memory_efficiency, entry_columns
+from lmcode.report.history import Curves
+from lmcode.report.reading import Reading, read_documents
+from lmcode.report.sequences import tokenizer_of
+from lmcode.tokenizer import Tokenizer
+
+THRESHOLDS = (0.05, 0.1, 0.2)  # cosine distances at which near-duplicates are counted
+MOST_COPIED = 300_000  # entries; above this near-duplicates take too long to count for a report
+LISTED = 8  # namespaces and entries that are listed
+CAPACITY_TOKENS = 32_768  # of text that the capacity curve stores
+READ_DOCUMENTS, READ_TOKENS = 4, 4096  # what is read for examples: documents, tokens of each
+
+
+@dataclass(frozen=True)
+class BankFacts:
+    """One bank. age_E, received_E, importance_E: of every live entry, in id order: steps since it was written, units of
+    attention, importance. shard_live_S, shard_slots_S, shard_rank_S: of every virtual shard. namespaces: number and entries
+    of the largest. most_read: the entries read most. temperature_H, bias_H, null_H: learned numbers of the read by head,
+    empty where they are not at hand (ZeRO-3)."""
+
+    layer: int
+    stats: dict[str, Any]
+    efficiency: dict[str, Any]
+    age_E: np.ndarray
+    received_E: np.ndarray
+    importance_E: np.ndarray
+    shard_live_S: list[int]
+    shard_slots_S: list[int]
+    shard_rank_S: list[int]
+    namespaces: list[tuple[int, int]]
+    most_read: list[dict[str, float]]
+    temperature_H: list[float]
+    bias_H: list[float]
+    null_H: list[float]
+
+
+@dataclass(frozen=True)
+class ExperienceFacts:
+    """What was stored by `store_experience`. newest: id, namespace, importance and text of the last few."""
+
+    stored: int
+    slots: int
+    newest: list[tuple[int, str, float, str]]
+
+
+@dataclass(frozen=True)
+class ReportFacts:
+    """Everything on the page. `notes` say what could not be shown, and why."""
+
+    title: str
+    step: int | None
+    ranks: int
+    efficiency: dict[str, Any]
+    banks: tuple[BankFacts, ...]
+    reading: Reading | None = None
+    capacity: dict[str, Any] | None = None
+    curves: Curves = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    experiences: ExperienceFacts | None = None
+    notes: tuple[str, ...] = ()
+
+
+def gather(model: LMCODE, sequences: Sequence[Sequence[int]], *, title: str, names: Sequence[str] | None = None,
+           tokenizer: Tokenizer | None = None, step: int | None = None, ranks: int | None = None,
+           length: int | None = None, curves: Curves | None = None, settings: Mapping[str, Any] | None = None,
+           notes: Iterable[str] = ()) -> ReportFacts:
+    """Measures a model for a report. A collective; the model and its banks are left as they are.
+
+    Args:
+        sequences: text to read as token ids, at least two each; without any there are no examples and no capacity curve.
+        names: what to call them.
+        step: of the checkpoint; ages count from it, or from the newest entry when None.
+        ranks: that share the bank, or shared it in training; the model's group when None.
+        length: tokens of a window in which text is read; the model's context when None.
+        curves: of the training, by the names of metrics.jsonl.
+        settings: flat, by dotted name.
+    """
+    few = all(bank.stats()["live"] <= MOST_COPIED for bank in model.banks.values())
+    efficiency = compute_memory_efficiency(model, thresholds=THRESHOLDS if few else ())
+    notes = [*notes] if few else [*notes, f"Near-duplicates are counted in banks of up to {MOST_COPIED:,} entries."]
+    ranks = ranks or model.group.size
+    banks = tuple(bank_facts(model, layer, efficiency["layers"][layer], step, ranks) for layer in model.banks)
+    reading = capacity = None
+    if sequences and model.banks:
+        chosen = worth_reading(sequences)
+        window = length or model.config.context_length
+        reading = read_documents(model, [sequences[one] for one in chosen], length=length, windows=-(-READ_TOKENS // window),
+                                 names=None if names is None else [names[one] for one in chosen],
+                                 tokenizer=tokenizer_of(model, tokenizer))
+        stored = up_to(sequences, CAPACITY_TOKENS)
+        if max(map(len, stored)) >= model.config.retrieval_stride + 2:  # the shortest text that has an item
+            capacity = analyze_memory_capacity(model, stored)
+    return ReportFacts(title, step, ranks, efficiency, banks, reading, capacity, curves or {}, settings or {},
+                       experience_facts(model), tuple(notes))
+
+
+def worth_reading(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """Places of a few sequences: spread over those of at least half the tokens that are read of one, or else the longest."""
+    enough = [place for place, one in enumerate(sequences) if len(one) >= READ_TOKENS // 2]
+    if len(enough) < READ_DOCUMENTS:
+        return sorted(range(len(sequences)), key=lambda place: (-len(sequences[place]), place))[:READ_DOCUMENTS]
+    return [enough[(2 * one + 1) * len(enough) // (2 * READ_DOCUMENTS)] for one in range(READ_DOCUMENTS)]
+
+
+def up_to(sequences: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:
+    """The first sequences, the last one cut, that have this many tokens together."""
+    chosen: list[Sequence[int]] = []
+    for one in sequences:
+        room = tokens - sum(map(len, chosen))
+        if room >= 2:
+            chosen.append(one[:room])
+    return chosen
+
+
+def experience_facts(model: LMCODE) -> ExperienceFacts | None:
+    """The experiences of a model; None if nothing was ever stored. A collective."""
+    if not model.has_experiences:
+        return None
+    held = model.experiences.all()
+    newest = [(one.id, str(one.namespace), one.importance, one.text) for one in held[:-LISTED - 1:-1]]
+    return ExperienceFacts(len(held), model.experiences.bank.slots, newest)
+
+
+def bank_facts(model: LMCODE, layer: int, efficiency: dict[str, Any], step: int | None, ranks: int) -> BankFacts:
+    """The facts of one bank. A collective."""
+    bank, read = model.banks[layer], model.layers[layer].long_term_read
+    columns, shards = entry_columns(bank), bank.config.virtual_shards
+    now = step if step is not None else int(columns["step"].max(initial=0))
+    live_S = np.bincount(virtual_shard_of(columns["id"], shards), minlength=shards)
+    return BankFacts(
+        layer=layer, stats=bank.stats(), efficiency=efficiency, age_E=now - columns["step"],
+        received_E=attention_received(columns), importance_E=columns["importance"], shard_live_S=live_S.tolist(),
+        shard_slots_S=[capacity_of(shard, bank.slots, shards) for shard in range(shards)],
+        shard_rank_S=rank_of(np.arange(shards), ranks).tolist(), namespaces=largest_namespaces(columns),
+        most_read=most_read(columns, now), temperature_H=read.log_temperature_H.detach().exp().tolist(),
+        bias_H=read.retrieved_bias_H.detach().tolist(), null_H=read.null_logit_H.detach().tolist())
+
+
+def largest_namespaces(columns: Mapping[str, np.ndarray]) -> list[tuple[int, int]]:
+    """Number and entries of the namespaces with most entries, the lower number first among equals."""
+    names, counts = np.unique(columns["namespace"], return_counts=True)
+    return [(int(names[one]), int(counts[one])) for one in np.lexsort((names, -counts))[:LISTED]]
+
+
+def most_read(columns: Mapping[str, np.ndarray], now: int) -> list[dict[str, float]]:
+    """The entries that received most attention, the smaller id first among equals; those never hit are left out."""
+    received = attention_received(columns)
+    order = [one for one in np.lexsort((columns["id"], -received))[:LISTED] if received[one] > 0]
+    return [{"id": int(columns["id"][one]), "namespace": int(columns["namespace"][one]), "received": float(received[one]),
+             "importance": float(columns["importance"][one]), "age": now - int(columns["step"][one]),
+             "last_hit": now - int(columns["last_hit"][one]), "count": int(columns["count"][one])} for one in order]

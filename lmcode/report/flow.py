@@ -1,0 +1,86 @@
+"""Where one sequence's tokens look: gates, and how the softmax of each memory layer's read was shared out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmcode.lmcode import LMCODE
+from lmcode.memory.bank import LongTermMemory
+from lmcode.report.analysis import quietly
+from lmcode.report.sequences import as_text, device_of, token_sequences, tokenizer_of
+from lmcode.retrieval import Hits, NullRetriever, Retriever
+from lmcode.tokenizer import Tokenizer
+
+
+class Everything:
+    """Reads a bank whatever its scope: all its entries can be found, of every namespace."""
+
+    def __init__(self, bank: LongTermMemory) -> None:
+        self._bank, self.top_k = bank, bank.top_k
+
+    def search(self, query_HND: Tensor, namespace_N: Tensor) -> Hits:
+        return self._bank.search(query_HND, namespace_N, scope="global")
+
+    def attend(self, query_HND: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
+        return self._bank.attend(query_HND, hits)
+
+
+class Flow(NamedTuple):
+    """One sequence's way through the memory layers, fp32 arrays [layers, T]; shares are means over heads and add up to 1.
+
+    layers: numbers of the memory layers. tokens: readable text of each token.
+    gate_LT: 0 closed, 1 open. own_LT, bank_LT, null_LT: shares of the read's softmax; with a retrieval stride the tokens of
+    a chunk share their mean.
+    """
+
+    layers: tuple[int, ...]
+    tokens: tuple[str, ...]
+    gate_LT: np.ndarray
+    own_LT: np.ndarray
+    bank_LT: np.ndarray
+    null_LT: np.ndarray
+
+
+def memory_flow(model: LMCODE, input_sequence: Any, *, namespace: int | None = None,
+                tokenizer: Tokenizer | None = None) -> Flow:
+    """Reads one sequence and returns where its tokens looked. A collective; changes nothing.
+
+    Args:
+        input_sequence: a text, or token ids as a list or a tensor [T] or [1, T]; at most `context_length` tokens.
+        namespace: the document to read; None reads all entries of the banks, whatever their scope.
+        tokenizer: for texts and labels; the model's own when None.
+
+    Raises:
+        ValueError: a model without memory layers; a sequence that is empty, too long or no sequence at all; a negative
+            namespace.
+    """
+    layers = model.config.memory_layer_indices
+    if not layers:
+        raise ValueError("the model has no memory layer whose reads could be shown: memory_layers is empty")
+    if namespace is not None and namespace < 0:
+        raise ValueError(f"namespace must be 0 or more: got {namespace}")
+    if isinstance(input_sequence, Tensor) and input_sequence.ndim == 2 and len(input_sequence) == 1:
+        input_sequence = input_sequence[0]
+    ids = token_sequences(model, [input_sequence], tokenizer=tokenizer, shortest=1)[0]
+    if len(ids) > model.config.context_length:
+        raise ValueError(f"a sequence may have at most context_length = {model.config.context_length} tokens: "
+                         f"got {len(ids)}")
+    device = device_of(model)
+    retrievers: dict[int, Retriever] = {layer: NullRetriever() for layer in layers}
+    retrievers.update({layer: Everything(bank) if namespace is None else bank for layer, bank in model.banks.items()})
+    with quietly(model), model.reading_from(retrievers):
+        output = model(torch.tensor([ids], device=device), namespace_B=torch.tensor([namespace or 0], device=device))
+    words = tuple(as_text(tokenizer_of(model, tokenizer), [one]) for one in ids)
+    bank_LT, null_LT = (_per_token([part(output.memory[layer]) for layer in layers], model.config.retrieval_stride, len(ids))
+                        for part in (lambda one: one.share_HN, lambda one: one.null_share_HN))
+    gate_LT = np.stack([output.memory[layer].gate_BT[0].cpu().numpy() for layer in layers])
+    return Flow(layers, words, gate_LT, 1.0 - bank_LT - null_LT, bank_LT, null_LT)
+
+
+def _per_token(share_LHN: Sequence[Tensor], stride: int, length: int) -> np.ndarray:
+    return np.stack([one.float().mean(0).cpu().numpy().repeat(stride)[:length] for one in share_LHN])
