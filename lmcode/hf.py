@@ -2,11 +2,12 @@
 
     import lmcode.hf
     model = AutoModelForCausalLM.from_pretrained(folder)      # a folder that `LMCODE.save_pretrained` wrote
-    tokenizer = AutoTokenizer.from_pretrained(folder)         # not for the byte tokenizer, which transformers does not have
+    tokenizer = AutoTokenizer.from_pretrained(folder)
 
 Programs that cannot be made to import it (the `hf` loader of the lm-evaluation-harness) pass `trust_remote_code=True`.
-The only importer of transformers. The one thing to know: the wrapper adds no behaviour; weights, memory and decoding are
-those of `LMCODE`, at `model.lmcode`.
+The only importer of transformers. The wrapper adds no behaviour: weights, memory and decoding are those of `LMCODE`, at
+`model.lmcode`. The one thing to know: all rows of a batch read one namespace, 0 (where experiences go by default) unless
+`namespace` says otherwise, so that what a text scores does not depend on its place in a batch.
 """
 
 from __future__ import annotations
@@ -25,17 +26,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutput
 
 from lmcode.config import LMCODEConfig, MemoryConfig, build, near_match
 from lmcode.lmcode import LMCODE
 from lmcode.pretrained import MODEL_TYPE
 
-# What transformers' own callers pass and what means nothing here, or only at its neutral value.
-IGNORED = ("pad_token_id", "bos_token_id", "use_cache", "num_beams", "num_return_sequences", "transformers_version",
-           "return_dict_in_generate", "_from_model_config", "cache_implementation", "output_attentions")
-SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size")
+NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}  # no other value is possible
+IGNORED = ("pad_token_id", "bos_token_id", "use_cache", "transformers_version", "_from_model_config", "cache_implementation",
+           "assistant_model", "assistant_tokenizer", "tokenizer", "min_length", "custom_generate")  # mean nothing here
+PASSED_ON = ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size", "max_length", "max_new_tokens",
+             "attention_mask", "seed", "namespace")
+
+
+class _Enough(Exception):
+    """Every text of a batch has met its stopping criteria."""
 
 
 class LMCODEHFConfig(PretrainedConfig):
@@ -86,9 +92,12 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
         where = where.get("") if isinstance(where, dict) else where
         return wrapped.to(where).eval() if where not in (None, "auto") else wrapped.eval()
 
-    def save_pretrained(self, save_directory: str | Path, **settings: Any) -> None:
-        """`LMCODE.save_pretrained`."""
-        self.lmcode.save_pretrained(save_directory, include_memory=settings.get("include_memory", True))
+    def save_pretrained(self, save_directory: str | Path, *, include_memory: bool = True, push_to_hub: bool = False,
+                        **ignored: Any) -> None:
+        """`LMCODE.save_pretrained`; of transformers' own settings none applies."""
+        if push_to_hub:
+            raise ValueError("save_pretrained only saves: upload with model.lmcode.push_to_hub(repo_id)")
+        self.lmcode.save_pretrained(save_directory, include_memory=include_memory)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.lmcode.embedding
@@ -97,60 +106,92 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
         return self.lmcode.head
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
+                past_key_values: Any = None, inputs_embeds: Tensor | None = None, namespace: int = 0,
                 **ignored: Any) -> CausalLMOutput:
-        """Loss and logits [B, T, V] of one window; padding on either side is left out of both by `attention_mask`."""
+        """Loss and logits [B, T, V] of one window; padding on either side is left out of both by `attention_mask`.
+
+        Raises:
+            ValueError: for what it does not have: `past_key_values`, `inputs_embeds`.
+        """
+        if past_key_values is not None or inputs_embeds is not None:
+            raise ValueError("forward reads a whole window of input_ids: it has no past_key_values and no inputs_embeds")
+        namespace_B = torch.full((len(input_ids),), namespace, device=input_ids.device)
         if attention_mask is None or bool(attention_mask.all()):
-            output = self.lmcode(input_ids, labels)
+            output = self.lmcode(input_ids, labels, namespace_B=namespace_B)
             return CausalLMOutput(loss=output.loss, logits=output.logits)
         # The model wants padding behind the text: sort positions by "is padding", keeping their order.
         order_BT = (attention_mask == 0).long().argsort(dim=1, stable=True)
         valid_BT = attention_mask.bool().gather(1, order_BT)
-        moved = None if labels is None else labels.gather(1, order_BT).where(valid_BT, -100)
-        output = self.lmcode(input_ids.gather(1, order_BT), moved, valid_BT=valid_BT)
+        moved_BT = None if labels is None else labels.gather(1, order_BT).where(valid_BT, -100)
+        ids_BT = input_ids.gather(1, order_BT).where(valid_BT, 0)  # a pad token may lie outside the vocabulary
+        output = self.lmcode(ids_BT, moved_BT, valid_BT=valid_BT, namespace_B=namespace_B)
         back_BTV = order_BT.argsort(dim=1)[..., None].expand_as(output.logits)
         return CausalLMOutput(loss=output.loss, logits=output.logits.gather(1, back_BTV))
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None,
-                 **settings: Any) -> Tensor:
-        """`LMCODE.generate`, with transformers' names: `do_sample`, `max_length`, `max_new_tokens`, `temperature`, ...
+                 stopping_criteria: Any = None, **settings: Any) -> Tensor:
+        """`LMCODE.generate` with transformers' names and defaults, but for the length: 128 new tokens.
+
+        Args:
+            generation_config: `self.generation_config` when None; `settings` change it.
+            stopping_criteria: asked after every token; a text that meets one is padded from there on.
+            **settings: `do_sample` (greedy without it), `temperature`, `top_k`, `top_p`, `repetition_penalty`,
+                `no_repeat_ngram_size`, `max_length`, `max_new_tokens`, `eos_token_id`, `attention_mask`; and `seed` and
+                `namespace`, which are ours.
 
         Raises:
-            ValueError: for a setting that it does not have, with the nearest one that it has.
+            ValueError: for a setting that it does not have, with the nearest one that it has, and for beams.
         """
-        given = {} if generation_config is None else generation_config.to_diff_dict()
-        given.update(settings)
-        ids = given.pop("input_ids", inputs)
-        if ids is None:
+        given = {**(generation_config or self.generation_config).to_diff_dict(), **settings}
+        prompt_BT = given.pop("input_ids", inputs)
+        if prompt_BT is None:
             raise ValueError("generate needs input_ids: got none")
-        sample = given.pop("do_sample", False)
-        words = {name: given.pop(name) for name in SAMPLING if given.get(name) is not None}
-        if not sample:
+        words = self._words(given)
+        mask_BT = words.setdefault("attention_mask", torch.ones_like(prompt_BT))
+        ids_BT = prompt_BT.where(mask_BT != 0, 0)  # a pad token may lie outside the vocabulary
+        written_BT = self._until(ids_BT, StoppingCriteriaList(stopping_criteria or []), words)
+        return torch.cat([prompt_BT, written_BT[:, prompt_BT.shape[1]:]], dim=1)
+
+    def _words(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `LMCODE.generate` that these settings mean."""
+        known = (*PASSED_ON, *NEUTRAL, *IGNORED, "do_sample", "eos_token_id", "stopping_criteria", "generation_config")
+        for name, value in given.items():
+            if name not in known and value is not None:
+                raise ValueError(f"generate has no setting '{name}'.{near_match(name, known)}")
+            if name in NEUTRAL and value not in (None, NEUTRAL[name]):
+                raise ValueError(f"generate returns one text for each prompt, as a tensor: {name} must be {NEUTRAL[name]}, "
+                                 f"got {value}")
+        ends = given.get("eos_token_id", self.config.eos_token_id)
+        ends = ends if isinstance(ends, list) else [ends]
+        if len(ends) != 1:
+            raise ValueError(f"a text ends with one token: eos_token_id must be one id, got {ends}")
+        words = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "namespace": 0, "eos_id": ends[0],
+                 **{name: given[name] for name in PASSED_ON if given.get(name) is not None}}
+        if not given.get("do_sample"):
             words["temperature"] = 0.0
-        for name in ("max_length", "max_new_tokens", "attention_mask", "seed", "namespace"):
-            if given.get(name) is not None:
-                words[name] = given.pop(name)
         if "max_new_tokens" in words:
             words.pop("max_length", None)
-        end = given.pop("eos_token_id", self.config.eos_token_id)
-        words["eos_id"] = end[0] if isinstance(end, list) else end
-        stops = given.pop("stopping_criteria", None)
-        known = (*SAMPLING, "do_sample", "max_length", "max_new_tokens", "eos_token_id", "attention_mask", "input_ids")
-        for name in IGNORED:
-            if given.pop(name, None) not in (None, True, False, 0, 1) and name in ("num_beams", "num_return_sequences"):
-                raise ValueError(f"generate returns one sampled or greedy text for each prompt: got {name} > 1")
-        for name in given:
-            raise ValueError(f"generate has no setting '{name}'.{near_match(name, known)}")
-        return self.lmcode.generate(ids, **words) if not stops else self._until(ids, stops, words)
+        return words
 
-    def _until(self, ids_BT: Tensor, stops: Any, words: dict[str, Any]) -> Tensor:
-        """Generates everything and cuts every text where its criterion is first met: criteria see whole prefixes."""
-        written_BT = self.lmcode.generate(ids_BT, **words)
-        done_B = torch.zeros(len(written_BT), dtype=torch.bool, device=written_BT.device)
-        for end in range(ids_BT.shape[1] + 1, written_BT.shape[1] + 1):
-            done_B = done_B | stops(written_BT[:, :end], None)
+    def _until(self, ids_BT: Tensor, stops: StoppingCriteriaList, words: dict[str, Any]) -> Tensor:
+        """Generates until every text has met a criterion or its end."""
+        if not stops:
+            return self.lmcode.generate(ids_BT, **words)
+        filler = self.config.eos_token_id or 0
+        written_BT, done_B = ids_BT, torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
+
+        def look(token_B: Tensor) -> None:
+            nonlocal written_BT, done_B
+            written_BT = torch.cat([written_BT, token_B.where(~done_B, filler)[:, None]], dim=1)
+            done_B = done_B | stops(written_BT, None)
             if bool(done_B.all()):
-                return written_BT[:, :end]
+                raise _Enough
+
+        try:
+            self.lmcode.generate(ids_BT, **words, on_token=look)
+        except _Enough:
+            pass
         return written_BT
 
 

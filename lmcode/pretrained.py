@@ -10,6 +10,8 @@ there is no pickle and no program that is run. A folder holds
     README.md              the model card, which says what the memory holds
     modeling_lmcode.py     two lines for transformers' `trust_remote_code`; never run from here
 
+It appears whole or not at all, and takes the place of an older one as `lmcode.replace` describes. Files may be links only
+into the folder, or into the blobs of the hub's cache. Flipped bits in the numbers are not found: hash what must not change.
 `LMCODE` takes both ways from `Pretrained`, a `huggingface_hub.ModelHubMixin`; any number of ranks loads what any wrote.
 """
 
@@ -18,16 +20,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import ModelHubMixin
+from torch import Tensor
 
-from lmcode import __version__
+from lmcode import __version__, replace
 from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, build, near_match
 from lmcode.dist import Group, on_rank_0
+from lmcode.model.lm import MemoryLM
+from lmcode.tokenizer import CONFIG_FILE, TOKENIZER_FILE, load_tokenizer, save_for_transformers
 
 if TYPE_CHECKING:
     from lmcode.lmcode import LMCODE
@@ -37,102 +43,152 @@ MODEL_TYPE = "lmcode"
 
 
 class Pretrained(ModelHubMixin):
-    """`save_pretrained` and `from_pretrained`. Collectives: every rank of the model's group calls them."""
+    """`save_pretrained`, `from_pretrained`, `push_to_hub`. Collectives: every rank of the model's group calls them."""
 
-    def save_pretrained(self, save_directory: str | Path, *, include_memory: bool = True, repo_id: str | None = None,
-                        push_to_hub: bool = False, **hub: Any) -> str | None:
+    def save_pretrained(self, save_directory: str | Path, *, include_memory: bool = True) -> None:
         """Writes the model as a folder, which appears whole or not at all; one of the same kind is replaced.
 
         Args:
+            save_directory: the same on every rank, on a file system that all ranks share.
             include_memory: banks and experiences too. They can hold what the model has read, word for word.
-            repo_id: where `push_to_hub` uploads the folder; its own name when None.
-            push_to_hub: upload it, by rank 0.
-            **hub: for the upload: `token`, `private`, `commit_message`.
-
-        Returns:
-            The address of the upload on rank 0, else None.
 
         Raises:
-            ConfigError: if the folder holds something else, or the file system refuses.
+            ConfigError: on every rank, if the folder holds something else, a weight is not finite or not there (ZeRO-3
+                keeps it elsewhere), or the file system refuses; what was there is as it was.
         """
-        place = Path(save_directory).absolute()
-        write(self, place, include_memory=include_memory)
-        if not push_to_hub or self.group.rank:
-            return None
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=hub.get("token"))
-        target = api.create_repo(repo_id or place.name, private=hub.get("private"), exist_ok=True).repo_id
-        return str(api.upload_folder(repo_id=target, folder_path=place, commit_message=hub.get("commit_message")))
+        write(self, Path(save_directory).absolute(), include_memory=include_memory)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, revision: str | None, cache_dir: str | Path | None, force_download: bool,
-                         local_files_only: bool, token: str | bool | None, include_memory: bool = True,
-                         group: Group | None = None, device: torch.device | str = "cpu", **ignored: Any) -> LMCODE:
-        folder = Path(model_id)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, include_memory: bool = True,
+                        group: Group | None = None, device: torch.device | str = "cpu", revision: str | None = None,
+                        cache_dir: str | Path | None = None, force_download: bool = False,
+                        local_files_only: bool = False, token: str | bool | None = None) -> LMCODE:
+        """Loads what `save_pretrained` wrote, in eval mode. A collective of `group`.
 
-            folder = Path(snapshot_download(model_id, revision=revision, cache_dir=cache_dir, token=token,
-                                            force_download=force_download, local_files_only=local_files_only))
-        return read(folder, include_memory=include_memory, group=group or Group(), device=device)
+        Args:
+            pretrained_model_name_or_path: a folder, or the name of a repository of the Hugging Face hub.
+            include_memory: the memory too, if the folder holds it; otherwise it is empty.
+            group: the ranks that share the banks, `Group.world()` in a job of several; this process alone by default.
+            device: where weights and banks go.
+            revision, cache_dir, force_download, local_files_only, token: of the download.
+
+        Raises:
+            ConfigError: on every rank: what is missing, damaged, or does not fit; the message names the file.
+        """
+        group, place = group or Group(), Path(pretrained_model_name_or_path)
+        problem, folder = None, replace.left_by_a_kill(place.absolute()) or place
+        if not folder.is_dir():
+            try:
+                folder = download(str(pretrained_model_name_or_path), revision=revision, cache_dir=cache_dir, token=token,
+                                  force_download=force_download, local_files_only=local_files_only)
+            except ConfigError as error:
+                problem = str(error)
+        agree(group, problem)
+        return read(folder, include_memory=include_memory, group=group, device=device)
+
+    def push_to_hub(self, repo_id: str, *, include_memory: bool = True, private: bool | None = None,
+                    token: str | None = None, commit_message: str | None = None) -> str:
+        """Saves the model in a temporary folder, which rank 0 uploads; returns the commit's address.
+        See `save_pretrained`."""
+        place = Path(on_rank_0(self.group, tempfile.mkdtemp))
+        try:
+            self.save_pretrained(place / "model", include_memory=include_memory)
+            return on_rank_0(self.group, lambda: upload(place / "model", repo_id, private=private, token=token,
+                                                        commit_message=commit_message))
+        finally:
+            if self.group.rank == 0:
+                shutil.rmtree(place)
+
+
+def agree(group: Group, problem: str | None) -> None:
+    """Raises ConfigError on every rank if any has a problem. A collective."""
+    problems = [f"rank {rank}: {one}" if group.size > 1 else one
+                for rank, one in enumerate(group.all_gather_object(problem)) if one]
+    if problems:
+        raise ConfigError(problems[0])
+
+
+def download(name: str, **settings: Any) -> Path:
+    """The folder of a repository of the hub, in its cache. ConfigError if it cannot be had."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, **settings))
+    except (OSError, ValueError) as error:  # what the hub raises for bad names, missing repositories and no network
+        place = Path(name)
+        names = [one.name for one in place.parent.iterdir()] if place.parent.is_dir() else []
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(f"there is no folder '{name}', and no such model on the hub.{near_match(place.name, names)} "
+                          f"({why})") from None
+
+
+def upload(folder: Path, repo_id: str, *, private: bool | None, token: str | None, commit_message: str | None) -> str:
+    """Uploads a folder to a repository, which is made if need be; returns the address of the commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    target = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return str(api.upload_folder(repo_id=target, folder_path=folder, commit_message=commit_message))
 
 
 def write(model: LMCODE, place: Path, *, include_memory: bool) -> None:
     """See `Pretrained.save_pretrained`."""
+    from safetensors import SafetensorError
+
     from lmcode.memory_files import save_memory
 
-    new = place.with_name(f".{place.name}.new")
-    on_rank_0(model.group, lambda: _begin(model, place, new, include_memory))
-    problem = None
+    temporary = replace.beside(place) / ".new.tmp"
     try:
-        if include_memory:
-            save_memory(new, model)
-    except (OSError, ValueError) as error:
-        problem = f"rank {model.group.rank}: {error}"
-    problems = [one for one in model.group.all_gather_object(problem) if one]
-    if problems:
-        raise ConfigError(f"'{place}' was not written: {'; '.join(problems)}")
-    live = {layer: bank.stats()["live"] for layer, bank in model.banks.items()} if include_memory else {}
-    spaces = ([str(one.namespace) for one in model.experiences.all()]
-              if include_memory and model.banks and model.has_experiences else [])
-    on_rank_0(model.group, lambda: _finish(place, new, card(model, live, spaces)))
+        on_rank_0(model.group, lambda: _begin(model, place, temporary, include_memory))
+        problem = None
+        try:
+            if include_memory:
+                save_memory(temporary, model)
+        except (OSError, ValueError, SafetensorError) as error:
+            problem = f"'{place}' was not written: {error}"
+        agree(model.group, problem)
+        text = card(model, include_memory)
+        on_rank_0(model.group, lambda: _finish(place, temporary, text))
+    except ConfigError:
+        if model.group.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
-def _begin(model: LMCODE, place: Path, new: Path, include_memory: bool) -> None:
+def _begin(model: LMCODE, place: Path, temporary: Path, include_memory: bool) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from lmcode.memory_files import make_folders
 
-    if place.exists() and not (place.is_dir() and (not any(place.iterdir()) or (place / CONFIG).is_file())):
+    if os.path.lexists(place) and not (place.is_dir() and (not any(place.iterdir()) or (place / CONFIG).is_file())):
         raise ConfigError(f"'{place}' exists and is no saved model: give another folder")
-    if new.exists():
-        shutil.rmtree(new)
-    new.mkdir(parents=True)
-    if include_memory:
-        make_folders(new, model)
     weights = {name: p.detach().float().cpu().contiguous() for name, p in model.named_parameters()}
-    save_file(weights, new / WEIGHTS, metadata={"format": "pt"})
-    _write_json(new / CONFIG, config_json(model))
+    check_weights("the model", weights, model.config)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    replace.make_way(place)
+    temporary.mkdir(parents=True)
+    if include_memory:
+        make_folders(temporary, model)
+    try:
+        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"'{place}' was not written: {error}") from None
+    _write_json(temporary / CONFIG, config_json(model, include_memory))
     if model.tokenizer is not None:
-        model.tokenizer.save(new)
-    (new / PROGRAM).write_text("# For transformers' trust_remote_code; needs lmcode to be installed.\n"
-                               "from lmcode.hf import LMCODEForCausalLM, LMCODEHFConfig  # noqa: F401\n", encoding="utf-8")
+        save_for_transformers(model.tokenizer, temporary, max_length=model.config.context_length)
+    (temporary / PROGRAM).write_text("# For transformers' trust_remote_code; needs lmcode to be installed.\n"
+                                     "from lmcode.hf import LMCODEForCausalLM, LMCODEHFConfig  # noqa: F401\n",
+                                     encoding="utf-8")
 
 
-def _finish(place: Path, new: Path, text: str) -> None:
-    (new / CARD).write_text(text, encoding="utf-8")
-    old = place.with_name(f".{place.name}.old")
-    if old.exists():
-        shutil.rmtree(old)
-    if place.exists():
-        os.rename(place, old)
-    os.rename(new, place)
-    if old.exists():
-        shutil.rmtree(old)
+def _finish(place: Path, temporary: Path, text: str) -> None:
+    (temporary / CARD).write_text(text, encoding="utf-8")
+    replace.complete(temporary, replace.beside(place) / "new")
+    replace.take_place(place)
 
 
-def config_json(model: LMCODE) -> dict[str, Any]:
+def config_json(model: LMCODE, holds_memory: bool) -> dict[str, Any]:
     """What config.json says: our settings whole, and the sizes that programs of Hugging Face's ask for."""
     config = model.config
     end = None if model.tokenizer is None else model.tokenizer.end_id
@@ -141,25 +197,14 @@ def config_json(model: LMCODE) -> dict[str, Any]:
                          "AutoModelForCausalLM": "modeling_lmcode.LMCODEForCausalLM"},
             "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "num_hidden_layers": config.num_layers,
             "num_attention_heads": config.num_heads, "max_position_embeddings": config.context_length,
-            "tie_word_embeddings": True, "bos_token_id": end, "eos_token_id": end,
-            "lmcode_model": config.model_dump(mode="json"), "lmcode_memory": model.memory_config.model_dump(mode="json")}
+            "tie_word_embeddings": True, "bos_token_id": end, "eos_token_id": end, "dtype": "float32",
+            "lmcode_model": config.model_dump(mode="json"), "lmcode_memory": model.memory_config.model_dump(mode="json"),
+            "lmcode_holds_memory": holds_memory and bool(model.banks)}
 
 
-def card(model: LMCODE, live: Mapping[int, int], spaces: Sequence[str]) -> str:
-    """The model card, as Markdown.
-
-    Args:
-        live: entries in each layer's bank; empty if the memory is not in the folder.
-        spaces: the namespace of each experience.
-    """
+def card(model: LMCODE, include_memory: bool) -> str:
+    """The model card, as Markdown. A collective of the model's group."""
     weights = sum(p.numel() for p in model.parameters())
-    names = [f"- layer {layer}: {count:,} of {model.banks[layer].slots:,} slots hold an entry"
-             for layer, count in live.items()]
-    kinds = sorted(set(spaces))
-    shown = ", ".join(kinds[:20]) + (f" and {len(kinds) - 20} more" if len(kinds) > 20 else "")
-    held = [*names, f"- {len(spaces):,} experiences, texts that are stored word for word"
-            + (f", in the namespaces: {shown}" if kinds else "")]
-    memory = "\n".join(held) if live else "The long-term memory was left out: this model starts with an empty one."
     return f"""---
 library_name: lmcode
 pipeline_tag: text-generation
@@ -173,9 +218,7 @@ tags: [lmcode, memory]
 
 ## What the memory holds
 
-{memory}
-
-Entries are keys and values made from texts that the model has read; whoever has this folder has what is in it.
+{_held(model, include_memory)}
 
 ## Use
 
@@ -189,8 +232,24 @@ print(model.tokenizer.decode(model.generate([tokens], max_new_tokens=50)[0].toli
 """
 
 
-def settings(folder: Path) -> tuple[LMCODEConfig, MemoryConfig]:
-    """The settings of a saved model.
+def _held(model: LMCODE, include_memory: bool) -> str:
+    if not model.banks:
+        return "This model has no long-term memory."
+    if not include_memory:
+        return "The long-term memory was left out: this model starts with an empty one."
+    lines = [f"- layer {layer}: {bank.stats()['live']:,} of {bank.slots:,} slots hold an entry"
+             for layer, bank in model.banks.items()]
+    spaces = [one.namespace for one in model.experiences.all()] if model.has_experiences else []
+    kinds = sorted({json.dumps(space, ensure_ascii=False) for space in spaces})
+    shown = ", ".join(f"`{kind[:60]}`" for kind in kinds[:20]) + (f" and {len(kinds) - 20} more" if len(kinds) > 20 else "")
+    lines.append(f"- {len(spaces):,} experiences, texts that are stored word for word"
+                 + (f", in the namespaces: {shown}" if kinds else ""))
+    return "\n".join([*lines, "", "Entries are keys and values made from texts that the model has read; whoever has this "
+                                  "folder has what is in it."])
+
+
+def settings(folder: Path) -> tuple[LMCODEConfig, MemoryConfig, bool]:
+    """The settings of a saved model, and whether its memory is in the folder.
 
     Raises:
         ConfigError: no such folder or config.json, not JSON, another kind of model, settings that are refused.
@@ -205,46 +264,90 @@ def settings(folder: Path) -> tuple[LMCODEConfig, MemoryConfig]:
         raise ConfigError(f"'{file}' cannot be read as JSON: {error}") from None
     if not isinstance(content, dict) or content.get("model_type") != MODEL_TYPE:
         kind = content.get("model_type") if isinstance(content, dict) else type(content).__name__
-        raise ConfigError(f"'{file}' must have the model_type '{MODEL_TYPE}': got {kind!r}")
+        raise ConfigError(f"'{file}' must have the model_type '{MODEL_TYPE}': got {kind!r:.80}")
     sections = content.get("lmcode_model"), content.get("lmcode_memory", {})
     if not all(isinstance(section, dict) for section in sections):
         raise ConfigError(f"'{file}' must hold the objects lmcode_model and lmcode_memory")
-    return build(LMCODEConfig, sections[0]), build(MemoryConfig, sections[1])
+    try:
+        return build(LMCODEConfig, sections[0]), build(MemoryConfig, sections[1]), content.get("lmcode_holds_memory") is True
+    except ConfigError as error:
+        raise ConfigError(f"'{file}': {error}") from None
 
 
 def read(folder: Path, *, include_memory: bool, group: Group, device: torch.device | str) -> LMCODE:
-    """See `Pretrained.from_pretrained`.
+    """See `Pretrained.from_pretrained`."""
+    from lmcode.lmcode import LMCODE
+    from lmcode.memory_files import BANKS, load_memory
+
+    model, problem, with_memory = None, None, False
+    try:
+        check_links(folder)
+        config, memory, holds_memory = settings(folder)
+        weights = load_weights(folder / WEIGHTS, config)
+        try:
+            model = LMCODE(config, memory=memory, group=group, device=device)
+        except (RuntimeError, MemoryError) as error:
+            raise ConfigError(f"'{folder / CONFIG}': there is no memory for banks of long_term_memory_slots = "
+                              f"{config.long_term_memory_slots}: {' '.join(str(error).split())[:80]}") from None
+        model.load_state_dict(weights, strict=False)
+        if (folder / TOKENIZER_FILE).is_file():
+            model.tokenizer = load_tokenizer(folder)
+        with_memory = include_memory and bool(model.banks) and (holds_memory or (folder / BANKS).is_dir())
+    except ConfigError as error:
+        problem = str(error)
+    agree(group, problem)
+    if with_memory:
+        load_memory(folder, model)
+    return model.to(device).eval()
+
+
+def load_weights(file: Path, config: LMCODEConfig) -> dict[str, Tensor]:
+    """The weights of a file, all of them and judged, before a model of that size is made.
 
     Raises:
-        ConfigError: what is missing, damaged, or does not fit; the message names the file.
+        ConfigError: no safetensors file; a weight that is missing, additional, of another shape or kind, or not finite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from lmcode.lmcode import LMCODE
-    from lmcode.memory_files import BANKS, load_memory
-    from lmcode.tokenizer import TOKENIZER_FILE, load_tokenizer
-
-    config, memory = settings(folder)
-    model = LMCODE(config, memory=memory, group=group, device=device)
-    file = folder / WEIGHTS
     try:
         weights = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"'{file}' is not a readable safetensors file: {error}") from None
-    wanted = {name: p.shape for name, p in model.named_parameters()}
+    if len(weights) < config.num_layers:  # before a stranger's config.json makes layers without number
+        raise ConfigError(f"'{file}' holds {len(weights)} tensors, too few for {config.num_layers} layers")
+    check_weights(f"'{file}'", weights, config)
+    return weights
+
+
+def check_weights(where: str, weights: Mapping[str, Tensor], config: LMCODEConfig) -> None:
+    """Refuses weights that are not those of a model of this config."""
+    try:
+        with torch.device("meta"):
+            wanted = {name: list(p.shape) for name, p in MemoryLM(config).named_parameters()}
+    except RuntimeError as error:
+        raise ConfigError(f"{where}: no tensor has the sizes that the settings ask for: {error!s:.120}") from None
     for name in sorted(wanted.keys() | weights.keys()):
-        if name not in weights or name not in wanted or weights[name].shape != wanted[name]:
-            raise ConfigError(f"'{file}': '{name}' must be {list(wanted[name]) if name in wanted else 'absent'}: got "
-                              f"{list(weights[name].shape) if name in weights else 'nothing'}")
-        if not bool(torch.isfinite(weights[name]).all()):
-            raise ConfigError(f"'{file}': '{name}' holds numbers that are not finite")
-    model.load_state_dict(weights, strict=False)
-    if (folder / TOKENIZER_FILE).is_file():
-        model.tokenizer = load_tokenizer(folder)
-    if include_memory and (folder / BANKS).is_dir():
-        load_memory(folder, model)
-    return model.to(device).eval()
+        came = list(weights[name].shape) if name in weights else "nothing"
+        if name not in wanted:
+            raise ConfigError(f"{where}: there is no weight '{name}'.{near_match(name, wanted)}")
+        if came != wanted[name]:
+            raise ConfigError(f"{where}: '{name}' must be {wanted[name]}: got {came}")
+        if not weights[name].is_floating_point() or not bool(torch.isfinite(weights[name]).all()):
+            raise ConfigError(f"{where}: '{name}' must hold finite floating-point numbers")
+
+
+def check_links(folder: Path) -> None:
+    """Refuses files of a saved model that are links to elsewhere: to outside the folder, unless into the hub's cache."""
+    from lmcode.memory_files import BANKS, EXPERIENCES
+
+    allowed = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        allowed.append(folder.parent.parent.resolve() / "blobs")
+    names: Sequence[Path] = [folder / name for name in (CONFIG, WEIGHTS, TOKENIZER_FILE, CONFIG_FILE)]
+    for path in [*names, *(path for part in (BANKS, EXPERIENCES) for path in [folder / part, *(folder / part).rglob("*")])]:
+        if not any(path.resolve().is_relative_to(place) for place in allowed):
+            raise ConfigError(f"'{path}' is a link to outside the folder: got '{path.resolve()}'")
 
 
 def _write_json(path: Path, value: Any) -> None:

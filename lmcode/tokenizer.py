@@ -141,7 +141,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     file = path / TOKENIZER_FILE if path.is_dir() else path
     values = _read_json(file)
-    if values == {"lmcode": "bytes"}:
+    if values == {"lmcode": "bytes"} or _is_bytes(file.with_name(CONFIG_FILE)):
         return ByteTokenizer()
     from tokenizers import Tokenizer as Inner
 
@@ -164,6 +164,42 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError("model.vocab_size must be at least the tokenizer's vocabulary: "
                           f"{vocab_size} < {tokenizer.vocab_size}")
+
+
+def save_for_transformers(tokenizer: Tokenizer, folder: str | Path, *, max_length: int) -> None:
+    """`save`, in such a way that transformers' AutoTokenizer reads the same ids from the folder, bytes included.
+
+    There a spelled-out end token is the end token, and batches are padded with it on the left.
+    """
+    folder = Path(folder)
+    tokenizer.save(folder)
+    values = {"eos_token": END_TOKENS[0], "lmcode": "bytes"}
+    if isinstance(tokenizer, ByteTokenizer):
+        _write_json(folder, TOKENIZER_FILE, _bytes_as_bpe())
+    else:
+        values = _read_json(folder / CONFIG_FILE)
+    _write_json(folder, CONFIG_FILE, {**values, "pad_token": values["eos_token"], "padding_side": "left",
+                                      "model_max_length": max_length, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _bytes_as_bpe() -> Any:
+    """`ByteTokenizer` as the content of a tokenizers file: byte-level BPE that merges nothing."""
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, models, pre_tokenizers
+
+    own = {*range(33, 127), *range(161, 173), *range(174, 256)}  # bytes that ByteLevel shows as themselves (GPT-2's table)
+    others = [byte for byte in range(256) if byte not in own]
+    inner = Inner(models.BPE({chr(byte if byte in own else 256 + others.index(byte)): byte for byte in range(256)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([END_TOKENS[0]])
+    return json.loads(inner.to_str())
+
+
+def _is_bytes(file: Path) -> bool:
+    """Whether the tokenizer_config.json says that the tokenizer beside it is the `ByteTokenizer`."""
+    values = _read_json(file) if file.is_file() else None
+    return isinstance(values, dict) and values.get("lmcode") == "bytes"
 
 
 def _find_end_token(inner: Any) -> str:
@@ -195,7 +231,7 @@ def _read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no tokenizer file '{file}'") from None
-    except (OSError, ValueError) as error:  # json and UTF-8 errors are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # json and UTF-8 errors are ValueErrors
         raise ConfigError(f"'{file}' cannot be read as JSON: {error}") from None
 
 

@@ -237,7 +237,7 @@ def digest(session: Session, result: StepResult, *, whole: bool) -> int:
 def give_way(session: Session) -> int:
     """Saves what a job that was asked to end has trained, and ends it. Returns the exit code: 1 if nothing was saved that
     was worth it. A collective."""
-    log.warning("asked to end by %s", session.request.reason)
+    log.warning("asked to end by %s", session.request.reason or "another rank")
     with session.clock("saving"):
         saving.settle(session, wait=True)
         if session.step and session.saved != checkpoint.place_of(session):

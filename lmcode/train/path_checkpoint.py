@@ -1,17 +1,13 @@
 """A checkpoint at a path of its own, whatever its name: what `MemoryAwareTrainer.save_checkpoint` writes.
 
-It is the commit of `checkpoint` under another name. Writing over an old one takes two renames, and a kill between them
-leaves both commits in a folder beside the path, where `find` looks:
-
-    .best_model.pt.saving/new        whole before anything else is touched
-    .best_model.pt.saving/former     what was at the path, until the new one is there
+It is the commit of `checkpoint` under another name, put in place as `lmcode.replace` describes: a kill while an old one is
+replaced leaves both beside the path, and `find` looks there.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +15,11 @@ import numpy as np
 
 from lmcode.config import ConfigError, near_match
 from lmcode.dist import Group, on_rank_0
+from lmcode.replace import beside, left_by_a_kill, make_way, take_place
 from lmcode.tokenizer import load_tokenizer
 from lmcode.train import durable, saving
 from lmcode.train.corpus import Corpus, Documents
 from lmcode.train.session import Session
-
-
-def beside(path: Path) -> Path:
-    """The folder in which a checkpoint is made ready for `path`."""
-    return path.with_name(f".{path.name}.saving")
 
 
 def save(session: Session, path: Path) -> None:
@@ -40,7 +32,7 @@ def save(session: Session, path: Path) -> None:
     path = path.absolute()
     on_rank_0(session.group, lambda: _make_way(path))
     saving.commit(session, beside(path) / "new")
-    on_rank_0(session.group, lambda: _take_place(path))
+    on_rank_0(session.group, lambda: take_place(path))
     session.saved = path
 
 
@@ -48,18 +40,7 @@ def _make_way(path: Path) -> None:
     """Refuses a place that is taken by something else, and finishes or removes what a kill has left."""
     if os.path.lexists(path) and not (path / durable.MANIFEST).is_file():
         raise ConfigError(f"'{path}' exists and is no checkpoint of this program: give another path")
-    if (left := _left_by_a_kill(path)) is not None:
-        os.rename(left, path)
-    if beside(path).exists():
-        shutil.rmtree(beside(path))
-
-
-def _take_place(path: Path) -> None:
-    if path.exists():
-        os.rename(path, beside(path) / "former")
-    os.rename(beside(path) / "new", path)
-    durable.sync(path.parent)
-    shutil.rmtree(beside(path))
+    make_way(path)
 
 
 def find(path: Path, group: Group) -> Path:
@@ -72,18 +53,12 @@ def find(path: Path, group: Group) -> Path:
 
 
 def _find(path: Path) -> Path:
-    place = _left_by_a_kill(path) or path
+    place = left_by_a_kill(path) or path
     if not place.exists():
         names = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ConfigError(f"there is no checkpoint '{path}'.{near_match(path.name, names)}")
     durable.verify(place)
     return place
-
-
-def _left_by_a_kill(path: Path) -> Path | None:
-    """The commit that stands in for one that is not at its path: the newer one, which is whole if it has its name."""
-    places = [] if path.exists() else [beside(path) / "new", beside(path) / "former"]
-    return next((place for place in places if place.exists()), None)
 
 
 def corpus_of(folder: Path) -> tuple[dict[str, Any], Corpus]:
