@@ -1,0 +1,97 @@
+"""The README cannot rot: its Python runs in order, its command lines parse, the first README's snippets are all there."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lmcode import cli
+
+CHECKOUT = Path(__file__).parents[1]
+README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)) + "\n" + "\n".join(
+    re.findall(r"`((?:deepspeed|mpirun|srun|lmcode \w+|python -m lmcode) [^`]+)`", README))
+ORIGINAL = """
+config = LMCODEConfig(vocab_size=50257, hidden_size=512, num_layers=6, num_heads=8, short_term_memory_size=512,
+                      long_term_memory_slots=10000)
+model = LMCODE(config)
+input_ids = torch.randint(0, config.vocab_size, (1, 10))
+generated = model.generate(input_ids, max_length=100, temperature=0.8, top_k=50, top_p=0.9)
+train_data = create_synthetic_dataset(num_samples=1000, seq_len=50)
+train_dataset = MemoryDataset(train_data, memory_sample_ratio=0.2)
+trainer_config = {'learning_rate': 1e-4, 'weight_decay': 0.01, 'gradient_clip': 1.0, 'memory_consolidation_interval': 1000,
+                  'warmup_steps': 1000, 'total_steps': 10000}
+trainer = MemoryAwareTrainer(model, trainer_config)
+history = trainer.train(train_dataset, num_epochs=10, batch_size=32, eval_dataset=None)
+trainer.save_checkpoint('best_model.pt')
+model.store_experience("This is important information to remember")
+retrieved, indices = model.query_memory("important information", top_k=5)
+for layer in model.layers:
+    layer.long_term_memory.consolidate_memories(threshold=0.1)
+monitor = MemoryMonitor(model)
+outputs = model(input_ids)
+monitor.record_step(step, outputs)
+stats = monitor.get_statistics()
+monitor.plot_history('memory_stats.png')
+analysis = analyze_memory_capacity(model, test_sequences)
+efficiency = compute_memory_efficiency(model)
+report = generate_memory_report(model, dataset)
+fig = visualize_memory_flow(model, input_sequence)
+fig = plot_training_history(history)
+"""
+
+
+def python_blocks() -> list[str]:
+    """The README's Python; without transformers, without the blocks that need it."""
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    here = importlib.util.find_spec("transformers") is not None
+    return [block for block in blocks if here or "transformers" not in block]
+
+
+def statements(source: str) -> list[str]:
+    """Top-level statements in one spelling, imports left out."""
+    return [ast.unparse(node) for node in ast.parse(source).body if not isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def command_lines() -> list[list[str]]:
+    """The arguments of every call of our program, however it is started."""
+    calls = []
+    for line in SHELL.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True) if "lmcode" in line else []
+        words = words[:next((at for at, word in enumerate(words) if word in (">", "|", "&&", "2>&1")), None)]
+        at = next((at for at, word in enumerate(words) if word.rpartition("/")[2] == "lmcode"), None)
+        if at is not None and at + 1 < len(words):
+            calls.append(words[at + 1:])
+    return calls
+
+
+def test_the_first_readmes_snippets_are_all_there_in_their_order() -> None:
+    ours = iter(statements("\n".join(python_blocks())))
+    missing = [one for one in statements(ORIGINAL) if one not in ours]  # `in` reads the iterator on: order counts
+    assert not missing
+
+
+def test_all_python_runs_in_order_as_it_stands(tmp_path: Path) -> None:
+    """One fresh process, as a reader would have it; it must end well and leave the files that the text speaks of."""
+    end = "assert retrieved[0].text == 'This is important information to remember' and len(indices) == 1\n" \
+          "assert len(history['loss']) > 1 and history['loss'][-1] < history['loss'][0]\n"
+    (tmp_path / "program.py").write_text("\n".join([*python_blocks(), end]), encoding="utf-8")
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {"best_model.pt", "my_model", "memory_stats.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_there_are_command_lines_to_parse() -> None:
+    assert {"train", "eval", "generate", "config", "doctor"} <= {line[0] for line in command_lines()}
+
+
+@pytest.mark.parametrize("line", command_lines(), ids=" ".join)
+def test_every_command_line_parses(line: list[str]) -> None:
+    assert cli.parse(line).run
