@@ -25,8 +25,8 @@ from typing import Literal, NamedTuple
 State = Literal["ok", "warn", "fail"]
 
 REQUIRED = {  # lowest versions, as in setup.cfg
-    "torch": "2.10", "deepspeed": "0.19.8", "numpy": "1.26", "psutil": "5.9", "pydantic": "2.5", "PyYAML": "6.0",
-    "safetensors": "0.5", "tensorboard": "2.21", "tokenizers": "0.20",
+    "torch": "2.10", "deepspeed": "0.19.8", "huggingface_hub": "1.0", "numpy": "1.26", "psutil": "5.9", "pydantic": "2.5",
+    "PyYAML": "6.0", "safetensors": "0.5", "tensorboard": "2.21", "tokenizers": "0.20",
 }
 OPTIONAL = {"mpi4py": "launch/mpi.sh", "matplotlib": "plots", "transformers": "the transformers Auto classes"}
 FAISS_BUILDS = ("faiss-cpu", "faiss-gpu")

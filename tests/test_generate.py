@@ -70,6 +70,24 @@ def test_cached_and_uncached_decoding_give_the_same_tokens(model: LMCODE, settin
     assert torch.equal(cached, whole) and cached.shape == (4, 13 + 25)
 
 
+def test_long_texts_are_written_with_weights_laid_out_anew_and_nothing_is_left_of_that(model: LMCODE) -> None:
+    own = model.layers[0].feed_forward.input
+    own.forward = lambda x: torch.nn.functional.linear(x, own.weight)  # somebody else's: stays
+    seen: list[int] = []
+
+    def look(token_B: torch.Tensor) -> None:
+        seen.append(sum("forward" in vars(module) for module in model.modules()))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    long = Decoding(max_new_tokens=40, temperature=0)
+    cached, plain = (generate(model, PROMPTS, long, use_cache=use_cache).tokens_BT for use_cache in (True, False))
+    assert torch.equal(cached, plain)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, PROMPTS, long, on_token=look)
+    assert seen[0] > 10 and [module for module in model.modules() if "forward" in vars(module)] == [own]
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_each_prompt_of_a_batch_gets_what_it_gets_alone(model: LMCODE, use_cache: bool) -> None:
     ids, mask = padded()

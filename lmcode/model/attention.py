@@ -36,10 +36,10 @@ class SelfAttention(nn.Module):
         if cache is not None and cache.step is not None:
             step = cache.step
             num_seen = step.seen_BT.shape[1]
-            key_BATD, value_BATD = (cache.put(name, new_BA1D, step.index_B)[:, :, :num_seen]
+            key_BATD, value_BATD = (cache.put(name, new_BA1D, step.index_B, step.place)[:, :, :num_seen]
                                     for name, new_BA1D in (("attention_key", k_BATD), ("attention_value", v_BATD)))
-            mixed_BATD = F.scaled_dot_product_attention(q_BATD, key_BATD, value_BATD,
-                                                        attn_mask=step.seen_BT[:, None, None])
+            mask_B11T = None if step.place is not None else step.seen_BT[:, None, None]
+            mixed_BATD = F.scaled_dot_product_attention(q_BATD, key_BATD, value_BATD, attn_mask=mask_B11T)
             return self.output(mixed_BATD.transpose(1, 2).reshape(B, T, C))
         if cache is not None:
             cache.fill("attention_key", k_BATD)

@@ -20,11 +20,13 @@ class LayerCache:
     """One layer's buffers; those of tokens hold rubbish where a stream has no token yet, which a mask must hide.
 
     slots_BSE: the short-term slots after each stream's last complete segment; None without short-term memory.
+    slots_read: what a step has computed from these slots alone, for the steps to come; None after the slots have changed.
     step: the pass under way, if it reads one new token per stream; None while the cache is being filled.
     """
 
     def __init__(self, window: int) -> None:
         self.slots_BSE: Tensor | None = None
+        self.slots_read: tuple[Tensor, Tensor] | None = None
         self.step: Step | None = None
         self._window = window
         self._buffers: dict[str, Tensor] = {}
@@ -35,9 +37,12 @@ class LayerCache:
         buffer[..., :x_BXTD.shape[-2], :] = x_BXTD
         self._buffers[name] = buffer
 
-    def put(self, name: str, x_BX1D: Tensor, index_B: Tensor) -> Tensor:
-        """Stores one token of each stream at that stream's index; returns the buffer."""
+    def put(self, name: str, x_BX1D: Tensor, index_B: Tensor, place: int | None = None) -> Tensor:
+        """Stores one token of each stream at that stream's index, which is `place` if all share it; returns the buffer."""
         buffer = self._buffers[name]
+        if place is not None:
+            buffer.narrow(-2, place, 1).copy_(x_BX1D)
+            return buffer
         index = index_B.view(-1, *(1,) * (buffer.dim() - 1)).expand_as(x_BX1D)
         return buffer.scatter_(-2, index, x_BX1D)
 
@@ -52,6 +57,7 @@ class Step:
     """What all layers share about a pass that reads one new token per stream.
 
     index_B: int64, the new token's place in its window.
+    place: the same as a number where all streams stand at one place, which needs no masks; else None.
     seen_BT: bool, the tokens of the window up to and with the new one; cut to the longest stream's.
     valid_B: bool, False for streams that have no new token; whatever is computed for them changes nothing.
     ends_B: bool, streams whose short-term segment ends with this token; None if there are none.
@@ -61,6 +67,7 @@ class Step:
     def __init__(self, places: Sequence[int], valid: Sequence[bool], *, segment: int, rotation: Rotation | None,
                  device: torch.device) -> None:
         self.index_B = torch.tensor(places, device=device)
+        self.place = places[0] if len(set(places)) == 1 else None
         self.seen_BT = torch.arange(max(places) + 1, device=device) <= self.index_B[:, None]
         self.valid_B = torch.tensor(valid, device=device)
         ends = [is_new and (place + 1) % segment == 0 for place, is_new in zip(places, valid, strict=True)]
@@ -122,5 +129,6 @@ class Cache:
         """
         for layer, slots_BSE in zip(self.layers, slots, strict=False):
             layer.slots_BSE[streams] = slots_BSE[streams]
+            layer.slots_read = None
         for stream in streams:
             self.lengths[stream] = 0

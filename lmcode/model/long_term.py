@@ -112,10 +112,17 @@ def attend_cached_past(query_HB1D: Tensor, key_HB1D: Tensor, value_HB1D: Tensor,
 
     A value is stored where its key is: that of token j+1 at index j with successors.
     """
-    value_index_B = (step.index_B - 1).clamp(min=0) if successor_values else step.index_B
-    past = slice(step.seen_BT.shape[1])
-    key_BHTD = cache.put("own_key", key_HB1D.transpose(0, 1), step.index_B)[:, :, past]
-    value_BHTD = cache.put("own_value", value_HB1D.transpose(0, 1), value_index_B)[:, :, past]
+    value_index_B, value_place = step.index_B, step.place
+    if successor_values:
+        value_index_B = (step.index_B - 1).clamp(min=0)
+        value_place = None if step.place is None else max(step.place - 1, 0)
+    past = slice(step.place or step.seen_BT.shape[1])
+    key_BHTD = cache.put("own_key", key_HB1D.transpose(0, 1), step.index_B, step.place)[:, :, past]
+    value_BHTD = cache.put("own_value", value_HB1D.transpose(0, 1), value_index_B, value_place)[:, :, past]
+    if step.place:  # nobody has a token to hide
+        score_BH1T = query_HB1D.transpose(0, 1) @ key_BHTD.transpose(2, 3)
+        mixed_BH1D = score_BH1T.softmax(dim=-1) @ value_BHTD
+        return mixed_BH1D.transpose(0, 1), score_BH1T.logsumexp(dim=-1).transpose(0, 1)
     place_T = torch.arange(key_BHTD.shape[2], device=key_BHTD.device)
     earlier_BT, has_past_B = place_T < step.index_B[:, None], step.index_B > 0
     score_BH1T = query_HB1D.transpose(0, 1) @ key_BHTD.transpose(2, 3)
@@ -144,7 +151,7 @@ def cached_queries(query_HB1D: Tensor, namespace_B: Tensor, cache: LayerCache, s
     namespace_B = namespace_B.where(step.valid_B, -1)
     if stride == 1:
         return query_HB1D.squeeze(2), namespace_B
-    cache.put("own_query", query_HB1D.transpose(0, 1), step.index_B)
+    cache.put("own_query", query_HB1D.transpose(0, 1), step.index_B, step.place)
     asks_B = step.index_B // stride * stride - 1
     query_BHD = cache.get("own_query", asks_B.clamp(min=0))
     return query_BHD.transpose(0, 1).contiguous(), namespace_B.where(asks_B >= 0, -1)

@@ -96,13 +96,16 @@ class ShortTermMemory(nn.Module):
     def _step(self, query_B1E: Tensor, key_B1E: Tensor, written_B1P: Tensor, cache: LayerCache,
               step: Step) -> tuple[Tensor, Tensor]:
         """One new token of each stream: reads, and writes the segments that it completes."""
-        index_B = step.index_B % self.segment
-        key_BLE = cache.put("segment_key", key_B1E, index_B)
-        written_BLP = cache.put("segment_written", written_B1P, index_B)
-        read_B1E = self._read(query_B1E, cache.slots_BSE[:, None], 1)
+        index_B, place = step.index_B % self.segment, None if step.place is None else step.place % self.segment
+        key_BLE = cache.put("segment_key", key_B1E, index_B, place)
+        written_BLP = cache.put("segment_written", written_B1P, index_B, place)
+        if cache.slots_read is None:
+            cache.slots_read = self._slots_to_read(cache.slots_BSE, query_B1E.dtype)
+        read_B1E = F.scaled_dot_product_attention(query_B1E, *cache.slots_read)
         if step.ends_B is not None:
             written_BSE = self._write(cache.slots_BSE, key_BLE, written_BLP, None)
             cache.slots_BSE = written_BSE.where(step.ends_B[:, None, None], cache.slots_BSE)
+            cache.slots_read = None
         return self.output(read_B1E), cache.slots_BSE
 
     def _first_slots(self, num_streams: int, slots_BSE: Tensor | None, reset_B: Tensor | None) -> Tensor:
@@ -136,7 +139,12 @@ class ShortTermMemory(nn.Module):
         G = slots_BGSE.shape[1]
         if G * segment != T:
             query_BTE = F.pad(query_BTE, (0, 0, 0, G * segment - T))
-        normed_BGSE = F.rms_norm(slots_BGSE, (E,), eps=EPSILON).to(query_BTE.dtype)
-        key_BGSE, value_BGSE = self.slots_read(normed_BGSE).chunk(2, dim=-1)
+        key_BGSE, value_BGSE = self._slots_to_read(slots_BGSE, query_BTE.dtype)
         read_BGLE = F.scaled_dot_product_attention(query_BTE.view(B, G, segment, E), key_BGSE, value_BGSE)
         return read_BGLE.reshape(B, -1, E)[:, :T]
+
+    def _slots_to_read(self, slots_SE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values by which tokens read slots [..., S, E]."""
+        normed_SE = F.rms_norm(slots_SE, slots_SE.shape[-1:], eps=EPSILON).to(dtype)
+        key_SE, value_SE = self.slots_read(normed_SE).chunk(2, dim=-1)
+        return key_SE, value_SE
