@@ -676,3 +676,37 @@ def test_a_failing_rank_is_named_with_its_traceback() -> None:
 def test_a_hanging_rank_is_named_with_its_stack() -> None:
     with pytest.raises(RankError, match=r"ranks \[0\] of 1 did not finish in time:\nrank 0:"):
         run_on_ranks(hang, 1, timeout_s=6)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("scope", ["document", "global"])
+def test_looking_up_is_searching_and_attending(scope: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents without an entry, with fewer than K, with twins whose order ids decide, and with more than K."""
+    bank = make_bank(slots=300, scope=scope, dtype=dtype)
+    long_ways = []
+    search = bank.search
+    monkeypatch.setattr(bank, "search", lambda *arguments: (long_ways.append(1), search(*arguments))[1])
+
+    def compare(query: Tensor, names: Tensor) -> int:
+        """Compares; how often the shortcut did not do."""
+        looked, before = bank.look_up(query, names), len(long_ways)
+        whole = bank.attend(query, search(query, names))
+        for one, other in zip(looked, whole, strict=True):
+            assert torch.allclose(one, other, atol=1e-5) and one.dtype == other.dtype and one.shape == other.shape
+        return before
+
+    names = torch.tensor([0, 1, 2, -1, 0, 2, 7])
+    assert compare(unit(H, 7, D, seed=1) * 4, names) == 0  # nothing stored
+    bank.write(unit(H, 3, D, seed=2), unit(H, 3, D, seed=3), torch.zeros(3, dtype=torch.int64))
+    bank.write(unit(H, 40, D, seed=4), unit(H, 40, D, seed=5), torch.full((40,), 2), torch.linspace(0.5, 2, 40))
+    assert compare(unit(H, 7, D, seed=6) * 4, names) == 0
+    assert compare(unit(H, 7, D, seed=6) * 4, names) == 0  # from rows that are kept
+    bank.write(unit(H, 1, D, seed=7).expand(-1, 30, -1), unit(H, 30, D, seed=8), torch.full((30,), 2))
+    assert compare(unit(H, 1, D, seed=7).expand(-1, 7, -1) * 4, names) == 1  # equals: the first ids win
+    bank.delete(namespace=2)
+    assert compare(unit(H, 7, D, seed=6) * 4, names) == 1  # not from rows that are gone
+    assert compare(unit(H, 7, D, seed=6).index_fill(1, torch.tensor([4]), math.nan), names) == 2
+    assert bank.blind_queries == 2
+    compare(unit(H, 200, D, seed=9), torch.zeros(200, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"queries must be \[2, N, 8\]"):
+        bank.look_up(unit(H, 7, D + 1, seed=6), names)

@@ -19,6 +19,7 @@ from lmcode.memory.merge import order_hits
 from lmcode.retrieval import NO_SCORE
 
 QUERY_BLOCK = 256
+LEAST_QUERIES = 16
 ROW_BLOCK = 256  # width of a matrix product
 CHUNK = 4096  # rows whose scores are held at once
 _REAL = NO_SCORE / 2  # scores below come from empty slots
@@ -27,7 +28,7 @@ Found = tuple[Tensor, Tensor, Tensor]  # score fp32, id int64, slot int64; (NO_S
 Search = Callable[[Tensor, Tensor, Tensor, int], Found]
 
 
-def search_exact(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, *, least_queries: int = 16) -> Found:
+def search_exact(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, *, least_queries: int = LEAST_QUERIES) -> Found:
     """The k best rows for each head and query, in total order: (score_HNK, id_HNK, slot_HNK).
 
     Args:
@@ -39,14 +40,33 @@ def search_exact(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, *, le
             only, for callers whose number of queries depends on the ranks.
     """
     H, N, _ = query_HNE.shape
-    heads = []
-    for head in range(H):
-        blocks = [_search_block(query_HNE[head, start:start + QUERY_BLOCK], key_HME[head], id_M, k, least_queries)
-                  for start in range(0, N, QUERY_BLOCK)]
-        heads.append(tuple(torch.cat(parts) for parts in zip(*blocks, strict=True)) if blocks
-                     else no_hits((0, k), query_HNE.device))
-    score_HNK, id_HNK, slot_HNK = (torch.stack(parts) for parts in zip(*heads, strict=True))
+    width = max(1, QUERY_BLOCK // max(1, N))  # heads whose few queries are sorted together
+    blocks = [[_search_block(query_HNE[head:head + width, start:start + QUERY_BLOCK], key_HME[head:head + width], id_M,
+                             k, least_queries) for start in range(0, N, QUERY_BLOCK)] for head in range(0, H, width)]
+    if N == 0:
+        return no_hits((H, 0, k), query_HNE.device)
+    found = [[torch.cat(parts, dim=1) for parts in zip(*row, strict=True)] for row in blocks]
+    score_HNK, id_HNK, slot_HNK = (torch.cat(parts) for parts in zip(*found, strict=True))
     return score_HNK, id_HNK, slot_HNK
+
+
+def attend_best(query_QE: Tensor, key_PE: Tensor, value_MD: Tensor, slot_P: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """Softmax attention of each query over its k best rows, whose values are in `slot_P`: fp32 value_QD and logsumexp_Q.
+
+    None where which rows those are depends on ids, because the k-th score is not alone. All rows hold entries, and there
+    is at least one.
+    """
+    Q = len(query_QE)
+    score_QP = _scores(F.pad(query_QE, (0, 0, 0, max(0, LEAST_QUERIES - Q))), key_PE)[:Q]
+    if len(key_PE) > k:
+        score_QL, row_QL = score_QP.topk(k + 1, dim=1)
+        if bool((score_QL[:, -1] == score_QL[:, -2]).any()):
+            return None
+        score_QP, value_QPD = score_QL[:, :k], value_MD[slot_P[row_QL[:, :k]]]
+    else:
+        value_QPD = value_MD[slot_P].expand(Q, -1, -1)
+    weight_Q1P = score_QP.softmax(dim=1).unsqueeze(1)
+    return (weight_Q1P @ value_QPD.float()).squeeze(1), score_QP.logsumexp(dim=1)
 
 
 def search_by_sorting(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int) -> Found:
@@ -111,29 +131,32 @@ def candidates_above(score_QM: Tensor, bound_Q1: Tensor, id_M: Tensor) -> Found:
     return score_QL, id_QL, slot_QL
 
 
-def _search_block(query_QE: Tensor, key_ME: Tensor, id_M: Tensor, k: int, least_queries: int) -> Found:
-    """One block of queries against all rows, chunk by chunk; the k-th score so far bounds what a chunk may add."""
-    Q, M = len(query_QE), len(key_ME)
+def _search_block(query_HQE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, least_queries: int) -> Found:
+    """A block of queries of some heads against all rows, chunk by chunk; the k-th score so far bounds what a chunk may
+    add."""
+    (H, Q, _), M = query_HQE.shape, key_HME.shape[1]
     padded = max(least_queries, 1 << (Q - 1).bit_length())  # a function of Q only, not of how rows are spread
-    query_QE = F.pad(query_QE, (0, 0, 0, padded - Q))
-    found = no_hits((Q, k), query_QE.device)
+    query_HQE = F.pad(query_HQE, (0, 0, 0, padded - Q))
+    found = no_hits((H * Q, k), query_HQE.device)
     for start in range(0, M, CHUNK):
-        score_QP = _scores(query_QE, key_ME[start:start + CHUNK])[:Q]
+        chunk = slice(start, start + CHUNK)
+        score_QP = torch.cat([_scores(query_QE, key_ME[chunk])[:Q]
+                              for query_QE, key_ME in zip(query_HQE, key_HME, strict=True)])
         bound_Q1 = kth_largest(score_QP, k) if start == 0 else found[0][:, -1:]
-        score_QL, id_QL, slot_QL = candidates_above(score_QP, bound_Q1, id_M[start:start + CHUNK])
+        score_QL, id_QL, slot_QL = candidates_above(score_QP, bound_Q1, id_M[chunk])
         more = (score_QL, id_QL, slot_QL + start)
         if start:
             more = tuple(torch.cat([old, new], dim=1) for old, new in zip(found, more, strict=True))
         found = in_order(*more, k)
-    return found
+    return tuple(part.view(H, Q, -1) for part in found)
 
 
 def _scores(query_QE: Tensor, key_PE: Tensor) -> Tensor:
     """fp32 scores [Q, P] from products of fixed width."""
     P = len(key_PE)
     score_QP = query_QE.new_empty(len(query_QE), -(-P // ROW_BLOCK) * ROW_BLOCK)
-    for start in range(0, P, ROW_BLOCK):
-        block_PE = key_PE[start:start + ROW_BLOCK].float()
-        block_PE = F.pad(block_PE, (0, 0, 0, ROW_BLOCK - len(block_PE)))
-        torch.mm(query_QE, block_PE.T, out=score_QP[:, start:start + ROW_BLOCK])
+    for block_PE, out_QP in zip(key_PE.split(ROW_BLOCK), score_QP.split(ROW_BLOCK, dim=1), strict=True):
+        if len(block_PE) < ROW_BLOCK:
+            block_PE = F.pad(block_PE, (0, 0, 0, ROW_BLOCK - len(block_PE)))
+        torch.mm(query_QE, block_PE.float().T, out=out_QP)
     return score_QP[:, :P]

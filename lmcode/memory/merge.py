@@ -83,7 +83,9 @@ def merge_hits(score_L: Tensor, id_L: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def merge_lists(score_RXK: Tensor, id_RXK: Tensor) -> tuple[Tensor, Tensor]:
-    """Merges the lists of R ranks, [R, ..., K], into [..., K]."""
+    """Merges the lists of R ranks, [R, ..., K], each in total order, into [..., K]."""
+    if len(score_RXK) == 1:
+        return score_RXK[0], id_RXK[0]
     return merge_hits(*(part.movedim(0, -2).flatten(-2) for part in (score_RXK, id_RXK)), score_RXK.shape[-1])
 
 

@@ -33,6 +33,8 @@ def check_search(query_HND: Tensor, namespace_N: Tensor, scope: Scope, k: int, *
 
 def pad(rows_NX: Tensor, n: int, fill: float = 0) -> Tensor:
     """Appends rows up to n."""
+    if len(rows_NX) == n:
+        return rows_NX
     return torch.cat([rows_NX, rows_NX.new_full((n - len(rows_NX), *rows_NX.shape[1:]), fill)])
 
 
@@ -46,7 +48,8 @@ def exchange_mode(mode: str, ranks: int, k: int) -> str:
 def spread(rows_HNX: Tensor, count: int) -> Tensor:
     """At most `count` of the N rows, evenly spread: a sample that needs no random numbers."""
     N = rows_HNX.shape[1]
-    count = min(N, count)
+    if N <= count:
+        return rows_HNX
     return rows_HNX[:, torch.arange(count, device=rows_HNX.device) * N // max(1, count)]
 
 

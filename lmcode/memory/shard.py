@@ -22,13 +22,22 @@ from lmcode.config import MemoryConfig
 from lmcode.memory.consolidate import merge_columns, merge_vectors, pack_columns, unit_keys
 from lmcode.memory.entry import COUNTERS, EMPTY, MASS_UNIT, MAX_IMPORTANCE, METADATA, Entries, check_content
 from lmcode.memory.evict import choose_slots
-from lmcode.memory.exact import Found, Search, no_hits
+from lmcode.memory.exact import Found, Search, attend_best, no_hits
 from lmcode.memory.placement import capacity_of, virtual_shard_of
 from lmcode.retrieval import NO_SCORE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Predicate = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 Scope = Union[str, Sequence[int]]  # noqa: UP007  (evaluated at run time)
+KEPT_ROWS = 16384  # rows copied for searches that the next searches find again, as long as nothing changes
+
+
+class Rows(NamedTuple):
+    """What a group of queries sees: keys [H, P, E], ids int64 [P] and slots int64 [P] (None: row p is slot p)."""
+
+    key_HPE: Tensor
+    id_P: Tensor
+    slot_P: Tensor | None
 
 
 class Ticket(NamedTuple):
@@ -80,6 +89,7 @@ class Shard:
         self.hand = dict.fromkeys(self.owned, 0)
         self.evicted = dict.fromkeys(self.owned, 0)
         self._index: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._kept: dict[object, Rows] = {}
 
     @property
     def live_M(self) -> np.ndarray:
@@ -120,6 +130,7 @@ class Shard:
         addend_E = np.where(self.live_M[slot_E], self.config.importance_weight * np.log(importance_E), NO_SCORE)
         addend_E = torch.from_numpy(addend_E.astype(np.float32)).to(self.key_HME)
         self.key_HME[:, self._on_device(slot_E), -1] = addend_E
+        self._kept.clear()
 
     def matching(self, *, ids: Sequence[int] | None, namespace: int | None, before_step: int | None,
                  predicate: Predicate | None) -> np.ndarray:
@@ -233,9 +244,23 @@ class Shard:
 
         A query with a negative namespace sees nothing, whatever the scope.
         """
-        def keys_of(slots: Tensor | None) -> Tensor:
-            return self.key_HME if slots is None else self.key_HME.index_select(1, slots)
-        return self._search(query_HGE, namespace_G, k, scope, tier, keys_of)
+        return self._search(query_HGE, namespace_G, k, scope, tier, self._own_keys)
+
+    def look_up(self, query_HNE: Tensor, namespace_N: np.ndarray, k: int, *, scope: Scope) -> tuple[Tensor, Tensor] | None:
+        """What `sums` would give for a `search` and its log-sum-exp, [H, N, D] and [H, N]; None where that takes both."""
+        H, N, _ = query_HNE.shape
+        value_HND = query_HNE.new_zeros(H, N, self.value_HMD.shape[-1])
+        lse_HN = query_HNE.new_full((H, N), NO_SCORE)
+        for queries, names in _groups(namespace_N, scope):
+            rows = self._rows_of(names, self._own_keys)
+            if rows.slot_P is None or len(rows.id_P) > KEPT_ROWS:
+                return None
+            for head in range(H if len(rows.id_P) else 0):
+                found = attend_best(query_HNE[head, queries], rows.key_HPE[head], self.value_HMD[head], rows.slot_P, k)
+                if found is None:
+                    return None
+                value_HND[head, queries], lse_HN[head, queries] = found
+        return value_HND, lse_HN
 
     def nearest(self, unit_GF: Tensor, namespace_G: np.ndarray, *, tier: Search) -> Found:
         """The two entries here that are nearest to each query in its namespace, itself included: as `search`, [G, 2].
@@ -243,44 +268,45 @@ class Shard:
         Args:
             unit_GF: rows of `unit_keys`; so are the rows that they are compared with, a namespace at a time.
         """
-        def keys_of(slots: Tensor) -> Tensor:
-            return F.pad(unit_keys(self.key_HME[:, slots, :-1]), (0, 1)).unsqueeze(0)
         query_1GE = F.pad(unit_GF, (0, 1), value=1.0).unsqueeze(0)
-        score_1G2, id_1G2, slot_1G2 = self._search(query_1GE, namespace_G, 2, "document", tier, keys_of)
+        score_1G2, id_1G2, slot_1G2 = self._search(query_1GE, namespace_G, 2, "document", tier, self._own_unit_keys)
         return score_1G2[0], id_1G2[0], slot_1G2[0]
 
     def _search(self, query_HGE: Tensor, namespace_G: np.ndarray, k: int, scope: Scope, tier: Search,
                 keys_of: Callable[[Tensor | None], Tensor]) -> Found:
         H, G, _ = query_HGE.shape
         found = no_hits((H, G, k), query_HGE.device)
-        for queries, slot_P in self._groups(namespace_G, scope):
-            on_device = None if slot_P is None else self._on_device(slot_P)
-            id_P = self.columns["id"] if slot_P is None else self.columns["id"][slot_P]
+        for queries, names in _groups(namespace_G, scope):
+            rows = self._rows_of(names, keys_of)
+            if len(rows.id_P) == 0:
+                continue
             positions = self._on_device(queries)
-            score_HQK, id_HQK, slot_HQK = tier(query_HGE.index_select(1, positions), keys_of(on_device),
-                                               self._on_device(id_P), k)
-            if on_device is not None:
-                slot_HQK = on_device[slot_HQK.clamp(min=0)].where(slot_HQK >= 0, -1)
+            score_HQK, id_HQK, slot_HQK = tier(query_HGE.index_select(1, positions), rows.key_HPE, rows.id_P, k)
+            if rows.slot_P is not None:
+                slot_HQK = rows.slot_P[slot_HQK.clamp(min=0)].where(slot_HQK >= 0, -1)
             for whole, part in zip(found, (score_HQK, id_HQK, slot_HQK), strict=True):
                 whole.index_copy_(1, positions, part)
         return found
 
-    def _groups(self, namespace_G: np.ndarray, scope: Scope) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """Queries that see the same slots, and those slots (None: all); groups without either are left out."""
-        if scope == "document":
-            order = np.argsort(namespace_G, kind="stable")
-            names, starts = np.unique(namespace_G[order], return_index=True)
-            groups = [(queries, self.slots_of(np.array([name]))) for name, queries in
-                      zip(names, np.split(order, starts[1:]), strict=True) if name >= 0]
-            return [(queries, slot_P) for queries, slot_P in groups if len(slot_P)]
-        queries, live = np.flatnonzero(namespace_G >= 0), int(self.live_M.sum())
-        if scope != "global":
-            slot_P = self.slots_of(np.asarray(scope))
-            return [(queries, slot_P)] if len(queries) and len(slot_P) else []
-        if not len(queries) or not live:
-            return []
-        # Below half full, a copy of the live rows costs less than scores of empty slots.
-        return [(queries, np.flatnonzero(self.live_M) if 2 * live < self.num_slots else None)]
+    def _rows_of(self, names: tuple[int, ...] | None, keys_of: Callable[[Tensor | None], Tensor]) -> Rows:
+        """The rows of these namespaces (None: of all), by `keys_of`; few rows are kept until the shard changes."""
+        if (names, keys_of) in self._kept:
+            return self._kept[names, keys_of]
+        slot_P = np.flatnonzero(self.live_M) if names is None else self.slots_of(np.array(names))
+        # From half full on, scores of empty slots cost less than a copy of the live rows.
+        everything = names is None and (2 * len(slot_P) >= self.num_slots > 0)
+        slots = None if everything else self._on_device(slot_P)
+        ids = self.columns["id"] if everything else self.columns["id"][slot_P]
+        rows = Rows(keys_of(slots), self._on_device(ids), slots)
+        if not everything and len(slot_P) + sum(len(kept.id_P) for kept in self._kept.values()) <= KEPT_ROWS:
+            self._kept[names, keys_of] = rows
+        return rows
+
+    def _own_keys(self, slots: Tensor | None) -> Tensor:
+        return self.key_HME if slots is None else self.key_HME.index_select(1, slots)
+
+    def _own_unit_keys(self, slots: Tensor) -> Tensor:
+        return F.pad(unit_keys(self.key_HME[:, slots, :-1]), (0, 1)).unsqueeze(0)
 
     def ticket(self, won_GHK: Tensor, score_GHK: Tensor, slot_GHK: Tensor, lse_GH: Tensor, *, rows_per_rank: int,
                version: int) -> Ticket:
@@ -380,6 +406,17 @@ class Shard:
 
     def _on_device(self, index: np.ndarray) -> Tensor:
         return torch.from_numpy(index).to(self.key_HME.device)
+
+
+def _groups(namespace_G: np.ndarray, scope: Scope) -> list[tuple[np.ndarray, tuple[int, ...] | None]]:
+    """Queries that see the same namespaces, and those (None: all); queries with a negative one are in no group."""
+    if scope == "document":
+        order = np.argsort(namespace_G, kind="stable")
+        names, starts = np.unique(namespace_G[order], return_index=True)
+        return [(queries, (int(name),)) for name, queries in zip(names, np.split(order, starts[1:]), strict=True)
+                if name >= 0]
+    queries = np.flatnonzero(namespace_G >= 0)
+    return [(queries, None if scope == "global" else tuple(scope))] if len(queries) else []
 
 
 def digest_of(state: Mapping[str, Tensor]) -> bytes:

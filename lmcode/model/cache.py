@@ -61,7 +61,7 @@ class Step:
     seen_BT: bool, the tokens of the window up to and with the new one; cut to the longest stream's.
     valid_B: bool, False for streams that have no new token; whatever is computed for them changes nothing.
     ends_B: bool, streams whose short-term segment ends with this token; None if there are none.
-    rotation: rotary tables of each stream's index, fp32 [B, 1, D/2]; None where positions are learned.
+    rotation: rotary tables at each stream's index, [B, 1, ...]; None where positions are learned.
     """
 
     def __init__(self, places: Sequence[int], valid: Sequence[bool], *, segment: int, rotation: Rotation | None,

@@ -11,20 +11,20 @@ depends on the tokens alone, so ranks that hold the same tokens make the same co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lmcode.model.cache import Cache
+from lmcode.model.layout import laid_out
 from lmcode.model.lm import IGNORED, LMCODEOutput, MemoryLM, StreamState
 from lmcode.model.sampling import Decoding, next_token
 
 Prompts = Tensor | Sequence[Sequence[int]]
-FEW_TOKENS = 32  # so few do not pay for the copy of the weights that `laid_out_for_rows` makes
+FEW_TOKENS = 32  # so few do not pay for the copy of the weights that `laid_out` makes
 
 
 class Generation(NamedTuple):
@@ -84,7 +84,7 @@ def generate(model: MemoryLM, prompts: Prompts, decoding: Decoding | None = None
     was_training = model.training
     model.eval()
     try:
-        with laid_out_for_rows(model) if use_cache and num_new > FEW_TOKENS else nullcontext():
+        with laid_out(model, rows=len(rows)) if use_cache and num_new > FEW_TOKENS else nullcontext():
             while num_new > 0 and any(reader.live):
                 token_B = next_token(reader.logits(), rows, decoding, generator)
                 token_B = token_B if agree is None else agree(token_B)
@@ -99,32 +99,6 @@ def generate(model: MemoryLM, prompts: Prompts, decoding: Decoding | None = None
         return Generation(ids_BT, valid_BT, reader.finish() if finish else None)
     finally:
         model.train(was_training)
-
-
-@contextmanager
-def laid_out_for_rows(model: nn.Module) -> Iterator[None]:
-    """Inside, linear layers with fp32 weights on a CPU multiply by a transposed copy of them.
-
-    Decoding reads every weight once per token, for few rows. The product with a matrix stored as [inputs, outputs] then runs
-    through memory in order, which takes up to half the time; the copy takes the weights' memory once more. Layers whose
-    weights are elsewhere (ZeRO-3) or whose forward somebody has replaced are left alone.
-    """
-    chosen = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)
-              and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
-              and module.weight.shape == (module.out_features, module.in_features)]
-    for module in chosen:
-        module.forward = partial(_times, weight_IO=module.weight.detach().t().contiguous(), bias_O=module.bias)
-    try:
-        yield
-    finally:
-        for module in chosen:
-            vars(module).pop("forward", None)
-
-
-def _times(x_BTI: Tensor, *, weight_IO: Tensor, bias_O: Tensor | None) -> Tensor:
-    """A linear layer; I inputs, O outputs."""
-    product_BTO = x_BTI @ weight_IO
-    return product_BTO if bias_O is None else product_BTO + bias_O
 
 
 class Reader:
@@ -158,7 +132,7 @@ class Reader:
         self._close_full()
         if self._cache is not None and self._cache.lengths:
             last_B1 = torch.tensor([row[-1:] for row in self.rows], device=self._device)
-            live_B1 = torch.tensor(self.live, device=self._device)[:, None]
+            live_B1 = None if all(self.live) else torch.tensor(self.live, device=self._device)[:, None]
             return self._model(last_B1, namespace_B=self._namespace_B, valid_BT=live_B1, cache=self._cache).logits[:, -1]
         ids_BT, valid_BT = self._padded([row[start:] for row, start in zip(self.rows, self._starts, strict=True)])
         output = self._model(ids_BT, state=self._state, reset_B=self._fresh_B, namespace_B=self._namespace_B,

@@ -181,11 +181,11 @@ class MemoryLM(nn.Module):
                 labels and targets; padding that does not trail; a step with targets, state or a full window.
         """
         self._check(input_ids_BT, labels_BT, targets_BT, state, reset_B, namespace_B, valid_BT)
-        window = self._window(input_ids_BT, state, reset_B, namespace_B, valid_BT)
         if cache is not None and cache.lengths:
             if labels_BT is not None or targets_BT is not None or state is not None or reset_B is not None:
                 raise ValueError("a step of cached decoding takes no targets and no state: the cache has what it needs")
-            return self._step(input_ids_BT, window, cache)
+            return self._step(input_ids_BT, namespace_B, valid_BT, cache)
+        window = self._window(input_ids_BT, state, reset_B, namespace_B, valid_BT)
         if cache is not None:
             self._begin(cache, input_ids_BT, valid_BT)
         x_BTC = self.embedding(input_ids_BT)
@@ -223,17 +223,22 @@ class MemoryLM(nn.Module):
                     head_dim=config.hidden_size // config.num_heads if self.positions is None else None,
                     device=input_ids_BT.device)
 
-    def _step(self, input_ids_B1: Tensor, window: Window, cache: Cache) -> LMCODEOutput:
+    def _step(self, input_ids_B1: Tensor, namespace_B: Tensor | None, valid_B1: Tensor | None,
+              cache: Cache) -> LMCODEOutput:
         """Reads one token per stream after those in the cache; only the logits [B, 1, V] are there to return."""
-        if input_ids_B1.shape != (len(cache.lengths), 1):
+        B, device = len(cache.lengths), input_ids_B1.device
+        if input_ids_B1.shape != (B, 1):
             raise ValueError("a step of cached decoding takes one token for each of the cache's streams: input_ids must be "
-                             f"[{len(cache.lengths)}, 1], got {list(input_ids_B1.shape)}")
-        valid = [True] * len(input_ids_B1) if window.valid_BT is None else window.valid_BT[:, 0].tolist()
-        step = cache.step(valid, segment=self.config.short_term_segment, device=input_ids_B1.device)
+                             f"[{B}, 1], got {list(input_ids_B1.shape)}")
+        step = cache.step([True] * B if valid_B1 is None else valid_B1[:, 0].tolist(),
+                          segment=self.config.short_term_segment, device=device)
+        if namespace_B is None:
+            namespace_B = torch.arange(B, device=device)
         x_B1C = self.embedding(input_ids_B1)
         if self.positions is not None:
             x_B1C = x_B1C + self.positions(step.index_B)[:, None]
-        x_B1C, _ = self._run_layers(self.dropout(x_B1C), window._replace(rotation=step.rotation), None, cache)
+        window = Window(namespace_B, step.valid_B, valid_BT=valid_B1, rotation=step.rotation)
+        x_B1C, _ = self._run_layers(self.dropout(x_B1C), window, None, cache)
         return LMCODEOutput(self.head(self.norm(x_B1C)), None, None, None, {})
 
     def _window(self, input_ids_BT: Tensor, state: StreamState | None, reset_B: Tensor | None,

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lmcode.config import LMCODEConfig
 from lmcode.model.rotary import Rotation
-from lmcode.retrieval import NO_SCORE, Candidates, Hits, Retriever
+from lmcode.retrieval import NO_SCORE, Candidates, Hits, Retriever, look_up
 
 if TYPE_CHECKING:
     from lmcode.model.cache import LayerCache, Step
@@ -44,6 +44,11 @@ class Window(NamedTuple):
     slots_BSE: Tensor | None = None
     pending_key_BHD: Tensor | None = None
     cache: LayerCache | None = None
+
+
+def in_step(window: Window) -> bool:
+    """Whether this pass reads one new token per stream, for its logits alone."""
+    return window.cache is not None and window.cache.step is not None
 
 
 @dataclass
@@ -243,13 +248,13 @@ class LongTermRead(nn.Module):
         merged_HBTD, share_PHBT = merge_partials([own_HBTD, found_HBTD],
                                                  [own_lse_HBT, found_lse_HBT, null_lse_HBT])
         gate_BT1 = torch.sigmoid(self.gate(x_BTC))
-        if window.cache is None or window.cache.step is None:
+        if not in_step(window):
             tape.record(pending_key_BHD=last_keys(key_HBTD, window),
                         candidates=make_candidates(key_HBTD, value_HBTD, window,
-                                                   successor_values=self.successor_values))
-        tape.record(gate_BT=gate_BT1.detach().squeeze(-1).float(),
-                    share_HN=share_per_query(share_PHBT[1].detach(), self.stride),
-                    null_share_HN=share_per_query(share_PHBT[2].detach(), self.stride))
+                                                   successor_values=self.successor_values),
+                        gate_BT=gate_BT1.detach().squeeze(-1).float(),
+                        share_HN=share_per_query(share_PHBT[1].detach(), self.stride),
+                        null_share_HN=share_per_query(share_PHBT[2].detach(), self.stride))
         merged_BTP = merged_HBTD.permute(1, 2, 0, 3).reshape(B, T, -1)
         return gate_BT1 * self.output(merged_BTP.to(x_BTC.dtype))
 
@@ -275,7 +280,7 @@ class LongTermRead(nn.Module):
     def _queries(self, query_HBTD: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         """What this pass asks the bank, and on behalf of which documents; padding asks for none."""
         cache, (_, B, T, _) = window.cache, query_HBTD.shape
-        if cache is not None and cache.step is not None:
+        if in_step(window):
             return cached_queries(query_HBTD, window.namespace_B, cache, cache.step, self.stride)
         namespace_BT = window.namespace_B[:, None].expand(B, T)
         if window.valid_BT is not None:
@@ -287,9 +292,12 @@ class LongTermRead(nn.Module):
         """Attention over the bank's hits, per token: value [H, B, T, D] and log-sum-exp [H, B, T], bias included."""
         H, B, T, D = query_HBTD.shape
         query_HND, namespace_N = self._queries(query_HBTD, window)
-        if tape.hits is None:
-            tape.record(hits=retriever.search(query_HND.detach(), namespace_N))
-        value_HND, lse_HN = retriever.attend(query_HND, tape.hits)
+        if in_step(window):
+            value_HND, lse_HN = look_up(retriever, query_HND, namespace_N)
+        else:
+            if tape.hits is None:
+                tape.record(hits=retriever.search(query_HND.detach(), namespace_N))
+            value_HND, lse_HN = retriever.attend(query_HND, tape.hits)
         value_HBGD = value_HND.float().view(H, B, -1, D)
         lse_HBG = lse_HN.float().view(H, B, -1) + self.retrieved_bias_H.float()[:, None, None]
         if self.stride > 1:

@@ -8,21 +8,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Rotation = tuple[Tensor, Tensor]  # cos and sin, each fp32 [T, D/2], or [B, T, D/2] where streams stand apart
+Rotation = tuple[Tensor, Tensor]  # fp32 [T, 1, D/2] and [T, 2, D/2], or [B, T, ...] where streams stand apart
 ROTARY_BASE = 10000.0
 
 
 def rotary_table(num_tokens: int, head_dim: int, *, device: torch.device | None = None) -> Rotation:
-    """Cosine and sine of position x frequency, each fp32 [T, D/2] (Su et al. 2021, RoFormer, section 3.2)."""
+    """Cosine of position x frequency, fp32 [T, 1, D/2], and its sine with both signs, - and +, fp32 [T, 2, D/2] (Su et
+    al. 2021, RoFormer, section 3.2)."""
     exponent_F = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     position_T = torch.arange(num_tokens, device=device, dtype=torch.float32)
     angle_TF = torch.outer(position_T, ROTARY_BASE**-exponent_F)
-    return angle_TF.cos(), angle_TF.sin()
+    sin_TF = angle_TF.sin()
+    return angle_TF.cos().unsqueeze(1), torch.stack([-sin_TF, sin_TF], dim=1)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turns each pair (d, d + D/2) of `x` [B, T, ..., D] by its position's angle; computed in fp32, dtype kept."""
     between = (1,) * (x.dim() - 3)
-    cos, sin = (table.view(*table.shape[:-1], *between, table.shape[-1]) for table in rotation)
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    cos, sin = (table.view(*table.shape[:-2], *between, *table.shape[-2:]) for table in rotation)
+    pair = x.float().unflatten(-1, (2, -1))
+    return (pair * cos + pair.flip(-2) * sin).flatten(-2).to(x.dtype)
