@@ -701,6 +701,7 @@ def test_looking_up_is_searching_and_attending(scope: str, dtype: str, monkeypat
     bank.write(unit(H, 40, D, seed=4), unit(H, 40, D, seed=5), torch.full((40,), 2), torch.linspace(0.5, 2, 40))
     assert compare(unit(H, 7, D, seed=6) * 4, names) == 0
     assert compare(unit(H, 7, D, seed=6) * 4, names) == 0  # from rows that are kept
+    assert compare(unit(H, 1, D, seed=6) * 4, names[2:3]) == compare(unit(H, 1, D, seed=6) * 4, names[3:4]) == 0
     bank.write(unit(H, 1, D, seed=7).expand(-1, 30, -1), unit(H, 30, D, seed=8), torch.full((30,), 2))
     assert compare(unit(H, 1, D, seed=7).expand(-1, 7, -1) * 4, names) == 1  # equals: the first ids win
     bank.delete(namespace=2)

@@ -23,6 +23,7 @@ LEAST_QUERIES = 16
 ROW_BLOCK = 256  # width of a matrix product
 CHUNK = 4096  # rows whose scores are held at once
 _REAL = NO_SCORE / 2  # scores below come from empty slots
+ROUNDING = 4e-6  # more than fp32 products over a few hundred components are off, relative to the lengths
 
 Found = tuple[Tensor, Tensor, Tensor]  # score fp32, id int64, slot int64; (NO_SCORE, -1, -1) where invalid
 Search = Callable[[Tensor, Tensor, Tensor, int], Found]
@@ -50,23 +51,29 @@ def search_exact(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, *, le
     return score_HNK, id_HNK, slot_HNK
 
 
-def attend_best(query_QE: Tensor, key_PE: Tensor, value_MD: Tensor, slot_P: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-    """Softmax attention of each query over its k best rows, whose values are in `slot_P`: fp32 value_QD and logsumexp_Q.
+def attend_best(query_HQE: Tensor, key_HPE: Tensor, value_HMD: Tensor, slot_P: Tensor, k: int,
+                longest: float) -> tuple[Tensor, Tensor] | None:
+    """Softmax attention of each query over its k best rows, whose values are in `slot_P`: fp32 value_HQD and logsumexp_HQ.
 
-    None where which rows those are depends on ids, because the k-th score is not alone. All rows hold entries, and there
-    is at least one.
+    None where rounding, or an id, could decide which rows those are. All rows hold entries, and there is at least one.
+
+    Args:
+        longest: length of the longest key.
     """
-    Q = len(query_QE)
-    score_QP = _scores(F.pad(query_QE, (0, 0, 0, max(0, LEAST_QUERIES - Q))), key_PE)[:Q]
-    if len(key_PE) > k:
-        score_QL, row_QL = score_QP.topk(k + 1, dim=1)
-        if bool((score_QL[:, -1] == score_QL[:, -2]).any()):
+    H, P, _ = key_HPE.shape
+    score_HQL = query_HQE @ key_HPE.float().transpose(1, 2)
+    if P > k:
+        score_HQL, row_HQL = score_HQL.topk(k + 1, dim=-1)
+        gap = float((score_HQL[..., -2] - score_HQL[..., -1]).min())
+        if gap <= 2 * ROUNDING * (float(query_HQE.norm(dim=-1).max()) * longest + 10.0):
             return None
-        score_QP, value_QPD = score_QL[:, :k], value_MD[slot_P[row_QL[:, :k]]]
+        score_HQL, slot_HQL = score_HQL[..., :k], slot_P[row_HQL[..., :k]]
     else:
-        value_QPD = value_MD[slot_P].expand(Q, -1, -1)
-    weight_Q1P = score_QP.softmax(dim=1).unsqueeze(1)
-    return (weight_Q1P @ value_QPD.float()).squeeze(1), score_QP.logsumexp(dim=1)
+        slot_HQL = slot_P.expand(*score_HQL.shape)
+    first_H11 = torch.arange(H, device=slot_P.device).view(-1, 1, 1) * value_HMD.shape[1]
+    value_HQLD = value_HMD.flatten(0, 1)[slot_HQL + first_H11].float()
+    mixed_HQD = (score_HQL.softmax(dim=-1).unsqueeze(-2) @ value_HQLD).squeeze(-2)
+    return mixed_HQD, score_HQL.logsumexp(dim=-1)
 
 
 def search_by_sorting(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int) -> Found:

@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from lmcode.config import FAISS_GPU_MAX_K, ConfigError, MemoryConfig
-from lmcode.memory.exact import Found, Search, candidates_above, in_order, kth_largest, no_hits, search_exact
+from lmcode.memory.exact import ROUNDING, Found, Search, candidates_above, in_order, kth_largest, no_hits, search_exact
 
 log = logging.getLogger("lmcode")
 
 AUTO_FAISS_SLOTS = 5_000  # from here on tier = auto leaves a global search to FAISS (measured, see README)
 REDO_BLOCK = 64  # queries that are redone at once
-_ROUNDING = 4e-6  # more than fp32 products over a few hundred components are off, relative to the lengths
 
 
 def available(device: torch.device) -> bool:
@@ -68,7 +67,7 @@ def _search_head(query_NE: Tensor, key_ME: Tensor, id_M: Tensor, k: int) -> Foun
     if wanted == M:
         return found
     # Everything that FAISS left out scored at most its last proposal, give or take the rounding of both.
-    slack_N = _ROUNDING * (query_NE.norm(dim=1) * key_ME[:, :-1].norm(dim=1).max() + 10.0)
+    slack_N = ROUNDING * (query_NE.norm(dim=1) * key_ME[:, :-1].norm(dim=1).max() + 10.0)
     unclear_N = (found[0][:, -1] <= raw_score_NL[:, -1] + 2 * slack_N) & (raw_score_NL[:, -1] > -1e29)
     unclear_Q = unclear_N.nonzero().squeeze(1)
     for start in range(0, len(unclear_Q), REDO_BLOCK):

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Union
 
 import numpy as np
@@ -32,12 +34,18 @@ Scope = Union[str, Sequence[int]]  # noqa: UP007  (evaluated at run time)
 KEPT_ROWS = 16384  # rows copied for searches that the next searches find again, as long as nothing changes
 
 
-class Rows(NamedTuple):
-    """What a group of queries sees: keys [H, P, E], ids int64 [P] and slots int64 [P] (None: row p is slot p)."""
+@dataclass
+class Rows:
+    """What a group of queries sees: keys [H, P, E], ids int64 [P], slots int64 [P] (None: row p is slot p)."""
 
     key_HPE: Tensor
     id_P: Tensor
     slot_P: Tensor | None
+
+    @cached_property
+    def longest(self) -> float:
+        """Length of the longest key; there must be one."""
+        return float(self.key_HPE[..., :-1].float().norm(dim=-1).max())
 
 
 class Ticket(NamedTuple):
@@ -248,18 +256,20 @@ class Shard:
 
     def look_up(self, query_HNE: Tensor, namespace_N: np.ndarray, k: int, *, scope: Scope) -> tuple[Tensor, Tensor] | None:
         """What `sums` would give for a `search` and its log-sum-exp, [H, N, D] and [H, N]; None where that takes both."""
-        H, N, _ = query_HNE.shape
-        value_HND = query_HNE.new_zeros(H, N, self.value_HMD.shape[-1])
-        lse_HN = query_HNE.new_full((H, N), NO_SCORE)
-        for queries, names in _groups(namespace_N, scope):
+        groups = _groups(namespace_N, scope)
+        value_HND = query_HNE.new_zeros(*query_HNE.shape[:2], self.value_HMD.shape[-1])
+        lse_HN = query_HNE.new_full(query_HNE.shape[:2], NO_SCORE)
+        for queries, names in groups:
             rows = self._rows_of(names, self._own_keys)
             if rows.slot_P is None or len(rows.id_P) > KEPT_ROWS:
                 return None
-            for head in range(H if len(rows.id_P) else 0):
-                found = attend_best(query_HNE[head, queries], rows.key_HPE[head], self.value_HMD[head], rows.slot_P, k)
-                if found is None:
-                    return None
-                value_HND[head, queries], lse_HN[head, queries] = found
+            if len(rows.id_P) == 0:
+                continue
+            mine = slice(None) if len(queries) == len(namespace_N) else self._on_device(queries)
+            found = attend_best(query_HNE[:, mine], rows.key_HPE, self.value_HMD, rows.slot_P, k, rows.longest)
+            if found is None:
+                return None
+            value_HND[:, mine], lse_HN[:, mine] = found
         return value_HND, lse_HN
 
     def nearest(self, unit_GF: Tensor, namespace_G: np.ndarray, *, tier: Search) -> Found:
@@ -410,6 +420,8 @@ class Shard:
 
 def _groups(namespace_G: np.ndarray, scope: Scope) -> list[tuple[np.ndarray, tuple[int, ...] | None]]:
     """Queries that see the same namespaces, and those (None: all); queries with a negative one are in no group."""
+    if scope == "document" and len(namespace_G) == 1:
+        return [(np.array([0]), (int(namespace_G[0]),))] if namespace_G[0] >= 0 else []
     if scope == "document":
         order = np.argsort(namespace_G, kind="stable")
         names, starts = np.unique(namespace_G[order], return_index=True)

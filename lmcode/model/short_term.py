@@ -100,8 +100,8 @@ class ShortTermMemory(nn.Module):
         key_BLE = cache.put("segment_key", key_B1E, index_B, place)
         written_BLP = cache.put("segment_written", written_B1P, index_B, place)
         if cache.slots_read is None:
-            cache.slots_read = self._slots_to_read(cache.slots_BSE, query_B1E.dtype)
-        read_B1E = F.scaled_dot_product_attention(query_B1E, *cache.slots_read)
+            cache.slots_read = self._slots_to_read(cache.slots_BSE.unsqueeze(1), query_B1E.dtype)
+        read_B1E = F.scaled_dot_product_attention(query_B1E.unsqueeze(1), *cache.slots_read).squeeze(1)
         if step.ends_B is not None:
             written_BSE = self._write(cache.slots_BSE, key_BLE, written_BLP, None)
             cache.slots_BSE = written_BSE.where(step.ends_B[:, None, None], cache.slots_BSE)
