@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Union
+from typing import Union
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from lmcode.memory.entry import COUNTERS, EMPTY, MASS_UNIT, MAX_IMPORTANCE, META
 from lmcode.memory.evict import choose_slots
 from lmcode.memory.exact import Found, Search, attend_best, no_hits
 from lmcode.memory.placement import capacity_of, virtual_shard_of
+from lmcode.memory.ticket import Ticket, make_ticket, query_gradients, weighted_sums, winning_rows
 from lmcode.retrieval import NO_SCORE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -46,37 +47,6 @@ class Rows:
     def longest(self) -> float:
         """Length of the longest key; there must be one."""
         return float(self.key_HPE[..., :-1].float().norm(dim=-1).max())
-
-
-class Ticket(NamedTuple):
-    """The winners that this rank holds for all gathered queries, as `Hits.ticket`; valid until the bank changes.
-
-    row_W: int64, head * M + slot: a row of the flattened tables. Winners are ordered by bag, then by the total order.
-    bag_W: int64, the bag of each winner.
-    offset_Q: int64, where each bag starts.
-    weight_W: fp32, share of the softmax over the query's hits.
-    step_W: int64, the step that wrote each winner.
-    rows_per_rank: queries that each rank contributed, padding included.
-    version: of the bank that was searched.
-    """
-
-    row_W: Tensor
-    bag_W: Tensor
-    offset_Q: Tensor
-    weight_W: Tensor
-    step_W: Tensor
-    rows_per_rank: int
-    version: int
-
-
-def weighted_sums(table_RD: Tensor, row_W: Tensor, offset_Q: Tensor, weight_W: Tensor) -> Tensor:
-    """fp32 [Q, D]: for each bag the weighted sum of its table rows, without a copy of the rows."""
-    if table_RD.dtype != torch.float32:  # the sum must be fp32, so convert the rows in use, each once
-        unique_U, row_W = row_W.unique(return_inverse=True)
-        table_RD = table_RD[unique_U].float()
-    if len(row_W) == 0:
-        return table_RD.new_zeros(len(offset_Q), table_RD.shape[1])
-    return F.embedding_bag(row_W, table_RD, offset_Q, mode="sum", per_sample_weights=weight_W)
 
 
 class Shard:
@@ -320,51 +290,21 @@ class Shard:
 
     def ticket(self, won_GHK: Tensor, score_GHK: Tensor, slot_GHK: Tensor, lse_GH: Tensor, *, rows_per_rank: int,
                version: int) -> Ticket:
-        """The ticket for those of this rank's local hits that won.
-
-        Weights are computed in fp64, so that their fp32 value does not depend on how a processor vectorises exp.
-        """
-        flat_W = won_GHK.flatten().nonzero().squeeze(1)
-        bag_W, slot_W = flat_W // won_GHK.shape[-1], slot_GHK.flatten()[flat_W]
-        count_Q = won_GHK.sum(-1).flatten()
-        weight_W = (score_GHK.flatten()[flat_W].double() - lse_GH.flatten()[bag_W].double()).exp().float()
-        step_W = torch.from_numpy(self.columns["step"][slot_W.cpu().numpy()]).to(slot_W.device)
-        row_W = slot_W + (bag_W % won_GHK.shape[1]) * self.num_slots
-        return Ticket(row_W, bag_W, count_Q.cumsum(0) - count_Q, weight_W, step_W, rows_per_rank, version)
+        """See `make_ticket`."""
+        return make_ticket(won_GHK, score_GHK, slot_GHK, lse_GH, step_M=self.columns["step"], rows_per_rank=rows_per_rank,
+                           version=version)
 
     def sums(self, ticket: Ticket) -> Tensor:
         """For each bag the sum of weight * value over its winners: fp32 [Q, D]."""
         return weighted_sums(self.value_HMD.flatten(0, 1), ticket.row_W, ticket.offset_Q, ticket.weight_W)
 
     def sums_backward(self, ticket: Ticket, grad_QD: Tensor, dot_Q: Tensor, grad_lse_Q: Tensor) -> Tensor:
-        """This shard's part of the gradient with respect to the queries, fp32 [Q, D].
-
-        With weights p_j, value o = sum_j p_j v_j, gradient g of o and g_l of the log-sum-exp, a score's gradient is
-        ds_j = p_j (g . v_j - g . o + g_l), and the query's is sum_j ds_j k_j.
-
-        Args:
-            grad_QD: g.
-            dot_Q: g . o.
-            grad_lse_Q: g_l.
-        """
-        with torch.enable_grad():  # the weights' gradient of a weighted sum is g . v_j, without a copy of the rows
-            weight_W = ticket.weight_W.detach().requires_grad_()
-            sum_QD = weighted_sums(self.value_HMD.flatten(0, 1), ticket.row_W, ticket.offset_Q, weight_W)
-        dot_W = (torch.autograd.grad(sum_QD, weight_W, grad_QD)[0] if len(weight_W)
-                 else torch.zeros_like(ticket.weight_W))
-        score_grad_W = ticket.weight_W * (dot_W + (grad_lse_Q - dot_Q)[ticket.bag_W])
-        keys_RE = self.key_HME.flatten(0, 1)
-        return weighted_sums(keys_RE, ticket.row_W, ticket.offset_Q, score_grad_W)[:, :-1]
+        """See `query_gradients`."""
+        return query_gradients(self.key_HME, self.value_HMD, ticket, grad_QD, dot_Q, grad_lse_Q)
 
     def rows(self, ticket: Ticket, k: int) -> Tensor:
-        """Keys and values of the winners, fp32 [Q, K, 2D]: a bag's first rows are its winners, the rest is zero."""
-        D = self.value_HMD.shape[-1]
-        rows_QKD = self.value_HMD.new_zeros(len(ticket.offset_Q) * k, 2 * D, dtype=torch.float32)
-        place_W = torch.arange(len(ticket.row_W), device=ticket.row_W.device) - ticket.offset_Q[ticket.bag_W]
-        at_W = ticket.bag_W * k + place_W
-        rows_QKD[at_W, :D] = self.key_HME.flatten(0, 1)[ticket.row_W, :D].float()
-        rows_QKD[at_W, D:] = self.value_HMD.flatten(0, 1)[ticket.row_W].float()
-        return rows_QKD.view(-1, k, 2 * D)
+        """See `winning_rows`."""
+        return winning_rows(self.key_HME, self.value_HMD, ticket, k)
 
     # --- state -----------------------------------------------------------------------------------------------------
 
