@@ -1,4 +1,4 @@
-"""The doctor's rows: states follow from what was found, a check that raises hides no other, nothing is left behind."""
+"""The doctor's rows of one host: states follow from what was found, a check that raises hides no other, nothing is left."""
 
 from __future__ import annotations
 
@@ -12,22 +12,31 @@ from pathlib import Path
 
 import pytest
 
-from lmcode import doctor
-from lmcode.doctor import Row
+from lmcode import estimate
+from lmcode.config import RunConfig
+from lmcode.doctor import folder, host, row
+from lmcode.doctor.folder import GIB, Space
+from lmcode.doctor.row import Row
+from lmcode.presets import load_run_config
 
 CHECKOUT = Path(__file__).parents[1]
-GOOD = {name: "99.0" for name in (*doctor.REQUIRED, *doctor.OPTIONAL)}
+GOOD = {name: "99.0" for name in (*host.REQUIRED, *host.OPTIONAL)}
+
+
+@pytest.fixture
+def tiny() -> RunConfig:
+    return load_run_config("tiny", [])
 
 
 def states(rows: list[Row]) -> dict[str, str]:
-    return {row.name: row.state for row in rows}
+    return {one.name: one.state for one in rows}
 
 
 def test_lowest_versions_are_those_of_setup_cfg() -> None:
     setup = configparser.ConfigParser()
     setup.read(CHECKOUT / "setup.cfg")
     lines = setup["options"]["install_requires"].split()
-    assert dict(line.split(">=") for line in lines) == doctor.REQUIRED
+    assert dict(line.split(">=") for line in lines) == host.REQUIRED
 
 
 @pytest.mark.parametrize(("version", "lowest", "older"), [
@@ -35,15 +44,15 @@ def test_lowest_versions_are_those_of_setup_cfg() -> None:
     ("0.19.7", "0.19.8", True), ("2.9.1+cu126", "2.10", True),
 ])
 def test_versions_compare_as_numbers(version: str, lowest: str, older: bool) -> None:
-    assert doctor.is_older(version, lowest) is older
+    assert host.is_older(version, lowest) is older
 
 
 def test_packages_are_ok_missing_or_too_old() -> None:
-    rows = states(doctor.package_rows({**GOOD, "torch": "2.9.1+cpu"} | {}))
+    rows = states(host.package_rows({**GOOD, "torch": "2.9.1+cpu"} | {}))
     assert rows.pop("torch") == "fail"
     assert set(rows.values()) == {"ok"}
     without = {name: version for name, version in GOOD.items() if name not in ("deepspeed", "mpi4py")}
-    rows = states(doctor.package_rows(without))
+    rows = states(host.package_rows(without))
     assert (rows["deepspeed"], rows["mpi4py"]) == ("fail", "warn")
 
 
@@ -51,39 +60,41 @@ def test_packages_are_ok_missing_or_too_old() -> None:
     ((), "warn"), (("faiss-cpu",), "ok"), (("faiss-gpu",), "ok"), (("faiss-cpu", "faiss-gpu"), "fail"),
 ])
 def test_exactly_one_build_of_faiss_is_right(builds: tuple[str, ...], state: str) -> None:
-    assert doctor.faiss_build_row(dict.fromkeys(builds, "1.15.1")).state == state
+    assert host.faiss_build_row(dict.fromkeys(builds, "1.15.1")).state == state
 
 
 def test_installed_versions_leaves_out_what_is_not_there() -> None:
-    assert set(doctor.installed_versions(["torch", "no-such-distribution"])) == {"torch"}
+    assert set(host.installed_versions(["torch", "no-such-distribution"])) == {"torch"}
 
 
 def test_a_check_that_raises_is_one_failed_row() -> None:
     def broken() -> list[Row]:
         raise RuntimeError("two\nlines")
 
-    assert doctor.guarded("it", broken) == [Row("it", "fail", "RuntimeError: two lines")]
+    assert row.guarded("it", broken) == [Row("it", "fail", "RuntimeError: two lines")]
 
 
 def test_only_a_failure_makes_the_exit_code_1() -> None:
     ok, warn, fail = (Row(state, state, "") for state in ("ok", "warn", "fail"))  # type: ignore[arg-type]
-    assert doctor.exit_code([ok, warn]) == 0
-    assert doctor.exit_code([ok, fail, warn]) == 1
+    assert row.exit_code([ok, warn]) == 0
+    assert row.exit_code([ok, fail, warn]) == 1
 
 
 def test_table_and_json_say_the_same() -> None:
-    rows = [Row("first", "ok", "fine"), Row("a longer name", "fail", "not fine")]
-    table, parsed = doctor.to_table(rows).splitlines(), json.loads(doctor.to_json(rows))
+    rows = [Row("first", "ok", "fine"), Row("a longer name", "fail", "not fine"),
+            Row("third", "warn", "so so", ("n0", "n1"))]
+    table, parsed = row.to_table(rows).splitlines(), json.loads(row.to_json(rows))
     assert parsed["ok"] is False
-    assert [Row(**check) for check in parsed["checks"]] == rows
-    assert table[-1] == "1 ok, 0 warn, 1 fail"
+    assert [row.from_dict(check)._replace(hosts=tuple(check.get("hosts", ()))) for check in parsed["checks"]] == rows
+    assert table[2].endswith("n0, n1: so so")
+    assert table[-1] == "1 ok, 1 warn, 1 fail"
     assert table[0].index("fine") == table[1].index("not fine")
 
 
 def test_the_file_system_check_leaves_nothing_behind_and_creates_no_run_folder(tmp_path: Path) -> None:
     wanted = tmp_path / "runs" / "deep" / "folder"
-    rows = doctor.file_system_rows(wanted)
-    assert not any(row.state == "fail" for row in rows if row.name != "free space")
+    rows = folder.file_system_rows(wanted)
+    assert not any(one.state == "fail" for one in rows if one.name != "free space")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -92,25 +103,54 @@ def test_a_folder_that_cannot_be_written_fails(tmp_path: Path, monkeypatch: pyte
         raise OSError("read-only file system")
 
     monkeypatch.setattr(os, "fsync", refused)
-    rows = doctor.guarded("run folder", lambda: doctor.file_system_rows(tmp_path))
-    assert [(row.name, row.state) for row in rows] == [("run folder", "fail")]
+    rows = row.guarded("run folder", lambda: folder.file_system_rows(tmp_path))
+    assert states(rows) == {"run folder": "fail"}
     assert "read-only" in rows[0].detail
 
 
 def test_locks_that_exclude_nobody_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.locks_exclude(tmp_path / "lock")
-    monkeypatch.setattr(doctor.fcntl, "flock", lambda *_: None)
-    assert not doctor.locks_exclude(tmp_path / "lock")
+    assert folder.locks_exclude(tmp_path / "lock")
+    monkeypatch.setattr(folder.fcntl, "flock", lambda *_: None)
+    assert not folder.locks_exclude(tmp_path / "lock")
+
+
+@pytest.mark.parametrize(("free", "state"), [(0, "fail"), (2 * GIB - 1, "fail"), (2 * GIB, "warn"), (3 * GIB - 1, "warn"),
+                                             (3 * GIB, "ok")])
+def test_room_is_needed_for_one_checkpoint_beside_another_and_wanted_for_all_that_are_kept(free: int, state: str) -> None:
+    assert folder.free_space_row(free, Path("/x"), Space(GIB, 3 * GIB)).state == state
+
+
+def test_the_space_of_a_run_is_what_estimate_says_of_its_checkpoints(tiny: RunConfig) -> None:
+    kept = tiny.model_copy(update={"train": tiny.train.model_copy(update={"save_total_limit": 4})})
+    one = sum(estimate.estimate(tiny, 1).checkpoint.values())
+    assert folder.space_of(tiny) == Space(one, (tiny.train.save_total_limit + 1) * one)
+    assert folder.space_of(kept) == Space(one, 5 * one)
+
+
+@pytest.mark.parametrize(("of_torch", "faiss", "of_faiss", "state"), [
+    (None, "faiss-cpu", None, "ok"), ("12.6", "faiss-cpu", None, "warn"), ("12.6", "faiss-gpu", "12", "ok"),
+    ("13.0", "faiss-gpu", "12", "warn"), (None, "faiss-gpu", "12", "fail"), ("12.6", "faiss-gpu", None, "ok")])
+def test_torch_and_faiss_are_of_one_major_version_of_cuda(of_torch: str | None, faiss: str, of_faiss: str | None,
+                                                          state: str) -> None:
+    assert host.cuda_row(of_torch, {faiss: "1.15.1"}, of_faiss).state == state
+
+
+@pytest.mark.parametrize(("found", "state"), [
+    ({"open files": None, "locked memory": None, "processes": None}, "ok"), ({"open files": 1023}, "warn"),
+    ({"open files": 1024, "processes": 1024, "locked memory": 8}, "ok"), ({"processes": 100}, "warn")])
+def test_low_limits_are_a_warning(found: dict[str, int | None], state: str) -> None:
+    assert host.limits_row(found).state == state
+    assert set(host.limits()) == {"open files", "locked memory", "processes"}
 
 
 def test_missing_shared_memory_is_a_warning(tmp_path: Path) -> None:
-    assert doctor.shared_memory_row(tmp_path / "none").state == "warn"
+    assert host.shared_memory_row(tmp_path / "none").state == "warn"
 
 
 def test_a_search_that_returns_wrong_hits_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     faiss_index = pytest.importorskip("lmcode.memory.faiss_index")
     pytest.importorskip("faiss")
-    assert doctor.faiss_search_row().state == "ok"
+    assert host.faiss_search_row().state == "ok"
     search = faiss_index.search_flat
 
     def wrong(*arguments: object) -> tuple:
@@ -119,8 +159,8 @@ def test_a_search_that_returns_wrong_hits_fails(monkeypatch: pytest.MonkeyPatch)
         return score_HNK, id_HNK, slot_HNK
 
     monkeypatch.setattr(faiss_index, "search_flat", wrong)
-    row = doctor.faiss_search_row()
-    assert row.state == "fail" and row.detail.startswith("640 of 1280")
+    found = host.faiss_search_row()
+    assert found.state == "fail" and found.detail.startswith("640 of 1280")
 
 
 def test_the_command_prints_json_and_ends_with_the_state(tmp_path: Path) -> None:

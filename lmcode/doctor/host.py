@@ -1,14 +1,11 @@
-"""`lmcode doctor`: can this machine run the project? Every check is a function that returns rows and changes nothing.
+"""Can this host run the project? Every check is a function that returns rows and changes nothing.
 
-A row's state is `ok`, `warn` (works, with a limit that the detail names) or `fail` (a run would stop or be wrong here).
 A check that raises becomes a failed row, so one broken part never hides the others. Under a launcher, every rank checks
 its own host and the collectives join all ranks.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import platform
 import re
@@ -16,13 +13,13 @@ import resource
 import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, NamedTuple
 
-State = Literal["ok", "warn", "fail"]
+from lmcode import network
+from lmcode.doctor.folder import GIB, Space, file_system_rows
+from lmcode.doctor.row import Row, State, guarded
 
 REQUIRED = {  # lowest versions, as in setup.cfg
     "torch": "2.10", "deepspeed": "0.19.8", "huggingface_hub": "1.0", "numpy": "1.26", "psutil": "5.9", "pydantic": "2.5",
@@ -30,22 +27,15 @@ REQUIRED = {  # lowest versions, as in setup.cfg
 }
 OPTIONAL = {"mpi4py": "launch/mpi.sh", "matplotlib": "plots", "transformers": "the transformers Auto classes"}
 FAISS_BUILDS = ("faiss-cpu", "faiss-gpu")
-GIB = 2**30
+LOWEST_LIMITS = {"open files": 1024, "processes": 1024}
 
 
-class Row(NamedTuple):
-    """One finding: what was looked at, how it is, and what a person needs to know about it."""
-
-    name: str
-    state: State
-    detail: str
-
-
-def run_checks(run_dir: Path) -> list[Row]:
+def run_checks(run_dir: Path, space: Space | None = None) -> list[Row]:
     """All rows, in the order of the table.
 
     Args:
         run_dir: where runs will be kept; it need not exist yet and is not created.
+        space: what a run's checkpoints take, if that is known.
     """
     installed = installed_versions([*REQUIRED, *OPTIONAL, *FAISS_BUILDS])
     checks: list[tuple[str, Callable[[], list[Row]]]] = [
@@ -53,40 +43,15 @@ def run_checks(run_dir: Path) -> list[Row]:
         ("packages", lambda: package_rows(installed)),
         ("faiss", lambda: [faiss_build_row(installed)]),
         ("device", device_rows),
+        ("cuda of torch and faiss", lambda: [cuda_row(torch_cuda(), installed, faiss_cuda(installed))]),
         ("faiss search", lambda: [faiss_search_row()]),
         ("collectives", lambda: [collectives_row()]),
         ("network", lambda: [network_row(), host_name_row()]),
-        ("run folder", lambda: file_system_rows(run_dir)),
+        ("run folder", lambda: file_system_rows(run_dir, space)),
         ("shared memory", lambda: [shared_memory_row(Path("/dev/shm"))]),
-        ("limits", lambda: [limits_row()]),
+        ("limits", lambda: [limits_row(limits())]),
     ]
     return [row for name, check in checks for row in guarded(name, check)]
-
-
-def guarded(name: str, check: Callable[[], list[Row]]) -> list[Row]:
-    """The rows of a check, or one failed row that says what it raised."""
-    try:
-        return check()
-    except Exception as error:  # whatever it is, it is a finding
-        return [Row(name, "fail", f"{type(error).__name__}: {' '.join(str(error).split())}")]
-
-
-def exit_code(rows: Iterable[Row]) -> int:
-    """1 if any row failed, else 0."""
-    return int(any(row.state == "fail" for row in rows))
-
-
-def to_table(rows: list[Row]) -> str:
-    """The rows as aligned text, with a closing line that counts them."""
-    width = max(len(row.name) for row in rows)
-    lines = [f"{row.state:<4}  {row.name:<{width}}  {row.detail}" for row in rows]
-    counts = {state: sum(row.state == state for row in rows) for state in ("ok", "warn", "fail")}
-    return "\n".join([*lines, ", ".join(f"{count} {state}" for state, count in counts.items())])
-
-
-def to_json(rows: list[Row]) -> str:
-    """{"ok": bool, "checks": [{"name": ..., "state": ..., "detail": ...}]}."""
-    return json.dumps({"ok": exit_code(rows) == 0, "checks": [row._asdict() for row in rows]}, indent=2)
 
 
 def installed_versions(names: Iterable[str]) -> dict[str, str]:
@@ -140,6 +105,35 @@ def faiss_build_row(installed: Mapping[str, str]) -> Row:
     return Row("faiss", "ok", f"{builds[0]} {installed[builds[0]]}")
 
 
+def torch_cuda() -> str | None:
+    """The version of CUDA that torch was built for, such as '12.6'; None for a build without."""
+    import torch
+
+    return torch.version.cuda
+
+
+def faiss_cuda(installed: Mapping[str, str]) -> str | None:
+    """The major version of CUDA that faiss-gpu was built for, from what it requires; None if it does not say."""
+    if "faiss-gpu" not in installed:
+        return None
+    found = re.search(r"nvidia-[a-z-]+-cu(\d+)", " ".join(metadata.requires("faiss-gpu") or ()))
+    return found[1] if found else None
+
+
+def cuda_row(of_torch: str | None, installed: Mapping[str, str], of_faiss: str | None) -> Row:
+    """One major version of CUDA for both is what their makers test; the search below says whether two work together."""
+    name, has_faiss_gpu = "cuda of torch and faiss", "faiss-gpu" in installed
+    torch_says = f"torch for CUDA {of_torch}" if of_torch else "torch without CUDA"
+    if not has_faiss_gpu:
+        detail = f"{torch_says}, {'faiss-cpu' if 'faiss-cpu' in installed else 'no faiss'}"
+        return Row(name, "warn" if of_torch else "ok", detail + ("; on a GPU memory.tier=exact is used" if of_torch else ""))
+    faiss_says = f"faiss-gpu for CUDA {of_faiss}" if of_faiss else "faiss-gpu for an unknown CUDA"
+    if of_torch is None:
+        return Row(name, "fail", f"{torch_says}, {faiss_says}; install faiss-cpu, or a torch with CUDA")
+    alike = of_faiss is None or of_torch.split(".")[0] == of_faiss
+    return Row(name, "ok" if alike else "warn", f"{torch_says}, {faiss_says}" + ("" if alike else "; the majors differ"))
+
+
 def device_rows() -> list[Row]:
     """Each GPU that torch can use, or the CPU and how many threads there are for the ranks to share."""
     import torch
@@ -152,6 +146,16 @@ def device_rows() -> list[Row]:
     if shutil.which("nvidia-smi"):
         return [Row("device", "warn", f"CPU, {cores}; torch {torch.__version__} finds no GPU, yet nvidia-smi is here")]
     return [Row("device", "ok", f"CPU, {cores}")]
+
+
+def devices() -> str:
+    """Where ranks compute here, in the same words on equal hosts: 'CPU' or '8 x NVIDIA H100'."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "CPU"
+    names = [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())]
+    return " and ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
 
 
 def faiss_search_row() -> Row:
@@ -196,15 +200,11 @@ def collectives_row() -> Row:
 
 def network_row() -> Row:
     """Interfaces that are up and have an IPv4 address; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME take such a name."""
-    import psutil
-
-    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
-    found = {name: address.address for name, addresses in psutil.net_if_addrs().items() if name in up
-             for address in addresses if address.family == socket.AF_INET}
-    listed = ", ".join(f"{name} {address}" for name, address in sorted(found.items())) or "none"
-    outward = [name for name, address in found.items() if not address.startswith("127.")]
+    found = network.interfaces()
+    shown = ", ".join(f"{name} {address}" for address, name in sorted(found.items(), key=lambda item: item[1])) or "none"
+    outward = [address for address in found if not network.is_loopback(address)]
     return Row("network", "ok" if outward else "warn",
-               listed if outward else f"{listed}; no interface that another host could reach")
+               shown if outward else f"{shown}; no interface that another host could reach")
 
 
 def host_name_row() -> Row:
@@ -216,63 +216,6 @@ def host_name_row() -> Row:
         return Row("host name", "warn", f"{name} does not resolve ({error}); set GLOO_SOCKET_IFNAME")
 
 
-def file_system_rows(run_dir: Path) -> list[Row]:
-    """Space, durability and locks where checkpoints will be written; a scratch folder is made there and removed."""
-    folder = nearest_existing(run_dir)
-    free = shutil.disk_usage(folder).free / GIB
-    state: State = "ok" if free >= 5 else "warn" if free >= 0.5 else "fail"
-    rows = [Row("free space", state, f"{free:.1f} GiB in {folder}")]
-    with tempfile.TemporaryDirectory(prefix=".lmcode-doctor-", dir=folder) as scratch:
-        commit_folder(Path(scratch))
-        rows.append(Row("rename and fsync", "ok", f"a folder was committed in {folder}"))
-        locks = locks_exclude(Path(scratch) / "lock")
-        rows.append(Row("file locks", "ok" if locks else "warn",
-                        "a second lock is refused" if locks else "locks do not exclude each other on this file system"))
-    return rows
-
-
-def nearest_existing(path: Path) -> Path:
-    """`path` itself, or the closest parent that exists."""
-    path = path.absolute()
-    return next(parent for parent in (path, *path.parents) if parent.is_dir())
-
-
-def commit_folder(scratch: Path) -> None:
-    """Writes as a checkpoint is written: file, fsync, rename of the folder, fsync of its parent, read back.
-
-    Raises:
-        OSError: if the file system refuses any of it.
-    """
-    temporary, final = scratch / "commit.tmp", scratch / "commit"
-    temporary.mkdir()
-    with (temporary / "data").open("wb") as file:
-        file.write(b"lmcode")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(final)
-    parent = os.open(scratch, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
-    if (final / "data").read_bytes() != b"lmcode":
-        raise OSError(f"a file in {scratch} reads back other bytes than were written")
-
-
-def locks_exclude(path: Path) -> bool:
-    """Whether an exclusive lock keeps a second one out; False also where the file system knows no locks."""
-    with path.open("w") as first, path.open("w") as second:
-        try:
-            fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-        return False
-
-
 def shared_memory_row(path: Path) -> Row:
     """NCCL and gloo move data between ranks of one host through shared memory; containers often give 64 MiB."""
     if not path.is_dir():
@@ -282,12 +225,17 @@ def shared_memory_row(path: Path) -> Row:
                f"{path} has {size:.2f} GiB" + ("" if size >= 1 else "; give a container more (--shm-size)"))
 
 
-def limits_row() -> Row:
-    """Open files and locked memory; RDMA needs the latter unlimited."""
-    def shown(limit: int) -> str:
-        return "unlimited" if limit == resource.RLIM_INFINITY else str(limit)
+def limits() -> dict[str, int | None]:
+    """The limits of a process here, by what they count; None is unlimited."""
+    kinds = {"open files": resource.RLIMIT_NOFILE, "locked memory": resource.RLIMIT_MEMLOCK,
+             "processes": resource.RLIMIT_NPROC}
+    found = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
+    return {name: None if limit == resource.RLIM_INFINITY else limit for name, limit in found.items()}
 
-    files, memory = resource.getrlimit(resource.RLIMIT_NOFILE)[0], resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    enough = files == resource.RLIM_INFINITY or files >= 1024
-    detail = f"open files {shown(files)}, locked memory {shown(memory)}"
-    return Row("limits", "ok" if enough else "warn", detail + ("" if enough else "; 1024 open files are better"))
+
+def limits_row(found: Mapping[str, int | None]) -> Row:
+    """Open files and processes (threads count); locked memory, which RDMA needs unlimited."""
+    short = [f"{lowest} {name} are better" for name, lowest in LOWEST_LIMITS.items()
+             if (limit := found.get(name)) is not None and limit < lowest]
+    shown = [f"{name} {'unlimited' if limit is None else limit}" for name, limit in found.items()]
+    return Row("limits", "warn" if short else "ok", ", ".join(shown) + "".join(f"; {text}" for text in short))
