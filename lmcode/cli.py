@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lmcode import __version__, cli_cluster, cli_memory
+from lmcode import __version__, cli_cluster, cli_doctor, cli_memory
 from lmcode.config import ConfigError, RunConfig, near_match, to_yaml
 from lmcode.presets import load_run_config
 
@@ -101,7 +101,7 @@ def build_parser() -> Parser:
     cli_cluster.add_estimate(partial(_command, commands, "estimate", estimate), _number, _add_source)
     _add_report(commands)
     cli_memory.add_memory(commands, partial(_command, run=memory, overrides=False), _number, _ignore_local_rank)
-    _add_doctor(commands)
+    cli_doctor.add_doctor(partial(_command, commands, "doctor", doctor), _number, _add_source)
     _add_config(commands)
     return parser
 
@@ -181,16 +181,6 @@ def _add_report(commands: Any) -> None:
         examples="  lmcode report runs/books\n  lmcode report runs/books --out books.html data.path=books/")
     parser.add_argument("path", metavar="RUN", type=Path, help="a run folder, or one checkpoint in it")
     parser.add_argument("--out", metavar="FILE", type=Path, help="the page to write (RUN/report/index.html)")
-
-
-def _add_doctor(commands: Any) -> None:
-    parser = _command(
-        commands, "doctor", doctor, overrides=False, help="check that this machine can run the project",
-        usage="lmcode doctor [--json] [--run-dir FOLDER]",
-        examples="  lmcode doctor\n  mpirun -n 2 python -m lmcode doctor --run-dir runs/books")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--run-dir", metavar="FOLDER", type=Path, default=Path("runs"),
-                        help="check the file system of this folder (%(default)s)")
 
 
 def _add_config(commands: Any) -> None:
@@ -290,15 +280,11 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """`lmcode doctor`; under a launcher rank 0 speaks, and each rank's exit code is about its own host."""
-    from lmcode import dist
-    from lmcode.doctor import exit_code, run_checks, to_json, to_table
-
-    rank = dist.discover().rank
-    rows = run_checks(arguments.run_dir)
-    if rank == 0:
-        print(to_json(rows) if arguments.json else to_table(rows))
-    return exit_code(rows)
+    """`lmcode doctor`."""
+    text, code = cli_doctor.doctor(arguments)
+    if text:
+        print(text)
+    return code
 
 
 def submit(arguments: argparse.Namespace) -> int:
@@ -336,8 +322,13 @@ def config_check(arguments: argparse.Namespace) -> int:
         config.check_world_size(arguments.world)
     if arguments.data:
         from lmcode.train.corpus import load_corpus
+        from lmcode.train.preempt import Preempted, noticing
 
-        load_corpus(config)
+        try:
+            with noticing() as request:
+                load_corpus(config, progress=request.give_way)
+        except Preempted:
+            return REQUEUE
     slots = config.model.long_term_memory_slots
     banks = len(config.model.memory_layer_indices) if slots else 0
     ranks = "" if arguments.world is None else f", {arguments.world} ranks"

@@ -2,31 +2,43 @@
 
 The one thing to know: these commands work on the newest checkpoint that verifies, in one process, whatever number of
 ranks saved it. Those that change the memory commit a revision of that checkpoint (see `train.amend`), all of the
-change or none of it. `lmcode.cli` hands in its way of making parsers and prints what the commands return.
+change or none of it. A saved model can be looked at, too. `lmcode.cli` hands in its way of making parsers and prints what
+the commands return.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmcode.cli_answers import (
+    UNITS,
+    Answer,
+    ago,
+    alone,
+    as_json,
+    is_saved_model,
+    look,
+    open_checkpoint,
+    open_model,
+    read_rows,
+    said,
+    short,
+    table,
+)
 from lmcode.config import ConfigError
 
 if TYPE_CHECKING:
     from lmcode.lmcode import LMCODE
+    from lmcode.train.amend import Draft
 
 Command = Callable[..., argparse.ArgumentParser]
 Number = Callable[..., Callable[[str], Any]]
-Answer = tuple[str, int]  # what to print, and the exit code
-
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-SHOWN_CHARACTERS = 100  # of a text in a table
 
 
 def add_memory(commands: Any, command: Command, number: Number, ignore_local_rank: Callable[[Any], None]) -> None:
@@ -35,7 +47,7 @@ def add_memory(commands: Any, command: Command, number: Number, ignore_local_ran
                                  description="look at and change what a run remembers")
     ignore_local_rank(parser)
     kinds = parser.add_subparsers(title="commands", metavar="add|search|stats|inspect|export|import|delete|expire|"
-                                                            "consolidate|verify", required=True)
+                                                            "consolidate|reshard|verify", required=True)
     _add_readers(kinds, command, number)
     _add_writers(kinds, command, number)
 
@@ -45,7 +57,9 @@ def _kind(kinds: Any, command: Command, name: str, answer: Callable[[argparse.Na
     parser = command(kinds, name, help=help, usage=f"lmcode memory {name} RUN {words}".rstrip(),
                      examples="\n".join(f"  lmcode memory {name} {example}" for example in examples))
     parser.set_defaults(answer=answer)
-    parser.add_argument("path", metavar="RUN", type=Path, help="a run folder, or one checkpoint in it")
+    parser.add_argument("path", metavar="RUN", type=Path,
+                        help="a run folder, or one checkpoint in it (for search, stats, inspect, export and reshard also a "
+                             "saved model)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -85,11 +99,16 @@ def _add_writers(kinds: Any, command: Command, number: Number) -> None:
                 examples=["runs/books books.jsonl"])
     one.add_argument("file", metavar="FILE", help="JSONL; - is standard input")
     one = _kind(kinds, command, "delete", delete, words="[--id N ...] [--namespace N] [--json]",
-                help="forget experiences, for good", examples=["runs/books --id 17 18", "runs/books --namespace house"])
-    one.add_argument("--id", metavar="N", type=number(int, lowest=0), nargs="+", dest="ids")
-    _add_namespace(one, "those only")
+                help="forget experiences, for good: their texts, their entries in every layer, and all spans that are kept\n"
+                     "for replay in their namespaces. A namespace without ids goes as a whole, with what was trained on or\n"
+                     "generated under its number",
+                examples=["runs/books --id 17 18", "runs/books --namespace house"])
+    one.add_argument("--id", metavar="N", type=number(int, lowest=0), nargs="+", dest="ids", help="of experiences")
+    _add_namespace(one, "everything in it; with --id those only")
     one = _kind(kinds, command, "expire", expire, words="--older-than AGE [--namespace N] [--json]",
-                help="forget old experiences, for good", examples=["runs/books --older-than 30d"])
+                help="forget old experiences, for good, with their entries in every layer. Spans that are kept for replay\n"
+                     "have no time of day: all go that are in a namespace in which something has expired, no others",
+                examples=["runs/books --older-than 30d"])
     one.add_argument("--older-than", metavar="AGE", type=age, required=True, help="such as 90s, 45m, 12h, 30d, 8w")
     _add_namespace(one, "those only")
     one = _kind(kinds, command, "consolidate", consolidate, words="[--threshold X] [--json]",
@@ -97,6 +116,18 @@ def _add_writers(kinds: Any, command: Command, number: Number) -> None:
                 examples=["runs/books --threshold 0.05"])
     one.add_argument("--threshold", metavar="X", type=number(float, lowest=1e-6, highest=2),
                      help="cosine distance below which entries merge (memory.consolidation_threshold)")
+    one = _kind(kinds, command, "reshard", reshard, words="--virtual-shards N [--slots N] [--experience-slots N] [--out "
+                                                          "FOLDER] [--json]",
+                help="move the memory to another number of virtual shards; nothing is lost, or it is refused",
+                examples=["runs/books --virtual-shards 64", "my_model --virtual-shards 64 --out my_model_64"])
+    at_least_one = number(int, lowest=1)
+    one.add_argument("--virtual-shards", metavar="N", type=at_least_one, required=True,
+                     help="units of placement and storage: no more than slots, no fewer than ranks that will train")
+    one.add_argument("--slots", metavar="N", type=at_least_one,
+                     help="of each layer's bank from now on, model.long_term_memory_slots (as many as before)")
+    one.add_argument("--experience-slots", metavar="N", type=at_least_one,
+                     help="from now on, memory.experience_slots (as many as before)")
+    one.add_argument("--out", metavar="FOLDER", type=Path, help="a new folder, where RUN is a saved model")
 
 
 def _add_namespace(parser: argparse.ArgumentParser, help: str) -> None:
@@ -121,40 +152,41 @@ def age(text: str) -> int:
 
 def search(arguments: argparse.Namespace) -> Answer:
     """`lmcode memory search`."""
-    _, model = _open(arguments.path)
-    found, _ = _said(lambda: model.query_memory(arguments.text, top_k=arguments.top_k, namespace=arguments.namespace))
+    _, model = look(arguments.path)
+    found, _ = said(lambda: model.query_memory(arguments.text, top_k=arguments.top_k, namespace=arguments.namespace))
     if arguments.json:
-        return _json([vars(one) for one in found])
-    rows = [(f"{one.score:.3f}", str(one.id), str(one.namespace), f"{one.importance:g}", _ago(one.age), _short(one.text))
+        return as_json([vars(one) for one in found])
+    rows = [(f"{one.score:.3f}", str(one.id), str(one.namespace), f"{one.importance:g}", ago(one.age), short(one.text))
             for one in found]
-    return _table(("score", "id", "namespace", "importance", "age", "text"), rows, none="nothing is stored"), 0
+    return table(("score", "id", "namespace", "importance", "age", "text"), rows, none="nothing is stored"), 0
 
 
 def stats(arguments: argparse.Namespace) -> Answer:
     """`lmcode memory stats`."""
-    folder, model = _open(arguments.path)
+    folder, model = look(arguments.path)
     numbers = {f"layer {layer}": bank.stats() for layer, bank in model.banks.items()}
     namespaces = model.experiences.namespaces()
     experiences = model.experiences.bank.stats()
     if arguments.json:
-        return _json({"checkpoint": folder.name, "experiences": {**experiences, "namespaces": {
-            str(name): count for name, count in namespaces.items()}}, "banks": numbers})
+        return as_json({"checkpoint": folder.name, "virtual_shards": model.memory_config.virtual_shards,
+                        "experiences": {**experiences, "namespaces": {str(name): n for name, n in namespaces.items()}},
+                        "banks": numbers})
     keys = ("live", "slots", "fill", "evicted", "merged", "rejected")
     rows = [(name, *(f"{one[key]:.1%}" if key == "fill" else f"{one[key]:,}" for key in keys))
             for name, one in {"experiences": experiences, **numbers}.items()]
     spaces = [(str(name), f"{count:,}") for name, count in namespaces.items()]
-    return (f"{folder}\n\n" + _table(("bank", *keys), rows) + "\n"
-            + _table(("namespace", "experiences"), spaces, none="no experiences are stored")), 0
+    return (f"{folder}: {model.memory_config.virtual_shards} virtual shards\n\n" + table(("bank", *keys), rows) + "\n"
+            + table(("namespace", "experiences"), spaces, none="no experiences are stored")), 0
 
 
 def inspect(arguments: argparse.Namespace) -> Answer:
     """`lmcode memory inspect`."""
-    _, model = _open(arguments.path)
-    facts = _said(lambda: model.inspect_experience(arguments.id))
+    _, model = look(arguments.path)
+    facts = said(lambda: model.inspect_experience(arguments.id))
     if arguments.json:
-        return _json(facts)
+        return as_json(facts)
     facts["stored_at"] = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(facts["stored_at"]))
-    facts["age"] = _ago(facts["age"])
+    facts["age"] = ago(facts["age"])
     for layer, one in facts.pop("token_entries").items():
         first, end = one["ids"]
         facts[f"layer {layer}"] = f"{one['live']} of {end - first} token entries, ids from {first} on"
@@ -165,8 +197,8 @@ def export(arguments: argparse.Namespace) -> Answer:
     """`lmcode memory export`."""
     from lmcode.experience_files import to_jsonl
 
-    _, model = _open(arguments.path)
-    chosen = _said(lambda: model.experiences.all(namespace=arguments.namespace))
+    _, model = look(arguments.path)
+    chosen = said(lambda: model.experiences.all(namespace=arguments.namespace))
     if arguments.output is None:
         return to_jsonl(chosen), 0
     try:
@@ -175,14 +207,14 @@ def export(arguments: argparse.Namespace) -> Answer:
     except OSError as error:
         raise ConfigError(f"'{arguments.output}' cannot be written: {error.strerror}") from None
     count = {"exported": len(chosen), "file": str(arguments.output)}
-    return _json(count) if arguments.json else (f"exported {len(chosen):,} experiences to {arguments.output}\n", 0)
+    return as_json(count) if arguments.json else (f"exported {len(chosen):,} experiences to {arguments.output}\n", 0)
 
 
 def verify(arguments: argparse.Namespace) -> Answer:
     """`lmcode memory verify`."""
     from lmcode.train import checkpoint, durable
 
-    _alone()
+    alone()
     run, chosen = checkpoint.locate(arguments.path)
     problems: dict[str, str | None] = {}
     for path in [chosen] if chosen else durable.steps(run / "checkpoints"):
@@ -196,12 +228,12 @@ def verify(arguments: argparse.Namespace) -> Answer:
     if None in problems.values():
         newest = [name for name, problem in problems.items() if problem is None][-1]
         try:
-            _open(run / "checkpoints" / newest)
+            open_checkpoint(run / "checkpoints" / newest)
         except ConfigError as error:
             problems[newest] = str(error)
     code = int(any(problems.values()))
     if arguments.json:
-        return _json(problems)[0], code
+        return as_json(problems)[0], code
     return "".join(f"{name}: {problem or 'ok'}\n" for name, problem in problems.items()), code
 
 
@@ -212,153 +244,103 @@ def add(arguments: argparse.Namespace) -> Answer:
     """`lmcode memory add`."""
     if bool(arguments.texts) == bool(arguments.file):
         raise ConfigError("add takes either texts or --file: got " + ("both" if arguments.texts else "neither"))
-    rows = _read_rows(arguments.file, without="stored_at") if arguments.file else [{"text": t} for t in arguments.texts]
+    rows = read_rows(arguments.file, without="stored_at") if arguments.file else [{"text": t} for t in arguments.texts]
     defaults = {"namespace": 0 if arguments.namespace is None else arguments.namespace,
                 "importance": arguments.importance, "stored_at": int(time.time())}
-    return _amend(arguments, lambda model, step: _store(model, rows, defaults, step), "stored {count:,} experiences")
+    return _amend(arguments, lambda draft: _store(draft, rows, defaults), "stored {count:,} experiences")
 
 
 def import_(arguments: argparse.Namespace) -> Answer:
     """`lmcode memory import`."""
-    rows, defaults = _read_rows(arguments.file), {"namespace": 0, "importance": 1.0, "stored_at": int(time.time())}
-    return _amend(arguments, lambda model, step: _store(model, rows, defaults, step), "imported {count:,} experiences")
+    rows, defaults = read_rows(arguments.file), {"namespace": 0, "importance": 1.0, "stored_at": int(time.time())}
+    return _amend(arguments, lambda draft: _store(draft, rows, defaults), "imported {count:,} experiences")
 
 
 def delete(arguments: argparse.Namespace) -> Answer:
     """`lmcode memory delete`."""
     if arguments.ids is None and arguments.namespace is None:
         raise ConfigError("delete needs --id or --namespace: got neither")
-
-    def change(model: LMCODE, step: int) -> dict[str, int]:
-        return {"count": model.delete_experiences(ids=arguments.ids, namespace=arguments.namespace)}
-
-    return _amend(arguments, change, "deleted {count:,} experiences")
+    return _forget(arguments, ids=arguments.ids, namespace=arguments.namespace)
 
 
 def expire(arguments: argparse.Namespace) -> Answer:
     """`lmcode memory expire`."""
-    def change(model: LMCODE, step: int) -> dict[str, int]:
-        return {"count": model.delete_experiences(older_than=arguments.older_than, namespace=arguments.namespace)}
+    return _forget(arguments, older_than=arguments.older_than, namespace=arguments.namespace)
 
-    return _amend(arguments, change, "deleted {count:,} experiences")
+
+def _forget(arguments: argparse.Namespace, **conditions: Any) -> Answer:
+    from lmcode.train.amend import forget
+
+    return _amend(arguments, lambda draft: forget(draft, **conditions), "deleted {count:,} experiences, {entries:,} entries "
+                                                                        "of layers' banks and {replay_spans:,} replay spans")
 
 
 def consolidate(arguments: argparse.Namespace) -> Answer:
     """`lmcode memory consolidate`."""
-    def change(model: LMCODE, step: int) -> dict[str, Any]:
-        threshold = arguments.threshold or model.memory_config.consolidation_threshold
-        reports = {str(layer): bank.consolidate(threshold) for layer, bank in model.banks.items()}
+    def change(draft: Draft) -> dict[str, Any]:
+        threshold = arguments.threshold or draft.model.memory_config.consolidation_threshold
+        reports = {str(layer): bank.consolidate(threshold) for layer, bank in draft.model.banks.items()}
         return {"count": sum(one.merged for one in reports.values()), "before": sum(one.before for one in reports.values()),
                 "threshold": threshold, "merged_by_layer": {layer: one.merged for layer, one in reports.items()}}
 
     return _amend(arguments, change, "merged {count:,} of {before:,} entries within {threshold:g} of another")
 
 
-def _store(model: LMCODE, rows: list[dict[str, Any]], defaults: dict[str, Any], step: int) -> dict[str, Any]:
+def reshard(arguments: argparse.Namespace) -> Answer:
+    """`lmcode memory reshard`: a run gets a revision, a saved model is written to a new folder."""
+    sentence = ("moved {count:,} entries from {former} to {virtual_shards} virtual shards, {slots:,} slots a layer and "
+                "{experience_slots:,} for experiences")
+    target, out, virtual_shards = arguments.path, arguments.out, arguments.virtual_shards
+    numbers = {"slots": arguments.slots, "experience_slots": arguments.experience_slots}
+    if is_saved_model(target):
+        if out is None or os.path.lexists(out):
+            came = "none" if out is None else f"'{out}', which exists"
+            raise ConfigError(f"'{target}' is a saved model, which is not changed in place: --out must be a new folder, got "
+                              f"{came}")
+        result = said(lambda: _reshard_model(open_model(target), virtual_shards, out, **numbers))
+        return as_json(result) if arguments.json else (f"{sentence.format(**result)}: {out}\n", 0)
+    if out is not None and target.is_dir():
+        raise ConfigError(f"--out is for saved models: '{target}' is none, and gets a revision of its newest checkpoint")
+    from lmcode.train import amend
+
+    return _amend(arguments, lambda draft: amend.reshard(draft, virtual_shards, **numbers), sentence)
+
+
+def _reshard_model(model: LMCODE, virtual_shards: int, out: Path, **numbers: int | None) -> dict[str, Any]:
+    from lmcode.resharding import reshard_memory
+
+    former = model.memory_config.virtual_shards
+    count = reshard_memory(model, virtual_shards, **numbers)
+    model.save_pretrained(out)
+    return {"count": count, "former": former, "virtual_shards": virtual_shards, "folder": str(out),
+            "slots": model.config.long_term_memory_slots, "experience_slots": model.memory_config.experience_slots}
+
+
+def _store(draft: Draft, rows: list[dict[str, Any]], defaults: dict[str, Any]) -> dict[str, Any]:
+    from lmcode.train.durable import step_of
+
     columns = {name: [row.get(name, default) for row in rows] for name, default in defaults.items()}
     contents = [row["text"] if "text" in row else row["ids"] for row in rows]
-    ids = model.store_experience(contents, columns["namespace"], columns["importance"], stored_at=columns["stored_at"],
-                                 step=step)
+    ids = draft.model.store_experience(contents, columns["namespace"], columns["importance"],
+                                       stored_at=columns["stored_at"], step=step_of(draft.folder)[0])
     return {"count": len(ids), "ids": ids}
 
 
-def _amend(arguments: argparse.Namespace, change: Callable[[LMCODE, int], dict[str, Any]], sentence: str) -> Answer:
+def _amend(arguments: argparse.Namespace, change: Callable[[Draft], dict[str, Any]], sentence: str) -> Answer:
     """Makes a change to the newest checkpoint of a run; says what it did, where it is, and where the old memory still is."""
-    from lmcode.train import checkpoint, durable
+    from lmcode.train import checkpoint
     from lmcode.train.amend import amend, writing
 
+    if is_saved_model(arguments.path):
+        raise ConfigError(f"'{arguments.path}' is a saved model: this command changes runs")
     run, chosen = checkpoint.locate(arguments.path)
     with writing(run):
-        folder, model = _open(run)
+        folder, model = open_checkpoint(run)
         if chosen is not None and chosen != folder.resolve():
             raise ConfigError(f"only the newest checkpoint can be changed, '{folder.name}': got '{chosen.name}'")
-        done = _said(lambda: amend(folder, model, lambda model: change(model, durable.step_of(folder)[0])))
+        done = said(lambda: amend(folder, model, change))
     older = [path.name for path in done.older]
     if arguments.json:
-        return _json({**done.result, "checkpoint": done.folder.name, "older_checkpoints": older})
+        return as_json({**done.result, "checkpoint": done.folder.name, "older_checkpoints": older})
     note = f"older checkpoints keep the memory they have: {', '.join(older)}\n" if older else ""
     return f"{sentence.format(**done.result)}: {done.folder}\n{note}", 0
-
-
-# Helpers
-
-
-def _alone() -> None:
-    from lmcode.dist import discover
-
-    if (size := discover().world_size) > 1:
-        raise ConfigError(f"lmcode memory runs in one process: got {size} ranks")
-
-
-def _open(path: Path) -> tuple[Path, LMCODE]:
-    """The newest checkpoint that verifies, and its model with everything that it remembers."""
-    _alone()
-    import torch
-
-    from lmcode.dist import Group
-    from lmcode.train import checkpoint
-
-    try:
-        folder = checkpoint.find(path)
-        model, *_ = checkpoint.load_model(folder, [], group=Group(), device=torch.device("cpu"))
-        if not model.banks:
-            raise ConfigError(f"the model in '{path}' has no long-term memory: model.long_term_memory_slots = 0")
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return folder, model
-
-
-def _said(action: Callable[[], Any]) -> Any:
-    """What the action returns; what it refuses becomes one line on the command line."""
-    try:
-        return action()
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from None
-
-
-def _read_rows(file: str, *, without: str | None = None) -> list[dict[str, Any]]:
-    """The experiences in a JSONL file; ConfigError that names the file, the line and the rule."""
-    from lmcode.experience import check_importance, namespace_number
-    from lmcode.experience_files import from_jsonl
-
-    def judge(row: dict[str, Any]) -> None:
-        namespace_number(row.get("namespace", 0))
-        check_importance(row.get("importance", 1.0))
-        if without in row:
-            raise ValueError(f"'{without}' belongs to import: add stores now")
-        if "text" in row and not row["text"].strip():
-            raise ValueError(f"text must hold more than white space: got {row['text'][:40]!r}")
-        if "ids" in row and not row["ids"]:
-            raise ValueError("ids must not be empty")
-
-    name = "standard input" if file == "-" else f"'{file}'"
-    try:
-        return from_jsonl(sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes(), judge)
-    except OSError as error:
-        raise ConfigError(f"{name} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from None
-
-
-def _json(value: Any) -> Answer:
-    return json.dumps(value, ensure_ascii=False, indent=1) + "\n", 0
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], *, none: str = "") -> str:
-    """Columns as wide as they need to be; the last one is text, the others are set flush right."""
-    if not rows:
-        return f"{none}\n"
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return "".join("  ".join([*(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1]]) + "\n"
-                   for row in (head, *rows))
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= SHOWN_CHARACTERS else line[:SHOWN_CHARACTERS - 3] + "..."
-
-
-def _ago(seconds: int) -> str:
-    """An age in its largest whole unit."""
-    unit = next((unit for unit in ("w", "d", "h", "m") if seconds >= UNITS[unit]), "s")
-    return f"{seconds // UNITS[unit]}{unit}"

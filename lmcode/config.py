@@ -95,7 +95,10 @@ class LMCODEConfig(Section):
 class MemoryConfig(Section):
     """How a bank stores, searches, exchanges and forgets. The number of slots is `model.long_term_memory_slots`."""
 
-    virtual_shards: int = Field(16, ge=1, description="S, units of placement and storage; fixed for a bank's life")
+    virtual_shards: int = Field(16, ge=1, description="S, units of placement and storage; changed by "
+                                "'lmcode memory reshard' only")
+    group_size: int = Field(0, ge=0, description="consecutive ranks of a memory group: the bank is sliced inside a group "
+                            "and replicated between groups; 0: all ranks are one group")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="storage of keys and values")
     tier: Literal["auto", "exact", "faiss-flat"] = "auto"
     fetch: Literal["sums", "rows"] = Field("sums", description="phase 4 of the read protocol")
@@ -113,6 +116,20 @@ class MemoryConfig(Section):
     max_norm: float = Field(100.0, gt=0.0, description="longer values are scaled down to this length")
     experience_slots: int = Field(16384, ge=1, description="experiences that a model holds over all ranks")
     recall_queries: int = Field(64, ge=0, description="queries per logged step that are checked against exact search")
+
+    @model_validator(mode="after")
+    def _check(self) -> MemoryConfig:
+        if self.group_size > self.virtual_shards:
+            raise ValueError("memory.virtual_shards must be at least memory.group_size: "
+                             f"{self.virtual_shards} < {self.group_size}")
+        return self
+
+    def ranks_per_group(self, ranks: int) -> int:
+        """The ranks of one memory group among `ranks`: all of them where groups of `group_size` do not share them out.
+
+        So what was trained with groups can be opened by any number of ranks; a run is refused by `check_world_size`.
+        """
+        return ranks if self.group_size == 0 or ranks % self.group_size else self.group_size
 
 
 class DataConfig(Section):
@@ -195,6 +212,8 @@ class RunConfig(Section):
         if slots and self.memory.experience_slots < shards:
             raise ValueError("memory.experience_slots must be at least memory.virtual_shards: "
                              f"{self.memory.experience_slots} < {shards}")
+        if slots and self.eval.slots is not None and self.eval.slots < shards:
+            raise ValueError(f"eval.slots must be at least memory.virtual_shards: {self.eval.slots} < {shards}")
         if self.train.sequence_length > self.model.context_length:
             raise ValueError("train.sequence_length must not exceed model.context_length: "
                              f"{self.train.sequence_length} > {self.model.context_length}")
@@ -212,8 +231,8 @@ class RunConfig(Section):
         """Refuses a number of ranks that this run cannot be spread over.
 
         Raises:
-            ConfigError: if streams do not divide over the ranks and accumulation steps, or there are more ranks than
-                virtual shards.
+            ConfigError: if streams do not divide over the ranks and accumulation steps, memory groups do not share out the
+                ranks, or there are more ranks in one than virtual shards.
         """
         parts = world_size * self.train.gradient_accumulation_steps
         if self.train.streams % parts:
@@ -222,7 +241,10 @@ class RunConfig(Section):
         if self.eval.streams % world_size:
             raise ConfigError("eval.streams must be a multiple of the number of ranks: "
                               f"{self.eval.streams} % {world_size} != 0")
-        if self.model.long_term_memory_slots and world_size > self.memory.virtual_shards:
+        if self.memory.group_size and world_size % self.memory.group_size:
+            raise ConfigError("the number of ranks must be a multiple of memory.group_size (0: all ranks are one group): "
+                              f"{world_size} % {self.memory.group_size} != 0")
+        if self.model.long_term_memory_slots and self.memory.ranks_per_group(world_size) > self.memory.virtual_shards:
             raise ConfigError("memory.virtual_shards must be at least the number of ranks: "
                               f"{self.memory.virtual_shards} < {world_size}")
 

@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -177,16 +177,18 @@ def device() -> torch.device:
 
 
 class Group:
-    """Collectives over the ranks that share a bank. Tensors are gathered along axis 0 in rank order.
+    """Collectives over some ranks. Tensors are gathered along axis 0 in rank order.
 
     bytes_received, seconds: payload bytes that arrived from other ranks, and wall time inside collectives (waiting
     included), by the phase named in each call, since the start or the last `take`.
     calls: collectives finished so far.
+    All three count for the groups that this one was `split` into, too; theirs stay empty.
     """
 
-    def __init__(self, *, rank: int = 0, size: int = 1, handle: Any = None) -> None:
+    def __init__(self, *, rank: int = 0, size: int = 1, handle: Any = None, part_of: Group | None = None) -> None:
         self.rank, self.size = rank, size
-        self._handle = handle
+        self._handle, self._whole = handle, part_of or self
+        self._splits: dict[int, tuple[Group, Group]] = {}
         self.bytes_received: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         self.calls = 0
@@ -200,13 +202,43 @@ class Group:
             return cls()
         return cls(rank=td.get_rank(), size=td.get_world_size(), handle=td.new_group())
 
+    def split(self, size: int) -> tuple[Group, Group]:
+        """Two groups that this rank is in: `size` consecutive ranks, and the ranks at its place in each such group.
+
+        Of a group of all ranks only. Collective when it is first called with a size; that makes the communicators, which
+        later calls return. Where a group would be all ranks it is this one, with the communicator that is there.
+
+        Raises:
+            ValueError: if `size` does not divide the number of ranks.
+        """
+        if size < 1 or self.size % size:
+            raise ValueError(f"the size of a part must divide the number of ranks: {self.size} % {size} != 0")
+        if size not in self._splits:
+            inside = [range(first, first + size) for first in range(0, self.size, size)]
+            between = [range(place, self.size, size) for place in range(size)]
+            self._splits[size] = self._one_of(inside), self._one_of(between)
+        return self._splits[size]
+
+    def _one_of(self, parts: Sequence[range]) -> Group:
+        """The part with this rank; every rank makes all of them in the same order, as torch.distributed demands."""
+        if len(parts) == 1:
+            return self
+        mine = next(part for part in parts if self.rank in part)
+        handle = None
+        if len(mine) > 1:
+            import torch.distributed as td
+
+            handles = [td.new_group(list(part)) for part in parts]
+            handle = handles[parts.index(mine)]
+        return Group(rank=mine.index(self.rank), size=len(mine), handle=handle, part_of=self)
+
     @contextmanager
     def _counted(self, phase: str, received: int) -> Iterator[None]:
-        start = time.perf_counter()
+        start, whole = time.perf_counter(), self._whole
         yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-        self.bytes_received[phase] = self.bytes_received.get(phase, 0) + received
-        self.calls += 1
+        whole.seconds[phase] = whole.seconds.get(phase, 0.0) + time.perf_counter() - start
+        whole.bytes_received[phase] = whole.bytes_received.get(phase, 0) + received
+        whole.calls += 1
 
     def take(self) -> tuple[dict[str, float], dict[str, int]]:
         """Seconds and bytes by phase since the last call; starts counting anew."""
@@ -225,6 +257,17 @@ class Group:
         with self._counted(phase, (self.size - 1) * tensor.nbytes):
             td.all_gather(list(gathered.unbind()), tensor, group=self._handle)
         return gathered.flatten(0, 1)
+
+    def all_gather_int(self, number: int, *, phase: str, device: torch.device) -> list[int]:
+        """Every rank's number, in rank order."""
+        return self.all_gather(torch.tensor([number], device=device), phase=phase).tolist()
+
+    def all_gather_rows(self, rows: Tensor, count_R: Sequence[int], *, phase: str) -> Tensor:
+        """Concatenates along axis 0 the rows of all ranks, `count_R` of them each."""
+        padded = rows.new_zeros(max(1, *count_R), *rows.shape[1:])
+        padded[:len(rows)] = rows
+        parts = self.all_gather(padded, phase=phase).split(len(padded))
+        return torch.cat([part[:count] for part, count in zip(parts, count_R, strict=True)])
 
     def all_to_all(self, tensor: Tensor, *, phase: str) -> Tensor:
         """Sends the r-th equal part of axis 0 to rank r; returns the parts received, in rank order."""
@@ -267,7 +310,7 @@ class Group:
 
         values: list[Any] = [None] * self.size
         td.all_gather_object(values, value, group=self._handle)
-        self.calls += 1
+        self._whole.calls += 1
         return values
 
     def barrier(self) -> None:

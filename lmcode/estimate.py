@@ -2,7 +2,8 @@
 
 Traffic of the memory and checkpoints are counted from shapes and hold to a few per cent. Memory is an upper guess of what
 lives at the same time in the costliest moment of a step, on top of what any process of a run has; it is held against
-real runs by tools/estimate_check.py. Letters as everywhere: R ranks, N queries of a rank, H, D, K, T, C, V vocabulary.
+real runs by tools/estimate_check.py. Letters as everywhere: R ranks, G of them in a memory group, N queries of a rank, H, D,
+K, T, C, V vocabulary.
 """
 
 from __future__ import annotations
@@ -152,26 +153,32 @@ def bank_bytes(config: RunConfig, R: int, device: Device) -> dict[str, int]:
     if not layers:
         return {}
     H, D, K, N = model.memory_heads, model.memory_head_dim, model.memory_top_k, queries_per_rank(config, R)
-    share = math.ceil(memory.virtual_shards / R) / memory.virtual_shards
+    G = memory.ranks_per_group(R)
     slot = H * (2 * D + 1) * BYTES[memory.dtype] + COLUMN_BYTES
-    slots, evaluation = (math.ceil(share * count) for count in
+    slots, evaluation = (slots_per_rank(config, R, count) for count in
                          (model.long_term_memory_slots, config.eval.slots or model.long_term_memory_slots))
-    lists = R * N * H * K * (HIT_BYTES + 8) * 2 + (R * R * N * H * K * HIT_BYTES * 2 if R > 1 else 0)
-    queries = 3 * R * N * H * (D + 1) * 4
+    lists = G * N * H * K * (HIT_BYTES + 8) * 2 + (G * G * N * H * K * HIT_BYTES * 2 if G > 1 else 0)
+    queries = 3 * G * N * H * (D + 1) * 4
     rows = H * (D + 1) * 4 * slots  # a copy of the rows that a group of queries sees; in fp32
     faiss = FAISS_GPU_BYTES if device == "gpu" and memory.tier != "exact" else 0
     return {"bank": layers * slots * slot, "evaluation's bank": layers * evaluation * slot,
             "search": queries + lists + (rows if memory.scope == "global" else 0) + faiss}
 
 
-def search_traffic(config: RunConfig, R: int, N: int) -> dict[str, int]:
+def slots_per_rank(config: RunConfig, R: int, slots: int) -> int:
+    """Most slots that a rank holds of a bank of `slots`: a memory group of G ranks has them all."""
+    shards = config.memory.virtual_shards
+    return math.ceil(slots * math.ceil(shards / config.memory.ranks_per_group(R)) / shards)
+
+
+def search_traffic(config: RunConfig, G: int, N: int) -> dict[str, int]:
     """Bytes that one rank receives for one search of one layer with N queries per rank: phases 1 and 3."""
     model = config.model
     H, D, K = model.memory_heads, model.memory_head_dim, model.memory_top_k
-    lists = R * N * H * K * HIT_BYTES
+    lists = G * N * H * K * HIT_BYTES
     switched = N * H * (K * HIT_BYTES + CUT_BYTES)
     hits = {"all_gather": lists, "all_to_all": switched, "auto": min(lists, switched)}[config.memory.exchange]
-    return {"queries": (R - 1) * N * (H * D * 4 + 8), "hits": (R - 1) * hits}
+    return {"queries": (G - 1) * N * (H * D * 4 + 8), "hits": (G - 1) * hits}
 
 
 def traffic_bytes(config: RunConfig, R: int, stage: int, parameters: int) -> dict[str, int]:
@@ -180,19 +187,22 @@ def traffic_bytes(config: RunConfig, R: int, stage: int, parameters: int) -> dic
     N, H, D, K = queries_per_rank(config, R), model.memory_heads, model.memory_head_dim, model.memory_top_k
     layers, micro = len(model.memory_layer_indices), train.gradient_accumulation_steps
     traffic: dict[str, int] = {}
+    G = memory.ranks_per_group(R)
     if model.long_term_memory_slots and R > 1:
         offered = micro * streams_per_rank(config, R) * train.sequence_length
         share = {"all": 1.0, "every_nth": 1 / memory.write_every, "surprise": memory.write_share}[memory.write]
         sums = memory.fetch == "sums"
-        once = {**search_traffic(config, R, N),
-                "values": (R - 1) * N * H * (D if sums else 2 * D * K) * 4,
-                "gradients": (R - 1) * N * H * (2 * D + 2) * 4 if sums else 0}
+        once = {**search_traffic(config, G, N),
+                "values": (G - 1) * N * H * (D if sums else 2 * D * K) * 4,
+                "gradients": (G - 1) * N * H * (2 * D + 2) * 4 if sums else 0}
         traffic = {phase: layers * micro * size for phase, size in once.items()}
         vectors = math.ceil(share * offered) * 2 * H * D * BYTES[memory.dtype]
-        traffic["writes"] = layers * (R - 1) * (8 + offered * FACT_BYTES + vectors)
+        # Between memory groups the hits of every slot are added up, 8 bytes each.
+        counted = 2 * 8 * slots_per_rank(config, R, model.long_term_memory_slots) * (R // G - 1) // (R // G)
+        traffic["writes"] = layers * ((R - 1) * (8 + offered * FACT_BYTES + vectors) + counted)
         # A logged step measures recall on a sample: one search as it is, one exact.
         sample = min(memory.recall_queries, N)
-        traffic["recall"] = 2 * layers * sum(search_traffic(config, R, sample).values()) // train.log_every
+        traffic["recall"] = 2 * layers * sum(search_traffic(config, G, sample).values()) // train.log_every
     b, share_R = BYTES[train.precision], (R - 1) / R
     # stage 0: an all-reduce; 1 and 2: gradients to their owners, weights back; 3: weights twice and gradients once.
     passes = {"zero gradients": (2 if stage == 0 else 1) * micro,

@@ -108,6 +108,7 @@ class Experiences:
     """The experience bank of one model with the texts of this rank.
 
     Attributes:
+        group: all ranks.
         bank: the entries' keys, sharded, evicted and stored like any other bank.
         held: this rank's experiences by id, exactly those whose entries it holds.
     """
@@ -147,7 +148,7 @@ class Experiences:
         """Forgets the texts whose entries are gone; returns the token entries of those on all ranks. Collective."""
         live = set(self.bank.shard.columns["id"].tolist())
         gone = {id: self.held.pop(id).entries or {} for id in self.held.keys() - live}
-        everyones = {id: ranges for part in self.group.all_gather_object(gone) for id, ranges in part.items()}
+        everyones = {id: ranges for part in self.bank.inside.all_gather_object(gone) for id, ranges in part.items()}
         return [everyones[id] for id in sorted(everyones)]
 
     def find(self, text: str, *, top_k: int, namespace: Namespace | None, now: int) -> list[Retrieved]:
@@ -165,7 +166,7 @@ class Experiences:
         found = [(id, score) for id, score in zip(hits.id_HNK.flatten().tolist(), hits.score_HNK.flatten().tolist(),
                                                   strict=True) if id >= 0]
         mine = {id: self.held[id] for id, _ in found if id in self.held}
-        everyones = {id: one for part in self.group.all_gather_object(mine) for id, one in part.items()}
+        everyones = {id: one for part in self.bank.inside.all_gather_object(mine) for id, one in part.items()}
         return [_retrieved(everyones[id], score, now) for id, score in found]
 
     def _known(self, namespace: Namespace) -> int:
@@ -179,7 +180,7 @@ class Experiences:
     def namespaces(self) -> dict[Namespace, int]:
         """How many experiences each namespace holds, by its name or number, numbers first. Collective."""
         counts: Counter[Namespace] = Counter()
-        for part in self.group.all_gather_object(Counter(one.namespace for one in self.held.values())):
+        for part in self.bank.inside.all_gather_object(Counter(one.namespace for one in self.held.values())):
             counts.update(part)
         return dict(sorted(counts.items(), key=lambda item: (isinstance(item[0], str), item[0])))
 
@@ -193,7 +194,7 @@ class Experiences:
         Raises:
             ValueError: for an id or namespace that is not stored.
         """
-        everyones = {id: one for part in self.group.all_gather_object(self.held) for id, one in part.items()}
+        everyones = {id: one for part in self.bank.inside.all_gather_object(self.held) for id, one in part.items()}
         wanted = everyones.keys() if ids is None else {*ids}
         if unknown := sorted(wanted - everyones.keys()):
             raise ValueError(f"there is no experience with the id {', '.join(map(str, unknown[:8]))}; "
@@ -255,4 +256,4 @@ def delete_token_entries(banks: Mapping[int, LongTermMemory], gone: Sequence[Ran
 def live_token_entries(bank: LongTermMemory, ids: tuple[int, int]) -> int:
     """How many of these ids are (still) in a bank. Collective."""
     id_M = bank.shard.columns["id"]
-    return sum(bank.group.all_gather_object(int(((id_M >= ids[0]) & (id_M < ids[1])).sum())))
+    return sum(bank.inside.all_gather_object(int(((id_M >= ids[0]) & (id_M < ids[1])).sum())))

@@ -32,9 +32,9 @@ def texts_file(folder: Path | str, shard: int) -> Path:
 
 
 def experience_parts(experiences: Experiences) -> dict[str, Callable[[Path], None]]:
-    """The files of this rank's virtual shards by name; each holds a copy of what it will write."""
+    """The files that this rank writes (`bank.to_save`) by name; each holds a copy of what goes into it."""
     parts: dict[str, Callable[[Path], None]] = {}
-    for shard in experiences.bank.owned:
+    for shard in experiences.bank.to_save:
         state = experiences.bank.state(shard)
         ids = sorted(id for id in state["id"].tolist() if id >= 0)
         rows = [{"lmcode": "experiences", "format": FORMAT, "shard": shard},

@@ -7,6 +7,7 @@ The joint between two packages that do not know each other: `model/` (a plain mo
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ from lmcode.model.sampling import Decoding
 from lmcode.pretrained import Pretrained
 from lmcode.tokenizer import MIN_BPE_VOCAB, ByteTokenizer, Tokenizer, check_vocab
 
+log = logging.getLogger("lmcode")
 STORED_AT_ONCE = 256  # experiences whose token entries are in memory at the same time
 
 
@@ -45,7 +47,8 @@ class LMCODE(MemoryLM, Pretrained):
 
     Args:
         config: shape of the model; `long_term_memory_slots` = 0 leaves the banks out (the read keeps its local part).
-        memory: how the banks store, search and exchange.
+        memory: how the banks store, search and exchange. Memory groups (`group_size`) that do not share out the ranks become
+            one, with a warning: what they were trained with can be opened anywhere.
         group: the ranks that share the banks; this process alone by default.
         device: where the banks' rows live; the CPU by default.
 
@@ -56,6 +59,9 @@ class LMCODE(MemoryLM, Pretrained):
                  device: torch.device | str = "cpu") -> None:
         self.memory_config = memory or MemoryConfig()
         self.group = group or Group()
+        if self.group.size % max(1, self.memory_config.group_size) and self.group.size > 1:
+            log.warning("memory groups of %d ranks do not share out %d: all are one group", self.memory_config.group_size,
+                        self.group.size)
         banks = {}
         if config.long_term_memory_slots:
             for layer in config.memory_layer_indices:

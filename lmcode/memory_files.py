@@ -38,11 +38,11 @@ def make_folders(folder: Path, model: LMCODE) -> None:
 
 
 def memory_parts(model: LMCODE) -> Parts:
-    """This rank's files of all banks and experiences, by path; each holds a copy of what it will write."""
+    """The files that this rank writes of all banks and experiences, by path; each holds a copy of what goes into it."""
     parts: Parts = {}
     for layer, bank in model.banks.items():
         parts.update({shard_file(bank_folder(layer), shard).as_posix(): partial(save_shard, state=on_host(bank.state(shard)))
-                      for shard in bank.owned})
+                      for shard in bank.to_save})
     if model.has_experiences:
         parts.update({f"{EXPERIENCES}/{name}": write for name, write in experience_parts(model.experiences).items()})
     return parts

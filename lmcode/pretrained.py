@@ -284,6 +284,10 @@ def read(folder: Path, *, include_memory: bool, group: Group, device: torch.devi
         check_links(folder)
         config, memory, holds_memory = settings(folder)
         weights = load_weights(folder / WEIGHTS, config)
+    except ConfigError as error:
+        problem = str(error)
+    agree(group, problem)  # memory groups are made by all ranks or by none
+    try:
         try:
             model = LMCODE(config, memory=memory, group=group, device=device)
         except (RuntimeError, MemoryError) as error:

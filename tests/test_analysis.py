@@ -183,8 +183,12 @@ def test_flows_that_are_refused() -> None:
     assert memory_flow(model, torch.tensor([[1, 2, 3]])).gate_LT.shape == (2, 3), "a batch of one is a sequence"
 
 
-def analyse_on_a_rank() -> tuple[Any, ...]:
-    model = small_model(Group.world())
+def analyse_on_a_rank() -> list[tuple[Any, ...]]:
+    return [analyse(group_size) for group_size in (0, 1)]
+
+
+def analyse(group_size: int) -> tuple[Any, ...]:
+    model = small_model(Group.world(), memory={"group_size": group_size})
     remember(model, TEXTS, count_hits=False)
     columns = {layer: {name: column.tolist() for name, column in entry_columns(bank).items()}
                for layer, bank in model.banks.items()}
@@ -192,7 +196,7 @@ def analyse_on_a_rank() -> tuple[Any, ...]:
 
 
 def test_three_ranks_find_what_one_does() -> None:
-    alone, = run_on_ranks(analyse_on_a_rank, 1)
-    for rank in run_on_ranks(analyse_on_a_rank, 3):
-        assert rank[0] == alone[0] and rank[2] == alone[2]
-        assert str(rank[1]) == str(alone[1]), "nan is not equal to itself"
+    (alone, _), = run_on_ranks(analyse_on_a_rank, 1)
+    for found in [one for rank in run_on_ranks(analyse_on_a_rank, 3) for one in rank]:
+        assert found[0] == alone[0] and found[2] == alone[2]
+        assert str(found[1]) == str(alone[1]), "nan is not equal to itself"

@@ -97,10 +97,10 @@ def micro_batches(group: Group, step: int) -> list[Candidates]:
             for part in (slice(0, half), slice(half, None))]
 
 
-def count_bytes(group: Group) -> dict[tuple[str, str], dict[str, int]]:
+def count_bytes(group: Group, size: int) -> dict[tuple[str, str], dict[str, int]]:
     counted = {}
     for exchange, fetch in itertools.product(("all_gather", "all_to_all", "auto"), ("sums", "rows")):
-        bank = make_bank(group, exchange=exchange, fetch=fetch)
+        bank = make_bank(group, exchange=exchange, fetch=fetch, group_size=size)
         bank.write(*twins(60, 0), torch.arange(60) % 4)
         group.take()
         query = unit(H, 10, D, seed=group.rank).requires_grad_()
@@ -112,11 +112,11 @@ def count_bytes(group: Group) -> dict[tuple[str, str], dict[str, int]]:
     return counted
 
 
-def read_raggedly(group: Group) -> list[tuple[Tensor, ...]]:
+def read_raggedly(group: Group, size: int) -> list[tuple[Tensor, ...]]:
     """Rank r asks 3 * r queries (rank 0 none), then nobody asks any; returns hits, values and gradients."""
     seen = []
     for fetch, exchange in (("sums", "all_gather"), ("rows", "all_to_all")):
-        bank = make_bank(group, fetch=fetch, exchange=exchange)
+        bank = make_bank(group, fetch=fetch, exchange=exchange, group_size=size)
         bank.write(*twins(60, 0), torch.arange(60) % 4)
         for count in (3 * group.rank, 0):
             query = unit(H, 12, D, seed=5)[:, :count].clone().requires_grad_()
@@ -128,31 +128,46 @@ def read_raggedly(group: Group) -> list[tuple[Tensor, ...]]:
     return seen
 
 
-def read_small_banks(group: Group) -> list[Tensor]:
+def read_small_banks(group: Group, size: int) -> list[Tensor]:
     """Hits where some ranks have no entry, and where there are fewer entries than hits wanted."""
     found = []
     for tier, E in itertools.product(("exact", "faiss-flat"), (0, 1, 3)):
-        bank = make_bank(group, tier=tier, exchange="all_to_all")
+        bank = make_bank(group, tier=tier, exchange="all_to_all", group_size=size)
         bank.write(*twins(E, 0), torch.zeros(E).long())
         query = my_part(unit(H, 12, D, seed=1), group, 1)
         found.append(bank.search(query, torch.zeros(query.shape[1]).long()).id_HNK)
     return found
 
 
-def everything(operations: int) -> dict[str, Any]:
-    """One process's share of all checks on ranks."""
+def everything(operations: int, size: int) -> dict[str, Any]:
+    """One process's share of all checks on ranks, with memory groups of `size`."""
     group = Group.world()
-    follow_a_model(group, operations, seed=0)
-    runs = [train_a_little(group, settings) for settings in RUNS]
-    return {"runs": runs, "bytes": count_bytes(group), "ragged": read_raggedly(group), "small": read_small_banks(group)}
+    follow_a_model(group, operations, seed=0, group_size=size)
+    runs = [train_a_little(group, {**settings, "group_size": size}) for settings in RUNS]
+    return {"runs": runs, "bytes": count_bytes(group, size), "ragged": read_raggedly(group, size),
+            "small": read_small_banks(group, size)}
+
+
+def in_all_groups(operations: int, sizes: list[int]) -> dict[int, dict[str, Any]]:
+    return {size: everything(operations, size) for size in sizes}
 
 
 @cache
-def on_ranks(R: int) -> list[dict[str, Any]]:
-    return run_on_ranks(everything, R, 300 if R == 2 else 60) if R > 1 else [everything(0)]
+def _on_ranks(R: int) -> list[dict[int, dict[str, Any]]]:
+    return run_on_ranks(in_all_groups, R, 300 if R == 2 else 60, SIZES[R])
 
 
-RANKS = pytest.mark.parametrize("R", [2, 3, 4])
+def on_ranks(R: int, size: int = 0) -> list[dict[str, Any]]:
+    return [rank[size] for rank in _on_ranks(R)]
+
+
+@cache
+def on_one_rank() -> dict[str, Any]:
+    return everything(0, 0)
+
+
+SIZES = {2: [0], 3: [0], 4: [4, 2, 1]}  # of the memory groups, by the number of ranks; 0: all are one
+RANKS = pytest.mark.parametrize(("R", "size"), [(R, size) for R, sizes in SIZES.items() for size in sizes])
 
 
 # --- a model made of dicts ---------------------------------------------------------------------------------------
@@ -224,11 +239,11 @@ def check_hits(plain: PlainBank, query: np.ndarray, namespace: int, scope: str, 
     assert np.allclose(sorted(visible.values(), reverse=True)[:K], scores[:len(found)], atol=1e-5)
 
 
-def follow_a_model(group: Group | None, operations: int, seed: int) -> dict[str, int]:
+def follow_a_model(group: Group | None, operations: int, seed: int, group_size: int = 0) -> dict[str, int]:
     """Random operations on a bank and on the plain model, in step; every rank takes part in each and checks its own."""
     rng = np.random.default_rng(seed)
     bank = make_bank(group, slots=25, importance_growth=0.5, second_chance_importance=1.3, exchange="auto",
-                     tier=("exact", "faiss-flat")[seed % 2])
+                     tier=("exact", "faiss-flat")[seed % 2], group_size=group_size)
     plain, rank = PlainBank(25, bank.config), bank.group.rank
     for step in range(operations):
         action = rng.choice(["write", "delete", "search", "commit"], p=[0.3, 0.1, 0.3, 0.3])
@@ -321,8 +336,8 @@ def test_one_rank_follows_the_model_through_many_wraps(seed: int) -> None:
 
 
 @RANKS
-def test_hits_values_and_gradients_do_not_depend_on_the_number_of_ranks(R: int) -> None:
-    alone, together = on_ranks(1)[0]["runs"], [rank["runs"] for rank in on_ranks(R)]
+def test_hits_values_and_gradients_do_not_depend_on_the_number_of_ranks(R: int, size: int) -> None:
+    alone, together = on_one_rank()["runs"], [rank["runs"] for rank in on_ranks(R, size)]
     for run in range(len(alone)):
         for step in range(4):
             joined = {name: torch.cat([rank[run][name][step] for rank in together], dim=1)
@@ -336,16 +351,16 @@ def test_hits_values_and_gradients_do_not_depend_on_the_number_of_ranks(R: int) 
 
 
 @RANKS
-def test_contents_do_not_depend_on_the_number_of_ranks(R: int) -> None:
-    alone = on_ranks(1)[0]["runs"]
-    for rank in on_ranks(R):
+def test_contents_do_not_depend_on_the_number_of_ranks(R: int, size: int) -> None:
+    alone = on_one_rank()["runs"]
+    for rank in on_ranks(R, size):
         for run, wanted in zip(rank["runs"], alone, strict=True):
             assert run["hash"] == wanted["hash"]
             assert run["stats"] == wanted["stats"]
 
 
 def test_the_scenario_is_worth_its_name() -> None:
-    for run in on_ranks(1)[0]["runs"]:
+    for run in on_one_rank()["runs"]:
         last = run["stats"][-1]
         assert last["evicted"] > 0 and last["rejected"] > 0 and len(set(run["hash"])) == 4
         assert (run["id"][0] >= 0).all() and (run["id"][3] == -1).all()
@@ -373,24 +388,27 @@ def test_tiers_agree() -> None:
 
 
 @RANKS
-def test_bytes_are_those_of_the_formulas(R: int) -> None:
-    n, b, E = 10 * H, 4, 7
-    for rank in on_ranks(R):
-        for (exchange, fetch), counted in rank["bytes"].items():
-            lists = {"all_gather": R * 12 * n * K, "all_to_all": 12 * n * K + 16 * n}
-            wanted = {"queries": n * D * b + 10 * 8, "hits": lists.get(exchange, min(lists.values())),
-                      "values": n * D * b if fetch == "sums" else n * K * 2 * D * b,
-                      "gradients": n * (D + 2) * b + n * D * b, "writes": 8 + E * 16 + E * H * 2 * D * b}
+def test_bytes_are_those_of_the_formulas(R: int, size: int) -> None:
+    n, b, E, G = 10 * H, 4, 7, size or R
+    for rank, outcome in enumerate(on_ranks(R, size)):
+        slots = sum(capacity_of(shard, 90, S) for shard in range(rank % G, S, G))
+        for (exchange, fetch), counted in outcome["bytes"].items():
+            lists = {"all_gather": G * 12 * n * K, "all_to_all": 12 * n * K + 16 * n}
+            read = {"queries": n * D * b + 10 * 8, "hits": lists.get(exchange, min(lists.values())),
+                    "values": n * D * b if fetch == "sums" else n * K * 2 * D * b,
+                    "gradients": n * (D + 2) * b + n * D * b}
             if fetch == "rows":
-                del wanted["gradients"]
-            assert counted == {name: (R - 1) * size for name, size in wanted.items()}
+                del read["gradients"]
+            writes = (R - 1) * (8 + E * 16 + E * H * 2 * D * b) + 2 * 8 * slots * (R // G - 1) // (R // G)
+            # A group of one rank reads for nothing, and a single group has no hits to add up.
+            assert counted == {**{name: (G - 1) * each for name, each in read.items() if G > 1}, "writes": writes}
 
 
 @RANKS
-def test_ranks_may_ask_differently_many_queries(R: int) -> None:
+def test_ranks_may_ask_differently_many_queries(R: int, size: int) -> None:
     bank = make_bank()
     bank.write(*twins(60, 0), torch.arange(60) % 4)
-    for rank, outcome in enumerate(on_ranks(R)):
+    for rank, outcome in enumerate(on_ranks(R, size)):
         for at, (ids, value, lse, grad) in enumerate(outcome["ragged"]):
             count = 3 * rank if at % 2 == 0 else 0
             query = unit(H, 12, D, seed=5)[:, :count].clone().requires_grad_()
@@ -403,8 +421,8 @@ def test_ranks_may_ask_differently_many_queries(R: int) -> None:
 
 
 @RANKS
-def test_empty_shards_and_fewer_entries_than_hits(R: int) -> None:
-    alone, together = on_ranks(1)[0]["small"], [rank["small"] for rank in on_ranks(R)]
+def test_empty_shards_and_fewer_entries_than_hits(R: int, size: int) -> None:
+    alone, together = on_one_rank()["small"], [rank["small"] for rank in on_ranks(R, size)]
     for at, (wanted, E) in enumerate(zip(alone, (0, 1, 3) * 2, strict=True)):
         assert torch.equal(torch.cat([rank[at] for rank in together], 1), wanted)
         assert (wanted >= 0).sum(-1).eq(E).all()
@@ -518,9 +536,9 @@ def test_hits_by_rank() -> None:
     bank, *_ = filled()
     hits = bank.search(unit(H, 8, D, seed=1), torch.arange(8) % 4)
     assert bank.shares_by_rank(hits).tolist() == [hits.id_HNK.numel()]
-    bank.group = Fake(rank=0, size=3)
-    wanted = np.bincount(holder_of(hits.id_HNK.numpy().ravel(), S, 3), minlength=3)
-    assert bank.shares_by_rank(hits).tolist() == wanted.tolist()
+    bank.inside, bank.group = Fake(rank=1, size=3), Fake(rank=4, size=6)  # the second memory group of two
+    wanted = np.bincount(3 + holder_of(hits.id_HNK.numpy().ravel(), S, 3), minlength=6)
+    assert bank.shares_by_rank(hits).tolist() == wanted.tolist() and wanted[:3].sum() == 0
 
 
 # --- writing on one rank -----------------------------------------------------------------------------------------
@@ -630,6 +648,8 @@ def test_refusals() -> None:
         make_bank(slots=5)
     with pytest.raises(ConfigError, match="at least the number of ranks: 6 < 7"):
         make_bank(Group(rank=0, size=7))
+    with pytest.raises(ValueError, match="virtual_shards must be at least memory.group_size: 6 < 7"):
+        make_bank(group_size=7)
     bank, *_ = filled()
     query, names = torch.zeros(H, 3, D), torch.zeros(3).long()
     for bad_query, bad_names in ((query[:1], names), (query[..., 1:], names), (query, names[1:])):

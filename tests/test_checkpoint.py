@@ -8,8 +8,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,8 @@ import pytest
 import torch
 import yaml
 from ranks import run_on_ranks
+from safetensors.torch import load_file
+from small_job import Job, write_text
 from test_loop import settings, write_corpus
 
 from lmcode import cli, dist
@@ -117,9 +117,11 @@ RANKS = (1, 2, 3, 4)
 
 
 def grid_values(folder: Path, world_size: int) -> dict:
-    """Dropout would draw other numbers on other ranks; each number of ranks saves with another stage."""
+    """Dropout would draw other numbers on other ranks; each number of ranks saves with another stage, four in two memory
+    groups."""
     stage = STAGES[world_size - 1].removesuffix("-bf16")
-    return settings(folder, f"grid-{world_size}", train={"total_steps": WHOLE, "deepspeed": stage})
+    return settings(folder, f"grid-{world_size}", train={"total_steps": WHOLE, "deepspeed": stage},
+                    memory={"group_size": 2 if world_size == 4 else 0})
 
 
 def train_and_save(values: dict) -> str:
@@ -132,10 +134,10 @@ def train_and_save(values: dict) -> str:
 
 
 def load_grid(runs: list[dict]) -> list:
-    """Goes on from every run in the grid, with the stage of this number of ranks; nothing is written."""
-    stage, seen = grid_values(Path(), dist.discover().world_size)["train"]["deepspeed"], []
+    """Goes on from every run in the grid, with stage and memory groups of this number of ranks; nothing is written."""
+    mine, seen = grid_values(Path(), dist.discover().world_size), []
     for values in runs:
-        values = {**values, "train": {**values["train"], "deepspeed": stage}}
+        values = {**mine, "train": {**values["train"], "deepspeed": mine["train"]["deepspeed"]}, "data": values["data"]}
         session = resumed(values)
         content = session.model.banks[1].content_hash()
         results = [loop.train_step(session)]
@@ -248,8 +250,11 @@ def test_resume_falls_back_drops_what_lies_beyond_and_refuses_what_does_not_fit(
 def assert_tensorboard_has_no_overlap(run: Path, last: int) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, last + 1))
+    for tag in events.Tags()["scalars"]:
+        steps = [event.step for event in events.Scalars(tag)]
+        assert steps == sorted(set(steps)), tag
 
 
 def test_inference_reads_only_what_verifies(finished: Path) -> None:
@@ -292,7 +297,8 @@ def test_auto_needs_a_run_folder() -> None:
 
 @pytest.mark.parametrize(("section", "change"), [
     ("model", {"memory_head_dim": 16}), ("model", {"num_layers": 3}), ("model", {"short_term_memory_size": 8}),
-    ("memory", {"virtual_shards": 6}), ("memory", {"dtype": "bf16"}), ("train", {"seed": 1}), ("train", {"streams": 24}),
+    ("memory", {"virtual_shards": 6}), ("model", {"long_term_memory_slots": 600}), ("memory", {"dtype": "bf16"}),
+    ("train", {"seed": 1}), ("train", {"streams": 24}),
     ("train", {"betas": (0.5, 0.9)}), ("train", {"precision": "bf16"}), ("train", {"weight_decay": 0.5})])
 def test_what_must_not_change_is_named(finished: Path, section: str, change: dict) -> None:
     values = yaml.safe_load((finished / "config.yaml").read_text())
@@ -434,39 +440,60 @@ def test_the_command_line_hands_resume_on(monkeypatch: pytest.MonkeyPatch, finis
     assert cli.main(["train", "--resume", str(finished / "nowhere")]) == 2
 
 
-def start_job(config: Path, run: Path, steps: int) -> subprocess.Popen:
-    words = [sys.executable, "-m", "lmcode", "train", "--resume", "auto", "--config", str(config),
-             f"train.run_dir={run}", f"train.total_steps={steps}", "train.save_every=1"]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.Popen(words, cwd=Path(__file__).parents[1], env={**environment, "OMP_NUM_THREADS": "1"},
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+# Kills
 
 
-def test_kills_while_saving_and_resume_equal_one_run(folder: Path, tmp_path: Path) -> None:
-    chance, checkpoints = random.Random(1), tmp_path / "run" / "checkpoints"
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(values_of(folder, "killed", min_learning_rate=1.0)))
-    reached = 0
-    for _ in range(3):
-        process = start_job(config, tmp_path / "run", 10_000)
-        while len(durable.steps(checkpoints)) == 0 or durable.steps(checkpoints)[-1] <= durable.step_folder(
-                checkpoints, reached):
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
-        time.sleep(chance.random() * 0.3)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        found, skipped = durable.newest_verified(checkpoints)
-        assert skipped == []
-        reached = durable.verify(found).facts.step
-    process = start_job(config, tmp_path / "run", reached + 1)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    again = start_job(config, tmp_path / "run", reached + 1)
-    _, said = again.communicate(timeout=120)
-    assert again.returncode == 0 and "has already finished" in said
-    losses = [(row["step"], row["train/loss"]) for row in rows_of(tmp_path / "run") if "train/loss" in row]
-    straight = start_job(config, tmp_path / "straight", reached + 1)
-    straight.communicate(timeout=120)
-    assert losses == [(row["step"], row["train/loss"]) for row in rows_of(tmp_path / "straight") if "train/loss" in row]
-    assert sorted(path.name[:5] for path in checkpoints.iterdir()) == ["step-", "step-"]
+KILLED = ["train.save_every=1", "train.min_learning_rate=1.0", "train.memory_sample_ratio=0.25", "train.replay_slots=2000",
+          "model.dropout=0.1"]
+
+
+def kill_while_it_saves_every_step(folder: Path, text: Path, chance: random.Random) -> int:
+    """Starts a job, or lets it go on, and kills it soon after it has saved something new; the newest step on the disk."""
+    checkpoints = folder / "run" / "checkpoints"
+    reached = len(durable.steps(checkpoints)) and durable.step_of(durable.steps(checkpoints)[-1])[0]
+    with Job(folder, text, "--resume", "auto", *KILLED, "train.total_steps=10000", ranks=1) as job:
+        job.until(lambda: any(durable.step_of(path)[0] > reached for path in durable.steps(checkpoints)))
+        time.sleep(chance.random() * 0.2)
+        job.send(0, signal.SIGKILL)
+        assert job.end() == [-signal.SIGKILL]
+    found, skipped = durable.newest_verified(checkpoints)
+    assert skipped == []
+    return durable.step_of(found)[0]
+
+
+def train_to(folder: Path, text: Path, step: int) -> None:
+    with Job(folder, text, "--resume", "auto", *KILLED, f"train.total_steps={step}", ranks=1) as job:
+        assert job.end() == [0], job.said(0)[-3000:]
+
+
+def what_was_computed(run: Path) -> list[dict]:
+    """metrics.jsonl without speeds and seconds, in its order."""
+    kept = [{tag: value for tag, value in row.items() if not tag.startswith("perf/")} for row in rows_of(run)]
+    return [row for row in kept if len(row) > 1]
+
+
+def test_ten_kills_and_resumes_in_a_row_equal_one_run(tmp_path: Path) -> None:
+    """To the last bit: every file of the last checkpoint (weights, optimizer, generators, streams, banks with their hits,
+    and the spans for replay, which say what was read in which order), and every number that was recorded."""
+    text, chance = write_text(tmp_path / "text"), random.Random(1)
+    for name in ("killed", "straight"):
+        (tmp_path / name).mkdir()
+    reached = [kill_while_it_saves_every_step(tmp_path / "killed", text, chance) for _ in range(10)]
+    assert sorted(set(reached)) == reached, "each job got further than the one before"
+    last = reached[-1] + 1
+    train_to(tmp_path / "killed", text, last)
+    train_to(tmp_path / "straight", text, last)
+    killed, straight = (tmp_path / name / "run" for name in ("killed", "straight"))
+    assert what_was_computed(killed) == what_was_computed(straight)
+    assert [row["step"] for row in what_was_computed(killed) if "train/loss" in row] == list(range(1, last + 1))
+    folders = [run / "checkpoints" / f"step-{last:08d}" for run in (killed, straight)]
+    seals, others = (durable.verify(folder).files for folder in folders)
+    # Two files tell the seconds of training and the run's folder; safetensors shuffles the two entries of a replay's header.
+    assert {name for name in seals.keys() | others.keys() if seals.get(name) != others.get(name)} <= {
+        "trainer.json", "config.yaml", "replay.safetensors"}
+    spans, same = (load_file(folder / "replay.safetensors") for folder in folders)
+    assert all(torch.equal(spans[name], same[name]) for name in spans.keys() | same.keys()) and len(spans["number"]) > last
+    assert {"rng/rank-00000.safetensors", "model.safetensors"} <= seals.keys()
+    assert sum(name.startswith("banks/layer-01/") for name in seals) == 12
+    assert_tensorboard_has_no_overlap(killed, last)
+    assert sorted(path.name[:5] for path in (killed / "checkpoints").iterdir()) == ["step-", "step-"]

@@ -106,6 +106,7 @@ def test_train_reads_a_config_file(trained: list[RunConfig], tmp_path: Path) -> 
     (["train", "--config", "tiny"], "ending in .yaml"),
     (["config", "check", "train.deepspeed=zero5"], "got 'zero5'"),
     (["config", "check", "--world", "3"], "8 % (3 x 1)"),
+    (["config", "check", "--world", "4", "memory.group_size=3"], "4 % 3 != 0"),
     (["config", "check", "--world", "0"], "expected 1 or more: got 0"),
     (["config", "check", "--world", "two"], "invalid int value: 'two'"),
     (["config", "schema", "a.b=1"], "does not understand 'a.b=1'"),

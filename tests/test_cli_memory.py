@@ -8,21 +8,29 @@ import os
 import shlex
 import shutil
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_on_ranks
+from safetensors.numpy import load_file
 from test_loop import settings, write_corpus
+from test_reshard import plain, states_of
 
-from lmcode import cli, dist
-from lmcode.config import RunConfig, build
+from lmcode import LMCODE, cli, dist
+from lmcode.config import ConfigError, RunConfig, build
+from lmcode.memory import LongTermMemory
+from lmcode.presets import load_run_config
 from lmcode.train import checkpoint, durable, loop
+from lmcode.train.replay import ReplaySampler
+from lmcode.train.start import open_run
 
-KINDS = ("add", "search", "stats", "inspect", "export", "import", "delete", "expire", "consolidate", "verify")
+KINDS = ("add", "search", "stats", "inspect", "export", "import", "delete", "expire", "consolidate", "reshard", "verify")
 TEXTS = ["The key is under the mat", "Call me Ishmael, some years ago", "A whale is no fish\nsays nobody"]
 
 
@@ -38,13 +46,32 @@ def train(values: dict[str, Any], *resumes: str | None) -> list[int]:
     return [loop.run(build(RunConfig, values), resume=resume) for resume in resumes]
 
 
+def values_of(folder: Path, run: Path, total_steps: int) -> dict[str, Any]:
+    """A quarter of each batch is replayed."""
+    return settings(folder, "x", memory={"experience_slots": 60},
+                    train={"total_steps": total_steps, "save_every": 2, "memory_sample_ratio": 0.25, "replay_slots": 100,
+                           "run_dir": str(run)})
+
+
+def train_and_listen(values: dict[str, Any], *resumes: str | None) -> tuple[list[int], list[list[int]]]:
+    """Exit codes as `train`, and the tokens of all rows that were replayed."""
+    heard, mix = [], ReplaySampler._mix
+
+    def listening(self: ReplaySampler, step: int) -> Any:
+        batch, place_N = mix(self, step)
+        heard.extend(batch.input_ids_BT[row].tolist() for row in torch.nonzero(batch.replayed_B).flatten())
+        return batch, place_N
+
+    ReplaySampler._mix = listening
+    return train(values, *resumes), heard
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """runs/trained: four steps on two ranks, checkpoints at 2 and 4."""
     folder = tmp_path_factory.mktemp("memory")
     write_corpus(folder)
-    values = settings(folder, "trained", train={"total_steps": 4, "save_every": 2}, memory={"experience_slots": 60})
-    assert run_on_ranks(train, 2, values, None) == [[0]] * 2
+    assert run_on_ranks(train, 2, values_of(folder, folder / "runs" / "trained", 4), None) == [[0]] * 2
     return folder
 
 
@@ -117,15 +144,157 @@ def test_export_and_import_give_the_same_bytes(run: Path, said: Callable[..., st
     assert "cannot be written" in said("export", run, "--output", file, code=2)
 
 
-def test_training_goes_on_with_the_experiences(folder: Path, run: Path, said: Callable[..., str]) -> None:
-    said("add", run, *TEXTS)
+def spans_of(path: Path) -> dict[int, list[bytes]]:
+    """What a checkpoint keeps for replay, by namespace: the tokens of each span as they lie in the file."""
+    spans = load_file(path / "replay.safetensors")
+    found: dict[int, list[bytes]] = {}
+    for namespace, length, token_X in zip(spans["namespace"], spans["length"], spans["token"], strict=True):
+        found.setdefault(int(namespace), []).append(token_X[:length + 1].tobytes())
+    return found
+
+
+def content_of(path: Path) -> bytes:
+    """Every byte of every file."""
+    return b"".join(file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file())
+
+
+def loaded_bank(path: Path) -> LongTermMemory:
+    return checkpoint.load_model(path, [], group=dist.Group(), device=torch.device("cpu"))[0].banks[1]
+
+
+def secrets_of(path: Path, namespace: int) -> list[bytes]:
+    """What a memory and a replay store hold of a namespace and of nothing else: vectors of the bank, and spans."""
+    shard = loaded_bank(path).shard
+    names, vectors = shard.columns["namespace"], [row.numpy().tobytes() for row in shard.value_HMD[0]]
+    mine = [vectors[slot] for slot in np.flatnonzero(names == namespace) if vectors.count(vectors[slot]) == 1]
+    assert mine
+    return [*mine, *spans_of(path)[namespace]]
+
+
+def test_training_goes_on_without_what_was_deleted_and_resharded(folder: Path, run: Path, said: Callable[..., str]) -> None:
+    """What is deleted is in no byte of what is left and is not replayed; a job that is started with the words of before the
+    reshard goes on with what that made, again and again."""
+    folders = run / "checkpoints"
+    said("add", run, *TEXTS[:2])
+    namespace = next(name for name, mine in spans_of(folders / "step-00000004.1").items() if name and len(mine) > 1)
+    said("add", run, TEXTS[2], "--namespace", namespace)
+    before = folders / "step-00000004.2"
+    spans, gone = spans_of(before).pop(namespace), [b"A whale is no fish", *secrets_of(before, namespace)]
+    kept = [span for name, some in spans_of(before).items() if name != namespace for span in some]
+    entries = int((loaded_bank(before).shard.columns["namespace"] == namespace).sum())
+    content = content_of(before)
+    assert all(secret in content for secret in [*gone, *kept])
+
+    done = json.loads(said("delete", run, "--namespace", namespace, "--json"))
+    assert (done["count"], done["entries"], done["replay_spans"]) == (1, entries, len(spans))
+    assert "slots are the fewest that hold everything" in said("reshard", run, "--virtual-shards", 5, "--slots", 5, code=2)
+    assert "from 12 to 5 virtual shards, 600 slots a layer" in said("reshard", run, "--virtual-shards", 5, "--slots", 600)
+    assert checkpoints(run) == ["step-00000002", "step-00000004.4"]
+    content = content_of(folders / "step-00000004.4")
+    assert not [secret for secret in gone if secret in content] and all(span in content for span in kept)
+
     stored = said("export", run)
-    values = settings(folder, "x", memory={"experience_slots": 60},
-                      train={"total_steps": 6, "save_every": 2, "run_dir": str(run)})
-    assert run_on_ranks(train, 2, values, "auto", "auto") == [[0, 0]] * 2, "a finished run stays finished"
-    assert checkpoints(run) == ["step-00000004.1", "step-00000006"]
+    ranks = run_on_ranks(train_and_listen, 2, values_of(folder, run, 6), "auto", "auto")
+    assert [codes for codes, _ in ranks] == [[0, 0]] * 2, "a finished run stays finished"
+    replayed = [np.array(row, np.int32).tobytes() for row in ranks[0][1]]
+    assert replayed and not [row for row in replayed for span in spans if row.startswith(span[:-4])]
+    assert checkpoints(run) == ["step-00000004.4", "step-00000006"]
+    assert "experiences" in {path.name for path in (folders / "step-00000006").iterdir()}
+    content = content_of(folders / "step-00000006")
+    assert not [secret for secret in gone if secret in content]
     assert said("export", run) == stored and TEXTS[0] in said("search", run, "key under")
-    assert "experiences" in {path.name for path in (run / "checkpoints" / "step-00000006").iterdir()}
+    check_what_resumes(folder, run)
+
+
+def check_what_resumes(folder: Path, run: Path) -> None:
+    """After a reshard from 12 to 5 virtual shards and from 480 to 600 slots."""
+    for name, number, goes_on in (("memory.virtual_shards", 12, True), ("memory.virtual_shards", 5, True),
+                                  ("memory.virtual_shards", 6, False), ("model.long_term_memory_slots", 480, True),
+                                  ("model.long_term_memory_slots", 700, False)):
+        config = checkpoint.with_numbers(build(RunConfig, values_of(folder, run, 6)), {name: number})
+        if goes_on:
+            start = open_run(config, dist.Group(), "auto")
+            start.close()
+            assert checkpoint.stored_sizes(checkpoint.with_numbers(config, start.resharded)) == {
+                "memory.virtual_shards": 5, "memory.experience_slots": 60, "model.long_term_memory_slots": 600}
+            continue
+        with pytest.raises(ConfigError, match=f"{name} must be that of the checkpoint"):
+            open_run(config, dist.Group(), "auto")
+
+
+def found_in(run: Path) -> list[tuple[int, float, str]]:
+    model, *_ = checkpoint.load_model(run, [], group=dist.Group(), device=torch.device("cpu"))
+    return [(one.id, one.score, one.text) for one in model.query_memory("Ishmael, some years")[0]]
+
+
+def test_a_reshard_changes_where_things_lie_and_nothing_else(run: Path, said: Callable[..., str]) -> None:
+    said("add", run, *TEXTS, "--namespace", "house")
+    folder = run / "checkpoints" / "step-00000004.1"
+    bank, found = loaded_bank(folder), found_in(run)
+    assert "12 virtual shards" in said("stats", run)
+    done = json.loads(said("reshard", run, "--virtual-shards", 30, "--slots", 900, "--experience-slots", 90, "--json"))
+    assert done == {"count": 3 + bank.stats()["live"], "former": 12, "virtual_shards": 30, "slots": 900,
+                    "experience_slots": 90, "checkpoint": "step-00000004.2", "older_checkpoints": ["step-00000002"]}
+    new = run / "checkpoints" / "step-00000004.2"
+    assert plain(states_of(loaded_bank(new))) == plain(states_of(bank))
+    stats = json.loads(said("stats", run, "--json"))
+    assert (stats["virtual_shards"], stats["banks"]["layer 1"]["slots"], stats["experiences"]["slots"]) == (30, 900, 90)
+    assert found_in(run) == found
+    assert said("verify", run) == "step-00000002: ok\nstep-00000004.2: ok\n"
+    facts = durable.read_manifest(new).facts
+    assert facts.virtual_shards == 30 and facts.config == durable.digest(new / "config.yaml")
+    assert load_run_config(new / "config.yaml").memory.virtual_shards == 30
+    values = values_of(run.parent, run, 6)
+    values["memory"]["virtual_shards"] = 31
+    with pytest.raises(ConfigError, match="memory.virtual_shards must be that of the checkpoint"):
+        open_run(build(RunConfig, values), dist.Group(), "auto")
+
+
+def test_spans_go_with_the_namespace_of_what_is_deleted(run: Path, said: Callable[..., str], tmp_path: Path) -> None:
+    """By id, by age, by namespace; and only those: a text that is older than its neighbours takes theirs along."""
+    spans = spans_of(run / "checkpoints" / "step-00000004")
+    first, second, third, *_ = (name for name in spans if name)
+    rows = [{"text": f"text {name}", "namespace": name, "stored_at": moment}
+            for name, moment in ((first, 5), (first, int(time.time())), (second, 5), ("house", 5))]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said("import", run, file)
+    assert "deleted 1 experiences, 9 entries of layers' banks and 0 replay spans" in said("delete", run, "--id", 3)
+    done = json.loads(said("expire", run, "--older-than", "1h", "--namespace", first, "--json"))
+    assert (done["count"], done["replay_spans"]) == (1, len(spans.pop(first)))
+    assert spans_of(run / "checkpoints" / done["checkpoint"]) == spans
+    done = json.loads(said("expire", run, "--older-than", "1h", "--json"))
+    assert (done["count"], done["replay_spans"]) == (1, len(spans.pop(second)))
+    live = loaded_bank(run / "checkpoints" / done["checkpoint"]).shard.columns["namespace"]
+    assert (live == second).any() and (live == third).any(), "a document's entries have no time of day"
+    done = json.loads(said("delete", run, "--namespace", third, "--json"))
+    assert (done["count"], done["entries"]) == (0, int((live == third).sum()))
+    assert done["replay_spans"] == len(spans.pop(third))
+    assert spans_of(run / "checkpoints" / done["checkpoint"]) == spans
+    assert "nothing is stored under the namespace" in said("delete", run, "--namespace", third, code=2)
+
+
+def test_a_saved_model_is_looked_at_and_resharded_into_another_folder(run: Path, said: Callable[..., str], tmp_path: Path
+                                                                      ) -> None:
+    said("add", run, *TEXTS)
+    model, *_ = checkpoint.load_model(run, [], group=dist.Group(), device=torch.device("cpu"))
+    old, new = tmp_path / "old", tmp_path / "new"
+    model.save_pretrained(old)
+    before, stored = content_of(old), said("export", old)
+    assert stored == said("export", run) and "12 virtual shards" in said("stats", old)
+    assert "--out must be a new folder, got none" in said("reshard", old, "--virtual-shards", 5, "--slots", 600, code=2)
+    assert "which exists" in said("reshard", old, "--virtual-shards", 5, "--slots", 600, "--out", run, code=2)
+    assert "slots are the fewest" in said("reshard", old, "--virtual-shards", 1, "--slots", 5, "--out", new, code=2)
+    done = json.loads(said("reshard", old, "--virtual-shards", 5, "--slots", 600, "--out", new, "--json"))
+    assert (done["virtual_shards"], done["folder"]) == (5, str(new)) and content_of(old) == before
+    assert "5 virtual shards" in said("stats", new) and said("export", new) == stored
+    assert "this command changes runs" in said("add", old, "x", code=2)
+    assert "runs/trained" not in str(old) and not (old / "writer.lock").exists()
+    model.save_pretrained(tmp_path / "without", include_memory=False)
+    LMCODE(model.config.model_copy(update={"long_term_memory_slots": 0})).save_pretrained(tmp_path / "bare")
+    for name, reason in (("without", "was saved without its memory"), ("bare", "has no long-term memory")):
+        assert reason in said("reshard", tmp_path / name, "--virtual-shards", 5, "--out", new / "x", code=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "new", "old", "run", "without"]
 
 
 def test_a_change_that_breaks_off_leaves_the_old_memory_or_the_new(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +393,15 @@ def test_a_bad_line_changes_nothing(run: Path, said: Callable[..., str], tmp_pat
     (["delete", "RUN", "--id", "5"], "no experience with the id 5; 0 are stored"),
     (["search", "RUN", "x", "--namespace", "nowhere"], "nothing is stored under the namespace 'nowhere'"),
     (["search", "RUN", "x", "--top-k", "0"], "expected 1 or more"), (["inspect", "RUN", "3"], "no experience with the id 3"),
+    (["delete", "RUN", "--namespace", "nowhere"], "nothing is stored under the namespace 'nowhere'"),
+    (["reshard", "RUN"], "--virtual-shards"), (["reshard", "RUN", "--virtual-shards", "0"], "expected 1 or more: got 0"),
+    (["reshard", "RUN", "--virtual-shards", "4.5"], "invalid int value: '4.5'"),
+    (["reshard", "RUN", "--virtual-shards", "481"], "slots must be at least the number of virtual shards: 480 < 481"),
+    (["reshard", "RUN", "--virtual-shards", "61"], "experience_slots must be at least the number of virtual shards: 60"),
+    (["reshard", "RUN", "--virtual-shards", "2", "--slots", "4"], "slots are the fewest that hold everything"),
+    (["reshard", "RUN", "--virtual-shards", "2", "--out", "x"], "--out is for saved models"),
+    (["reshard", "RUNN", "--virtual-shards", "2"], "there is no run folder"),
+    (["reshard", "RUN/checkpoints/step-00000002", "--virtual-shards", "2"], "only the newest checkpoint can be changed"),
     (["expire", "RUN", "--older-than", "soon"], "such as 30d"), (["expire", "RUN"], "--older-than"),
     (["consolidate", "RUN", "--threshold", "3"], "2 or less"), (["forget", "RUN"], "has no command 'forget'"),
     (["stats", "RUN", "--jsn"], "Did you mean '--json'"), (["stats", "RUNN"], "there is no run folder"),

@@ -42,6 +42,8 @@ def test_overrides_win_and_leave_the_rest_alone() -> None:
     ("model.memory_layers=[4]", ["0..3", "4"]),
     ("model.memory_layers=[1, 1]", ["repeat"]),
     ("memory.tier=hnsw", ["tier", "exact", "hnsw"]),
+    ("memory.group_size=13", ["virtual_shards", "group_size", "12 < 13"]),
+    ("memory.group_size=-2", ["group_size", "-2"]),
     ("train.sequence_length=512", ["sequence_length", "context_length", "512"]),
     ("model.retrieval_stride=7", ["multiple", "retrieval_stride"]),
     ("train.gradient_accumulation_steps=3", ["multiple", "3"]),
@@ -78,6 +80,20 @@ def test_more_ranks_than_virtual_shards_are_refused() -> None:
     config = load_run_config("tiny", ["train.streams=16", "eval.streams=16"])
     with pytest.raises(ConfigError, match="virtual_shards must be at least the number of ranks: 12 < 16"):
         config.check_world_size(16)
+
+
+@pytest.mark.parametrize(("size", "world_size"), [(2, 1), (3, 2), (3, 4), (8, 4)])
+def test_memory_groups_that_do_not_share_out_the_ranks_are_refused(size: int, world_size: int) -> None:
+    config = load_run_config("tiny", [f"memory.group_size={size}"])
+    with pytest.raises(ConfigError, match=f"must be a multiple of memory.group_size .*: {world_size} % {size} != 0"):
+        config.check_world_size(world_size)
+    assert config.memory.ranks_per_group(world_size) == world_size, "opened by these ranks the memory is one group's"
+
+
+def test_only_a_memory_groups_ranks_need_virtual_shards() -> None:
+    config = load_run_config("tiny", ["train.streams=16", "eval.streams=16", "memory.group_size=8"])
+    config.check_world_size(16)
+    assert config.memory.ranks_per_group(16) == 8
 
 
 def test_python_users_get_the_near_match_too() -> None:

@@ -149,7 +149,7 @@ def test_it_does_what_the_slow_model_does(settings: dict[str, Any], seed: int,
 
 
 def follow(group: Group, settings: dict[str, Any]) -> dict[str, Any]:
-    """Writes, reads and consolidates in turn; everything here must not depend on the number of ranks."""
+    """Writes, reads and consolidates in turn; everything here must not depend on ranks and memory groups."""
     bank = make_bank(group, slots=250, **settings)
     seen: dict[str, list] = {"reports": [], "hashes": [], "hits": [], "merged": []}
     for step, threshold in enumerate((0.05, 0.1, 0.5, 0.1)):
@@ -169,6 +169,9 @@ def follow_all() -> list[dict[str, Any]]:
     assert tuple(empty.consolidate(0.1)) == (0.1, 0, 0)
     empty.write(*crowd(1, seed=0), names_of(1))
     assert tuple(empty.consolidate(2.0)) == (2.0, 1, 0)
+    if group.size == 4:
+        for settings, size in zip(RUNS, (2, 1, 2), strict=True):
+            assert follow(group, {**settings, "group_size": size}) == follow(group, settings)
     return [follow(group, settings) for settings in RUNS]
 
 

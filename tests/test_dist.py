@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import socket
+
 import pytest
 import torch
 from ranks import run_on_ranks
 
-from lmcode import dist
+from lmcode import dist, network
 from lmcode.dist import Group
 
 
@@ -36,10 +40,54 @@ def collectives() -> dict:
     seconds, received = group.take()
     result["bytes"], result["timed"] = received, sorted(seconds)
     result["after_take"] = group.take()
+    result["rows"] = group.all_gather_rows(rows[:r], [min(one, 2) for one in range(R)], phase="rows").tolist()
+    result["ints"] = group.all_gather_int(10 * r, phase="ints", device=rows.device)
+    group.take()
+    result["network"] = network_said(group)
+    result["splits"] = {size: split_up(group, size) for size in range(1, R + 1) if R % size == 0}
     return result
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+def network_said(group: Group) -> list[tuple[str, str]]:
+    """What this rank logs about the network: as it is, and with a variable that is another on each rank."""
+    said: list[tuple[str, str]] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append((record.levelname, record.getMessage()))
+
+    network.log.addHandler(Keep())
+    network.log.setLevel(logging.INFO)
+    for value in ("WARN", str(group.rank)):
+        os.environ["NCCL_DEBUG"] = value
+        network.announce(group)
+    return said
+
+
+def check_network(said: list[tuple[str, str]], rank: int, ranks: int) -> None:
+    if rank > 0:
+        assert said == [], "rank 0 speaks for all"
+        return
+    (level, line), _, (warning, text) = said
+    assert (level, warning) == ("INFO", "WARNING")
+    assert {"NCCL_DEBUG=WARN", "OMP_NUM_THREADS=1", "MASTER_ADDR=127.0.0.1"} <= set(line.replace(";", "").split())
+    here = socket.gethostname()
+    assert f"ranks listen: {here} " in line and line.endswith(socket.gethostbyname(here)), "the address that gloo has chosen"
+    assert text == "ranks differ in what is set: NCCL_DEBUG is " + " and ".join(f"{r} on ranks {r}" for r in range(ranks))
+
+
+def split_up(group: Group, size: int) -> dict:
+    """Who is in the two parts of this rank, and what their collectives cost."""
+    (inside, between), calls = group.split(size), group.calls
+    assert group.split(size) == (inside, between), "made once"
+    members = [part.all_gather_int(group.rank, phase=name, device=torch.device("cpu"))
+               for name, part in (("inside", inside), ("between", between))]
+    places = (inside.rank, inside.size), (between.rank, between.size)
+    return {"members": members, "places": places, "bytes": group.take()[1], "calls": group.calls - calls,
+            "of their own": (inside is not group and inside.take()[1], between is not group and between.take()[1])}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_collectives_move_what_they_say_and_count_it(world_size: int) -> None:
     R = world_size
     rows = [torch.arange(6.0).view(2, 3) + 100 * r for r in range(R)]
@@ -53,10 +101,29 @@ def test_collectives_move_what_they_say_and_count_it(world_size: int) -> None:
         assert result["unchanged"] == rows[rank].tolist()
         assert result["objects"] == list(range(R))
         assert result["empty"] == (0, 5)
+        check_network(result["network"], rank, R)
         assert result["bytes"] == {"gather": (R - 1) * 24, "exchange": (R - 1) * 24, "scatter": (R - 1) * 24,
                                    "reduce": 2 * 24 * (R - 1) // R, "empty": 0}
         assert result["timed"] == sorted(result["bytes"])
         assert result["after_take"] == ({}, {})
+        assert result["rows"] == torch.cat([one[:r] for r, one in enumerate(rows)]).tolist()
+        assert result["ints"] == [10 * r for r in range(R)]
+        for size, split in result["splits"].items():
+            first, number = rank // size * size, R // size
+            assert split["members"] == [list(range(first, first + size)), list(range(rank % size, R, size))]
+            assert split["places"] == ((rank % size, size), (rank // size, number))
+            sizes = {"inside": size, "between": number}
+            assert split["bytes"] == {name: 8 * (ranks - 1) for name, ranks in sizes.items() if ranks > 1}
+            assert split["calls"] == sum(ranks > 1 for ranks in sizes.values())
+            assert not any(split["of their own"]), "what parts cost is counted by the whole"
+
+
+def test_parts_must_share_out_the_ranks() -> None:
+    alone = Group()
+    assert alone.split(1) == (alone, alone)
+    for size in (0, 2, 4):
+        with pytest.raises(ValueError, match=f"must divide the number of ranks: 3 % {size} != 0"):
+            Group(size=3).split(size)
 
 
 @pytest.mark.parametrize(("env", "expected"), [

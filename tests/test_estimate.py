@@ -82,7 +82,8 @@ def counted_by(group: Group, config: RunConfig) -> dict[str, int]:
 
 
 def test_traffic_is_what_the_group_counts() -> None:
-    settings = [{}, {"exchange": "all_to_all", "dtype": "bf16"}, {"write": "every_nth"}, {"fetch": "rows"}]
+    settings = [{}, {"exchange": "all_to_all", "dtype": "bf16"}, {"write": "every_nth"}, {"fetch": "rows"},
+                {"group_size": 1}]
     configs = [config_of(**memory) for memory in settings]
     for counted in run_on_ranks(counted_bytes, 2, configs):
         for config, memory, phases in zip(configs, settings, counted, strict=True):
@@ -112,6 +113,17 @@ def test_banks_and_activations_shrink_with_ranks_and_checkpoints_do_not() -> Non
     for part in ("bank", "activations", "logits"):
         assert four.memory[part] == pytest.approx(one.memory[part] / 4, rel=0.01)
     assert one.checkpoint == four.checkpoint
+
+
+def test_a_memory_group_holds_the_whole_bank_and_reads_for_itself() -> None:
+    two, four, eight = (estimate(load_run_config("small", [f"memory.group_size={size}"]), 8) for size in (2, 4, 8))
+    assert eight == estimate(load_run_config("small"), 8)
+    for less, more in ((two, four), (four, eight)):
+        assert less.memory["bank"] == pytest.approx(2 * more.memory["bank"], rel=0.01)
+        assert less.checkpoint == more.checkpoint
+        for phase in ("queries", "hits", "values", "gradients"):
+            assert less.traffic[phase] < more.traffic[phase], phase
+        assert less.traffic["writes"] > more.traffic["writes"], "hits are added up between groups"
 
 
 def test_offloading_moves_the_states_from_a_gpu_to_its_host() -> None:
@@ -153,7 +165,8 @@ def test_the_command_prints_the_same_numbers_as_a_table_and_as_json(capsys: pyte
 
 @pytest.mark.parametrize(("words", "message"), [
     ([], "--world"), (["--world", "0"], "1 or more"), (["--world", "3"], "8 % (3 x 1)"),
-    (["--world", "2", "--device", "tpu"], "tpu"), (["--world", "2", "model.hidden=3"], "hidden")])
+    (["--world", "2", "--device", "tpu"], "tpu"), (["--world", "2", "model.hidden=3"], "hidden"),
+    (["--world", "4", "memory.group_size=3"], "4 % 3 != 0")])
 def test_what_cannot_be_estimated_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["estimate", *words]) == 2
     out, err = capsys.readouterr()

@@ -104,8 +104,9 @@ def test_the_job_wraps_the_ring_and_learns(reference: dict) -> None:
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_losses_ids_and_hits_do_not_depend_on_the_number_of_ranks(folder: Path, reference: dict,
                                                                   world_size: int) -> None:
-    results = run_on_ranks(train_all, world_size, [settings(folder, f"ranks-{world_size}")])
-    for (result,) in results:
+    sizes = (0, 2, 1) if world_size == 4 else (0,)  # of the memory groups
+    jobs = [settings(folder, f"ranks-{world_size}-{size}", memory={"group_size": size}) for size in sizes]
+    for result in [one for rank in run_on_ranks(train_all, world_size, jobs) for one in rank]:
         assert_same(result, reference)
         for came, expected in zip(result["hits"], reference["hits"], strict=True):
             same = (came == expected).mean()
@@ -211,12 +212,16 @@ def load_and_hash(run: Path) -> tuple[str, int]:
 
 
 def test_a_run_folder_holds_what_the_readme_says_and_loads_on_another_number_of_ranks(folder: Path) -> None:
-    values = settings(folder, "whole", eval={"every": 2}, train={"save_every": 2, "save_total_limit": 2})
+    values = settings(folder, "whole", eval={"every": 2}, train={"save_every": 2, "save_total_limit": 2},
+                      memory={"group_size": 1})
     content, run = run_on_ranks(run_whole_job, 2, values)[0]
     assert run_on_ranks(load_and_hash, 3, run) == [(content, STEPS)] * 3
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000004", "step-00000005"]
     for name in ("config.yaml", "ds_config.json", "metrics.jsonl", "summary.txt", "tensorboard"):
         assert (run / name).exists(), name
+    summary = (run / "summary.txt").read_text()
+    assert "over the ranks of each of 2 memory groups\n  layer 1: rank 0 480  rank 1 480\n" in summary
+    assert "100.0 % from rank 0  0.0 % from rank 1\n" in summary and "0.0 % from rank 0  100.0 % from rank 1\n" in summary
 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     words = {key for row in rows for key in row}

@@ -113,17 +113,21 @@ def test_refusals() -> None:
         monitor.record_step(3, output)
 
 
-def record_on_a_rank() -> dict:
-    model = small_model(Group.world())
-    remember(model, TEXTS, count_hits=False)
-    monitor = MemoryMonitor(model)
-    monitor.record_step(5, read(model))
-    return monitor.history
+def record_on_a_rank() -> list[dict]:
+    histories = []
+    for group_size in (0, 1):
+        model = small_model(Group.world(), memory={"group_size": group_size})
+        remember(model, TEXTS, count_hits=False)
+        monitor = MemoryMonitor(model)
+        monitor.record_step(5, read(model))
+        histories.append(monitor.history)
+    return histories
 
 
 def test_two_ranks_record_what_one_does() -> None:
     (alone,), both = run_on_ranks(record_on_a_rank, 1), run_on_ranks(record_on_a_rank, 2)
     assert both[0] == both[1]
-    for layer, row in both[0].items():
-        for name in MEASURES:
-            assert row[name] == pytest.approx(alone[layer][name], rel=1e-5), (layer, name)
+    for came, wanted in zip(both[0], alone, strict=True):
+        for layer, row in came.items():
+            for name in MEASURES:
+                assert row[name] == pytest.approx(wanted[layer][name], rel=1e-5), (layer, name)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lmcode import LMCODE, BPETokenizer, ByteTokenizer, ConfigError, LMCODEConfig, MemoryConfig, pretrained, replace
 from lmcode.dist import Group
+from lmcode.resharding import reshard_memory
 from lmcode.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from tests.ranks import run_on_ranks
 
@@ -59,8 +60,19 @@ def resave(source: str, target: str) -> dict[str, Any]:
         model.banks[2].state = lambda shard: (_ for _ in ()).throw(OSError("disk full"))
     told["failed"] = message_of(lambda: model.save_pretrained(target))
     group.barrier()
+    told["resharded"] = resharded(source, group)
     told["left"] = sorted(path.name for path in replace.beside(Path(target)).glob(".*"))
     return told
+
+
+def resharded(source: str | Path, group: Group | None = None) -> tuple[int, dict[str, Any], list[str]]:
+    """What a model with other numbers of virtual shards and slots remembers, and what it refuses."""
+    model = LMCODE.from_pretrained(source, group=group)
+    count = reshard_memory(model, 3, slots=300, experience_slots=50)
+    facts = facts_of(model)
+    refusals = [message_of(lambda n=n: reshard_memory(model, *n[:1], slots=n[1])) for n in ((400, None), (3, 4))]
+    assert facts_of(model) == facts, "a refusal changes nothing"
+    return count, facts, refusals
 
 
 def message_of(action: Callable[[], Any]) -> str:
@@ -115,6 +127,7 @@ def test_one_rank_two_ranks_one_rank(told: LMCODE, original: Path, tmp_path: Pat
     assert "disk full" in one["failed"] and "rank 1" in one["failed"] and one["left"] == []
     assert hashes(tmp_path / "one") == hashes(original), "a failure leaves the old folder"
     assert facts_of(LMCODE.from_pretrained(tmp_path / "one")) == facts_of(told)
+    assert one["resharded"] == resharded(original)
 
 
 def test_the_byte_tokenizer_stays_what_it_is(tmp_path: Path) -> None:

@@ -34,14 +34,18 @@ def used_bank(group: Group | None = None, **settings: object) -> LongTermMemory:
     return bank
 
 
-def save_on_ranks(folder: str) -> str:
-    bank = used_bank(Group.world())
-    save_bank(folder, bank)
-    return bank.content_hash()
+def save_on_ranks(folder: str, in_groups: str) -> list[str]:
+    group, contents = Group.world(), []
+    for place, size in ((folder, 0), (in_groups, 2)):
+        bank = used_bank(group, group_size=size)
+        assert len(set(group.all_gather_object(bank.to_save))) == group.size, "no file is written twice"
+        save_bank(place, bank)
+        contents.append(bank.content_hash())
+    return contents
 
 
-def load_on_ranks(folder: str, damaged: str) -> tuple[str, int, str, bool]:
-    bank = make_bank(Group.world())
+def load_on_ranks(folder: str, damaged: str, group_size: int) -> tuple[str, int, str, bool]:
+    bank = make_bank(Group.world(), group_size=group_size)
     load_bank(folder, bank)
     before, message = bank.content_hash(), ""
     try:
@@ -51,19 +55,26 @@ def load_on_ranks(folder: str, damaged: str) -> tuple[str, int, str, bool]:
     return before, bank.next_id, message, bank.content_hash() == before
 
 
+def load_everywhere(folder: str, damaged: str) -> list[tuple[str, int, str, bool]]:
+    return [load_on_ranks(folder, damaged, group_size) for group_size in (0, 1)]
+
+
 def test_any_number_of_ranks_loads_what_any_other_saved(tmp_path: Path) -> None:
-    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
-    whole.mkdir()
-    damaged.mkdir()
-    saved = run_on_ranks(save_on_ranks, 3, str(whole))
+    whole, in_groups, damaged = folders = [tmp_path / name for name in ("whole", "in_groups", "damaged")]
+    for folder in folders:
+        folder.mkdir()
+    saved = [content for rank in run_on_ranks(save_on_ranks, 4, str(whole), str(in_groups)) for content in rank]
     assert sorted(path.name for path in whole.iterdir()) == [f"shard-{shard:05d}.safetensors" for shard in range(6)]
     assert set(saved) == {used_bank().content_hash()}
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == {
+        path.name: path.read_bytes() for path in in_groups.iterdir()}
     alone = make_bank()
     load_bank(whole, alone)
     assert alone.content_hash() == saved[0]
     for path in whole.iterdir():
         (damaged / path.name).write_bytes(path.read_bytes()[:-1 if path.name == "shard-00003.safetensors" else None])
-    for found, next_id, message, unchanged in run_on_ranks(load_on_ranks, 2, str(whole), str(damaged)):
+    loaded = run_on_ranks(load_everywhere, 2, str(whole), str(damaged))
+    for found, next_id, message, unchanged in [one for rank in loaded for one in rank]:
         assert (found, next_id) == (saved[0], 180)
         assert "shard-00003.safetensors" in message and unchanged  # on both ranks, though only one reads that file
 

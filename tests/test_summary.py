@@ -11,7 +11,7 @@ from lmcode.train.summary import Facts, render
 FACTS = Facts(steps=550, skipped_steps=3, training_seconds=301.2, tokens_per_s=3712.4,
               results={"on": EvalResult(3.5012, 90000, 2.1034, 40000), "off": EvalResult(3.7023, 90000, 2.3045, 40000),
                        "shuffled": EvalResult(3.6056, 90000, 2.2067, 40000)},
-              filled_by_rank={2: [32768, 32700]}, slots=65536, hits_by_rank=[[30, 10], [25, 75]],
+              filled_by_rank={2: [32768, 32700]}, slots=65536, memory_groups=1, hits_by_rank=[[30, 10], [25, 75]],
               phase_ms=dict.fromkeys(PHASES, 10.0), bytes_per_step=4775439.0, prompt_tail="def f():", sample="    return",
               checkpoint=Path("runs/x/checkpoints/step-00000550"), run_folder=Path("runs/x"))
 

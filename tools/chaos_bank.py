@@ -1,4 +1,4 @@
-"""python tools/chaos_bank.py [--operations 1000000] [--ranks 1] [--seed 0] [--folder FOLDER]
+"""python tools/chaos_bank.py [--operations 1000000] [--ranks 1] [--group-size 0] [--seed 0] [--folder FOLDER]
 
 Random operations on a bank beside a plain model of dicts that knows the rules and nothing of the code: writes (bad rows
 among them), deletions, searches in document and global scope and in sets of namespaces, consolidation, saving and loading,
@@ -154,10 +154,11 @@ def pair_up(links: list[tuple[int, int, float]]) -> tuple[dict[int, int], bool]:
 class Trial:
     """A bank and its plain double, and what was found."""
 
-    def __init__(self, seed: int, folder: Path) -> None:
+    def __init__(self, seed: int, folder: Path, group_size: int = 0) -> None:
         self.rng, self.folder, self.group = np.random.default_rng(seed), folder, Group.world()
         self.bank = LongTermMemory(heads=H, head_dim=D, slots=SLOTS, top_k=K, group=self.group,
-                                   config=MemoryConfig(tier=("exact", "faiss-flat")[seed % 2], **CONFIG))
+                                   config=MemoryConfig(tier=("exact", "faiss-flat")[seed % 2], group_size=group_size,
+                                                       **CONFIG))
         self.plain, self.done, self.wrong = Plain(), Counter[str](), list[str]()
         self.foreign = self.unclear = 0
 
@@ -271,7 +272,7 @@ class Trial:
         self.done["fork"] += 1
 
     def states(self) -> list[tuple[int, dict[str, torch.Tensor]]]:
-        """All virtual shards, from whichever rank."""
+        """All virtual shards, from every rank that holds them."""
         mine = [(shard, self.bank.state(shard)) for shard in self.bank.owned]
         return sorted((one for part in self.group.all_gather_object(mine) for one in part), key=lambda one: one[0])
 
@@ -307,9 +308,9 @@ def rng_count(rng: np.random.Generator) -> int:
     return int(rng.choice([1, 2, 8, 40, 64, 120]))
 
 
-def try_operations(operations: int, seed: int, folder: Path) -> tuple[Counter[str], list[str], int, int]:
+def try_operations(operations: int, seed: int, folder: Path, size: int = 0) -> tuple[Counter[str], list[str], int, int]:
     """Random operations until there are so many; counts, wrong results, wrong-namespace hits, near ties."""
-    trial, calls = Trial(seed, folder), 0
+    trial, calls = Trial(seed, folder, group_size=size), 0
     if trial.group.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     trial.group.barrier()
@@ -332,7 +333,7 @@ def run(arguments: argparse.Namespace) -> int:
     with chaos.place(arguments.folder) as folder:
         for number, tier in enumerate(("exact", "faiss-flat")):
             results = chaos.on_ranks(try_operations, arguments.ranks, half, 2 * arguments.seed + number,
-                                     folder / tier, folder=folder)
+                                     folder / tier, arguments.group_size, folder=folder)
             done, _, _, unclear = results[0]
             wrong, foreign = [one for result in results for one in result[1]], sum(result[2] for result in results)
             rows.append((f"{tier}, {arguments.ranks} rank(s)", *(done[name] for name in ACTIONS), sum(done.values()),
@@ -346,6 +347,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = chaos.parser_of(__doc__)
     parser.add_argument("--operations", type=int, default=10**6)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--group-size", type=int, default=0, help="ranks of a memory group; 0: all ranks are one")
     parser.add_argument("--seed", type=int, default=0)
     return run(parser.parse_args(argv))
 

@@ -58,7 +58,7 @@ def change_memory(run: Path) -> Path:
     """Stores an experience in the newest checkpoint of a run; returns the revision."""
     group, device = Group(), torch.device("cpu")
     model, *_ = checkpoint.load_model(run, [], group=group, device=device)
-    return amend(checkpoint.find(run), model, lambda model: model.store_experience("a line to remember")).folder
+    return amend(checkpoint.find(run), model, lambda draft: draft.model.store_experience("a line to remember")).folder
 
 
 @dataclass

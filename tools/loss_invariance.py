@@ -1,7 +1,7 @@
 """python tools/loss_invariance.py [--steps 50] [--folder runs/loss_invariance] [section.key=value ...]
 
-The loss of the default job after some steps, in fp32, for ZeRO stages 0-3 on two ranks and for 1, 2 and 4 ranks, at the
-same global batch: all must agree to 1e-4. Exit code 1 if they do not.
+The loss of the default job after some steps, in fp32, for ZeRO stages 0-3 on two ranks and for 1, 2 and 4 ranks (also in
+two memory groups), at the same global batch: all must agree to 1e-4. Exit code 1 if they do not.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from pathlib import Path
 
 import jobs
 
-VARIANTS = {"stage 0, 2 ranks": (2, "cpu"), "stage 1, 2 ranks": (2, "zero1"), "stage 2, 2 ranks": (2, "zero2"),
-            "stage 3, 2 ranks": (2, "zero3"), "stage 3 + offload, 2 ranks": (2, "zero3_offload"),
-            "stage 2, 1 rank": (1, "zero2"), "stage 2, 4 ranks": (4, "zero2")}
+VARIANTS = {"stage 0, 2 ranks": (2, "cpu", 0), "stage 1, 2 ranks": (2, "zero1", 0), "stage 2, 2 ranks": (2, "zero2", 0),
+            "stage 3, 2 ranks": (2, "zero3", 0), "stage 3 + offload, 2 ranks": (2, "zero3_offload", 0),
+            "stage 2, 1 rank": (1, "zero2", 0), "stage 2, 4 ranks": (4, "zero2", 0),
+            "stage 2, 4 ranks, 2 x 2": (4, "zero2", 2)}  # ranks, sharding, ranks of a memory group
 TOLERANCE = 1e-4
 
 
@@ -26,9 +27,10 @@ def main() -> int:
     shared = [f"train.total_steps={arguments.steps}", "train.warmup_steps=10", "eval.every=0", "eval.final_windows=2",
               *overrides]
     losses = {}
-    for name, (ranks, sharding) in VARIANTS.items():
-        run = jobs.train(f"{sharding}-{ranks}", [*shared, f"train.deepspeed={sharding}"], ranks=ranks,
-                         folder=arguments.folder.resolve())
+    for name, (ranks, sharding, size) in VARIANTS.items():
+        groups = [f"memory.group_size={size}"] if size else []
+        run = jobs.train(f"{sharding}-{ranks}" + f"-{size}" * bool(size), [*shared, *groups, f"train.deepspeed={sharding}"],
+                         ranks=ranks, folder=arguments.folder.resolve())
         losses[name] = jobs.last(run, "train/loss")
         print(f"{name:<28} loss after {arguments.steps} steps {losses[name]:.6f}   entries "
               f"evicted {jobs.last(run, 'memory/L2/evicted'):.0f}", flush=True)

@@ -2,7 +2,8 @@
 
 A method that is called collective must be called by all ranks of the group in the same order. Each issues a number of
 collectives that depends on settings only, never on data: zero rows take part as padding.
-Letters: n queries of one rank, padded to the same number everywhere; G = R * n gathered queries; Q = G * H.
+Letters: R ranks of a memory group; n queries of one rank, padded to the same number in all of it; G = R * n gathered
+queries; Q = G * H.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from torch.nn import functional as F
 
 from lmcode.config import ConfigError, MemoryConfig
 from lmcode.dist import Group
-from lmcode.memory import consolidate, entry
-from lmcode.memory.consolidate import ConsolidationReport
+from lmcode.memory import entry
+from lmcode.memory.consolidate import ConsolidationReport, check_threshold
 from lmcode.memory.faiss_index import TIERS, check_top_k, choose_tier
 from lmcode.memory.merge import logsumexp_of, merge_lists, pack_cuts, unpack_cuts, winners
 from lmcode.memory.placement import holder_of, shards_of
 from lmcode.memory.read import SCOPES, SumsOverShards, align_rows, attend_rows, check_search, exchange_mode, pad, spread
+from lmcode.memory.rounds import consolidate_shards
 from lmcode.memory.shard import Predicate, Scope, Shard, Ticket, digest_of
 from lmcode.retrieval import Candidates, Hits
 
@@ -37,6 +39,9 @@ _VERSIONS = itertools.count(1)  # no two states of any two banks in this process
 
 class LongTermMemory:
     """One logical memory over the ranks of a group; a `Retriever`. No module, parameter or buffer.
+
+    Memory groups of `config.group_size` consecutive ranks (by default a single one, of all) each hold it whole, a slice per
+    rank. Reads stay inside; between the groups travel candidates and hit statistics, so that all change alike.
 
     A read, `search` then `attend`, goes through these phases:
       1. all_gather of queries and namespaces: every rank sees all G queries.
@@ -51,6 +56,8 @@ class LongTermMemory:
     attending to those is an error.
 
     Attributes:
+        group, inside, between: all ranks; this rank's memory group; the ranks with the same slice, one of each group.
+        owned, to_save: the virtual shards that this rank holds; those that it writes where all ranks save the bank.
         top_k: K of a search that does not say otherwise.
         search_seconds: wall time of phase 2 and of merging since the start; exchange time is the group's.
         blind_queries: own queries that were not finite and therefore found nothing, since the start.
@@ -68,10 +75,12 @@ class LongTermMemory:
         self.group = Group() if group is None else group
         self.heads, self.head_dim, self.slots, self.top_k, self.config = heads, head_dim, slots, top_k, config
         self.device = torch.device(device)
+        self.inside, self.between = self.group.split(config.ranks_per_group(self.group.size))
         check_top_k(top_k)
         self._tiers = {scope: choose_tier(config, scope, slots, self.device) for scope in SCOPES}
         try:
-            self.owned = shards_of(self.group.rank, self.group.size, config.virtual_shards)
+            self.owned = shards_of(self.inside.rank, self.inside.size, config.virtual_shards)
+            self.to_save = self.owned[self.between.rank::self.between.size]
             self.shard = Shard(heads=heads, head_dim=head_dim, slots=slots, owned=self.owned, config=config,
                                device=self.device)
         except ValueError as error:
@@ -101,12 +110,12 @@ class LongTermMemory:
         scope = self.config.scope if scope is None else scope
         check_search(query_HND, namespace_N, scope, k, heads=self.heads, head_dim=self.head_dim)
         started, waited = time.perf_counter(), sum(self.group.seconds.values())
-        n = max(1, *self._counts(N, "queries") if ragged else (N,))
+        n = max(1, *self.inside.all_gather_int(N, phase="queries", device=self.device) if ragged else (N,))
         seeing_N = (query_HND.abs() < MAX_QUERY).all(-1).all(0)
         self.blind_queries += N - int(seeing_N.sum())
         query_NHD = query_HND.where(seeing_N[:, None], 0).transpose(0, 1)
-        query_GHD = self.group.all_gather(pad(query_NHD, n), phase="queries")
-        namespace_G = self.group.all_gather(pad(namespace_N.where(seeing_N, -1), n, -1), phase="queries")
+        query_GHD = self.inside.all_gather(pad(query_NHD, n), phase="queries")
+        namespace_G = self.inside.all_gather(pad(namespace_N.where(seeing_N, -1), n, -1), phase="queries")
         query_HGE = F.pad(query_GHD.transpose(0, 1).float(), (0, 1), value=1.0)
         tier = tier or self._tiers["document" if scope == "document" else "global"]
         found = self.shard.search(query_HGE, namespace_G.cpu().numpy(), k, scope=scope, tier=TIERS[tier])
@@ -118,24 +127,21 @@ class LongTermMemory:
         self.search_seconds += time.perf_counter() - started - (sum(self.group.seconds.values()) - waited)
         return Hits(*(part[:N].transpose(0, 1).contiguous() for part in (own_score_NHK, own_id_NHK)), ticket)
 
-    def _counts(self, count: int, phase: str) -> list[int]:
-        return self.group.all_gather(torch.tensor([count], device=self.device), phase=phase).tolist()
-
     def _exchange(self, score_GHK: Tensor, id_GHK: Tensor, n: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Phase 3: this rank's merged hits [n, H, K]; for all queries the cut's score and id and the log-sum-exp."""
-        R, k, lists = self.group.size, score_GHK.shape[-1], (score_GHK, id_GHK)
+        R, k, lists = self.inside.size, score_GHK.shape[-1], (score_GHK, id_GHK)
         if exchange_mode(self.config.exchange, R, k) == "all_gather":
-            merged = merge_lists(*(self.group.all_gather(part[None], phase="hits") for part in lists))
-            mine = slice(self.group.rank * n, (self.group.rank + 1) * n)
+            merged = merge_lists(*(self.inside.all_gather(part[None], phase="hits") for part in lists))
+            mine = slice(self.inside.rank * n, (self.inside.rank + 1) * n)
             cuts = merged[0][..., -1], merged[1][..., -1], logsumexp_of(*merged)
             return (merged[0][mine], merged[1][mine]), cuts
-        own = merge_lists(*(self.group.all_to_all(part, phase="hits").view(R, n, -1, k) for part in lists))
-        return own, unpack_cuts(self.group.all_gather(pack_cuts(*own), phase="hits"))
+        own = merge_lists(*(self.inside.all_to_all(part, phase="hits").view(R, n, -1, k) for part in lists))
+        return own, unpack_cuts(self.inside.all_gather(pack_cuts(*own), phase="hits"))
 
     @torch.no_grad()
     def look_up(self, query_HND: Tensor, namespace_N: Tensor) -> tuple[Tensor, Tensor]:
         """`attend` to a fresh `search`, without gradient; faster for few queries on one rank. Collective."""
-        if self.group.size == 1 and query_HND.shape[1] <= LOOKED_UP and bool((query_HND.abs() < MAX_QUERY).all()):
+        if self.inside.size == 1 and query_HND.shape[1] <= LOOKED_UP and bool((query_HND.abs() < MAX_QUERY).all()):
             check_search(query_HND, namespace_N, self.config.scope, self.top_k, heads=self.heads, head_dim=self.head_dim)
             started = time.perf_counter()
             found = self.shard.look_up(F.pad(query_HND.float(), (0, 1), value=1.0), namespace_N.cpu().numpy(), self.top_k,
@@ -171,15 +177,15 @@ class LongTermMemory:
 
     def _values(self, ticket: Ticket, N: int) -> Tensor:
         sum_GHD = self.shard.sums(ticket).view(-1, self.heads, self.head_dim)
-        return self.group.reduce_scatter(sum_GHD, phase="values")[:N]
+        return self.inside.reduce_scatter(sum_GHD, phase="values")[:N]
 
     def _gradients(self, ticket: Ticket, sent_NHX: Tensor) -> Tensor:
         if ticket.version != self._version:
             raise ValueError("the backward pass must run before the bank changes: it has changed since the search")
-        grad_QX = self.group.all_gather(pad(sent_NHX, ticket.rows_per_rank), phase="gradients").flatten(0, 1)
+        grad_QX = self.inside.all_gather(pad(sent_NHX, ticket.rows_per_rank), phase="gradients").flatten(0, 1)
         part_QD = self.shard.sums_backward(ticket, grad_QX[:, :-2].contiguous(), grad_QX[:, -2], grad_QX[:, -1])
         part_GHD = part_QD.view(-1, self.heads, self.head_dim)
-        return self.group.reduce_scatter(part_GHD, phase="gradients")[:len(sent_NHX)]
+        return self.inside.reduce_scatter(part_GHD, phase="gradients")[:len(sent_NHX)]
 
     @torch.no_grad()
     def fetch(self, hits: Hits) -> tuple[Tensor, ...]:
@@ -187,15 +193,16 @@ class LongTermMemory:
 
         Meant for inspection: all of [G, H, K, 2D] exists at once, padded, whichever rank holds what.
         """
-        ticket, (H, N, k), R = self._ticket_of(hits), hits.score_HNK.shape, self.group.size
+        ticket, (H, N, k), R = self._ticket_of(hits), hits.score_HNK.shape, self.inside.size
         sent_GHKX = self.shard.rows(ticket, k).view(R * ticket.rows_per_rank, H, k, -1)
-        rows_RNHKX = self.group.all_to_all(sent_GHKX, phase="values").view(R, -1, H, k, 2 * self.head_dim)[:, :N]
+        rows_RNHKX = self.inside.all_to_all(sent_GHKX, phase="values").view(R, -1, H, k, 2 * self.head_dim)[:, :N]
         id_NHK = hits.id_HNK.transpose(0, 1)
         rows_NHKX = align_rows(rows_RNHKX, self._holder_of(id_NHK).where(id_NHK >= 0, -1))
         return rows_NHKX.transpose(0, 1).split(self.head_dim, dim=-1)
 
     def _holder_of(self, ids: Tensor) -> Tensor:
-        holder = holder_of(ids.cpu().numpy(), self.config.virtual_shards, self.group.size)
+        """The rank inside the memory group that holds each id."""
+        holder = holder_of(ids.cpu().numpy(), self.config.virtual_shards, self.inside.size)
         return torch.from_numpy(holder).to(ids.device)
 
     @torch.no_grad()
@@ -204,12 +211,12 @@ class LongTermMemory:
 
         Called once per optimizer step, with a list item per micro-batch; either list may be empty. The global order of
         candidates is rank, list item, position; the policy looks at all valid ones in that order, so its choice does
-        not depend on the number of ranks.
+        not depend on the number of ranks or memory groups.
 
         Raises:
             ValueError: if any of the hits is stale.
         """
-        self.shard.touch(*self.shard.count_hits([self._ticket_of(one) for one in hits]), step)
+        self.shard.touch(*self._count_hits(hits), step)
         evicted, clipped = sum(self.shard.evicted.values()), self.clipped
         offered, batch = self._gather_candidates(candidates)
         id_E = self._store(*batch, step)
@@ -217,25 +224,27 @@ class LongTermMemory:
         return entry.CommitReport(offered, written, len(id_E) - written, self.clipped - clipped,
                                   sum(self.shard.evicted.values()) - evicted)
 
+    def _count_hits(self, hits: Sequence[Hits]) -> tuple[np.ndarray, np.ndarray]:
+        """What the reads of all memory groups did to each slot of this rank: see `Shard.count_hits`."""
+        counted, groups = self.shard.count_hits([self._ticket_of(one) for one in hits]), self.between.size
+        if groups == 1:
+            return counted
+        packed_M = entry.pack_hits(*counted, parts=groups).to(self.device)
+        return entry.unpack_hits(self.between.all_reduce(packed_M, phase="writes"), parts=groups)
+
     def _gather_candidates(self, candidates: Sequence[Candidates]) -> tuple[int, tuple[Any, ...]]:
         """How many valid candidates there are; keys, values, namespaces and importance of those that are chosen."""
         vector_E2HD, facts_E2 = entry.stack_candidates(candidates, heads=self.heads, head_dim=self.head_dim,
                                                        dtype=self.shard.key_HME.dtype, device=self.device)
-        count_R = self._counts(len(facts_E2), "writes")
+        counts = self.group.all_gather_int(len(facts_E2), phase="writes", device=self.device)
         # What decides travels first, so that the vectors of candidates that are not chosen never do.
-        namespace_E, surprise_E = entry.unpack_facts(self._gather_rows(facts_E2, count_R))
+        namespace_E, surprise_E = entry.unpack_facts(self.group.all_gather_rows(facts_E2, counts, phase="writes"))
         chosen_E = entry.choose(surprise_E, self.config)
-        chosen_RE = np.split(chosen_E, np.cumsum(count_R)[:-1])
-        vector_E2HD = vector_E2HD[torch.from_numpy(chosen_RE[self.group.rank]).to(self.device)]
-        vector_E2HD = self._gather_rows(vector_E2HD, [int(part.sum()) for part in chosen_RE])
+        chosen_parts = np.split(chosen_E, np.cumsum(counts)[:-1])
+        vector_E2HD = vector_E2HD[torch.from_numpy(chosen_parts[self.group.rank]).to(self.device)]
+        vector_E2HD = self.group.all_gather_rows(vector_E2HD, [int(one.sum()) for one in chosen_parts], phase="writes")
         return len(chosen_E), (vector_E2HD[:, 0], vector_E2HD[:, 1], namespace_E[chosen_E],
                                entry.importance_of(surprise_E[chosen_E]))
-
-    def _gather_rows(self, rows_EX: Tensor, count_R: list[int]) -> Tensor:
-        """Concatenates the rows of all ranks, `count_R` of them each."""
-        padded = max(1, *count_R)
-        gathered_EX = self.group.all_gather(pad(rows_EX, padded), phase="writes")
-        return torch.cat([part[:count] for part, count in zip(gathered_EX.split(padded), count_R, strict=True)])
 
     @torch.no_grad()
     def write(self, key_HED: Tensor, value_HED: Tensor, namespace_E: Tensor, importance_E: Tensor | None = None,
@@ -275,9 +284,8 @@ class LongTermMemory:
         """
         chosen_M = self.shard.matching(ids=ids, namespace=namespace, before_step=before_step, predicate=predicate)
         self._version = next(_VERSIONS)
-        return self._totals(self.shard.delete(chosen_M))[0]
+        return self._totals(self.inside, self.shard.delete(chosen_M))[0]
 
-    @torch.no_grad()
     def consolidate(self, threshold: float = 0.1) -> ConsolidationReport:
         """Merges pairs of entries of one namespace whose keys are less than a cosine distance apart. Collective.
 
@@ -286,54 +294,28 @@ class LongTermMemory:
         id and keeps namespace and step, its vectors become count-weighted means (`merge_vectors`) and its columns
         change as `merge_columns` says; the loser is deleted for good. A threshold outside (0, 2] is a ValueError.
         """
-        consolidate.check_threshold(threshold)
-        slot_P, block = self.shard.slots_by_namespace()[0], consolidate.BLOCK
-        live_R = self._counts(len(slot_P), "writes")
-        starts = range(0, max(1, *live_R), block)
-        link_L3 = torch.cat([self._links(slot_P[start:start + block], threshold) for start in starts])
-        link_L3 = self._gather_rows(link_L3, self._counts(len(link_L3), "writes"))
-        pair_E2 = consolidate.choose_pairs(link_L3.cpu().numpy(), threshold)
-        for start in range(0, len(pair_E2), block):
-            self._merge(*pair_E2[start:start + block].T)
-        self.shard.delete(np.isin(self.shard.columns["id"], pair_E2[:, 1]))
+        check_threshold(threshold)
+        report = consolidate_shards(self.shard, self.inside, threshold, tier=self._tiers["global"])
         self._version = next(_VERSIONS)
-        return ConsolidationReport(threshold, sum(live_R), len(pair_E2))
+        return report
 
     consolidate_memories = consolidate  # the name in the original README
 
-    def _links(self, slot_n: np.ndarray, threshold: float) -> Tensor:
-        """Links of the entries in one block of this rank's slots, or in fewer; every rank asks for as many."""
-        n, block = len(slot_n), consolidate.BLOCK
-        id_n, namespace_n, unit_nF = self.shard.questions(slot_n)
-        unit_GF = self.group.all_gather(pad(unit_nF, block), phase="writes")
-        namespace_G = self.group.all_gather(pad(namespace_n, block, -1), phase="writes").cpu().numpy()
-        lists = self.shard.nearest(unit_GF, namespace_G, tier=consolidate.nearest_search(self._tiers["global"]))[:2]
-        lists = (self.group.all_to_all(part, phase="writes").view(-1, block, 2) for part in lists)
-        score_n2, other_n2 = (part[:n] for part in merge_lists(*lists))
-        return consolidate.links_of(id_n, score_n2, other_n2, heads=self.heads, threshold=threshold)
-
-    def _merge(self, survivor_E: np.ndarray, loser_E: np.ndarray) -> None:
-        """Sends each loser to its survivor's rank, which takes it in."""
-        route = consolidate.route_of(survivor_E, loser_E, virtual_shards=self.config.virtual_shards,
-                                     rank=self.group.rank, ranks=self.group.size)
-        arrived = []
-        for rows in self.shard.take(loser_E[route.sent_E]):
-            table = rows.new_zeros(route.rows, *rows.shape[1:])
-            table[route.sent_at] = rows
-            arrived.append(self.group.all_to_all(table, phase="writes")[route.arrived_at])
-        self.shard.absorb(survivor_E[route.arriving_E], *arrived)
-
-    def _totals(self, *numbers: int) -> list[int]:
-        return self.group.all_reduce(torch.tensor(numbers, device=self.device), phase="stats").tolist()
+    def _totals(self, group: Group, *numbers: int) -> list[int]:
+        return group.all_reduce(torch.tensor(numbers, device=self.device), phase="stats").tolist()
 
     def stats(self) -> dict[str, Any]:
-        """Counts over all ranks: slots, live (and by rank), fill (live / slots), evicted, merged, ... Collective."""
-        live_R = [0] * self.group.size
-        live_R[self.group.rank] = int(self.shard.live_M.sum())
+        """Counts over all ranks: slots, live, fill (live / slots), evicted, merged, ... Collective.
+
+        An entry counts once, however many memory groups hold it; but in `live_by_rank` for each rank that does.
+        """
+        by_rank = [0] * self.group.size
+        by_rank[self.group.rank] = int(self.shard.live_M.sum())
         merged = int((self.shard.columns["count"] - 1)[self.shard.live_M].sum())
-        numbers = *live_R, sum(self.shard.evicted.values()), merged, self.blind_queries
-        *live_R, evicted, merged, blind = self._totals(*numbers)
-        return {"slots": self.slots, "live": sum(live_R), "live_by_rank": live_R, "fill": sum(live_R) / self.slots,
+        numbers = *by_rank, sum(self.shard.evicted.values()), merged, self.blind_queries
+        *by_rank, evicted, merged, blind = self._totals(self.group, *numbers)
+        live, evicted, merged = (number // self.between.size for number in (sum(by_rank), evicted, merged))
+        return {"slots": self.slots, "live": live, "live_by_rank": by_rank, "fill": live / self.slots,
                 "evicted": evicted, "merged": merged, "rejected": self.rejected, "clipped": self.clipped,
                 "blind_queries": blind, "next_id": self.next_id}
 
@@ -343,12 +325,13 @@ class LongTermMemory:
         return taken
 
     def ages(self, hits: Hits, *, step: int) -> Tensor:
-        """Steps since the winners that this rank holds were written, for all queries and heads: int64 [W]."""
+        """Steps since the winners that this rank holds were written, for its group's queries and heads: int64 [W]."""
         return step - hits.ticket.step_W
 
     def shares_by_rank(self, hits: Hits) -> Tensor:
-        """How many of these hits each rank's shard supplied: int64 [R]."""
-        return torch.bincount(self._holder_of(hits.id_HNK[hits.valid_HNK]), minlength=self.group.size)
+        """How many of these hits each rank's shard supplied, of all ranks: int64 [ranks]."""
+        holder = self._holder_of(hits.id_HNK[hits.valid_HNK]) + self.group.rank - self.inside.rank
+        return torch.bincount(holder, minlength=self.group.size)
 
     def recall(self) -> float:
         """`check_recall` of this bank as it is now, on queries of the latest search. Collective."""
@@ -364,7 +347,7 @@ class LongTermMemory:
         sample = self._sample_of(query_HND, namespace_N)
         exact = self.search(*sample, scope=scope, top_k=hits.id_HNK.shape[-1], tier="exact")
         found_HNK = (exact.id_HNK.unsqueeze(-1) == found_id_HNK.unsqueeze(-2)).any(-1) & exact.valid_HNK
-        found, wanted = self._totals(int(found_HNK.sum()), int(exact.valid_HNK.sum()))
+        found, wanted = self._totals(self.group, int(found_HNK.sum()), int(exact.valid_HNK.sum()))
         return found / wanted if wanted else 1.0
 
     def _sample_of(self, rows_HNX: Tensor, namespace_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -409,6 +392,6 @@ class LongTermMemory:
 
     def content_hash(self) -> str:
         """blake2b over all virtual shards in order: equal for equal contents, on any number of ranks. Collective."""
-        parts = self.group.all_gather_object([(shard, digest_of(self.state(shard))) for shard in self.owned])
+        parts = self.inside.all_gather_object([(shard, digest_of(self.state(shard))) for shard in self.owned])
         whole = b"".join(digest for _, digest in sorted(itertools.chain(*parts)))
         return hashlib.blake2b(whole, digest_size=32).hexdigest()

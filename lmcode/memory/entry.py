@@ -111,6 +111,17 @@ def unpack_facts(facts_E2: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return facts_E2[:, 0].numpy(), facts_E2[:, 1].int().view(torch.float32).numpy()
 
 
+def pack_hits(hit_M: np.ndarray, mass_M: np.ndarray, *, parts: int) -> Tensor:
+    """Hit statistics of some of the reads as one number a slot, int64 [M], which may be added up over `parts` of them."""
+    return torch.from_numpy(mass_M * (parts + 1) + hit_M)  # at most `parts` hits add up: they never reach the mass
+
+
+def unpack_hits(sum_M: Tensor, *, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Statistics of all reads, bool [M] and int64 [M], from the sum of `pack_hits` over the parts."""
+    mass_M, hits_M = np.divmod(sum_M.cpu().numpy(), parts + 1)
+    return hits_M > 0, mass_M
+
+
 def importance_of(surprise_E: np.ndarray) -> np.ndarray:
     """Initial importance 0.5 + s / (1 + s) of surprise s >= 0 (in nats), fp32 in [0.5, 1.5); NaN and Inf give NaN."""
     surprise_E = np.where(np.isfinite(surprise_E), np.maximum(surprise_E, 0.0), np.nan)

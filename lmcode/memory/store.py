@@ -72,8 +72,8 @@ def load_shard(path: Path | str) -> dict[str, Tensor]:
 
 
 def save_bank(folder: Path | str, bank: LongTermMemory) -> None:
-    """Writes the virtual shards of this rank; together the ranks write all of them. The folder must exist."""
-    for shard in bank.owned:
+    """Writes the virtual shards `bank.to_save`; together the ranks write each once. The folder must exist."""
+    for shard in bank.to_save:
         save_shard(shard_file(folder, shard), bank.state(shard))
 
 

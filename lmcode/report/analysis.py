@@ -33,7 +33,7 @@ def entry_columns(bank: LongTermMemory) -> dict[str, np.ndarray]:
     """
     live_M = bank.shard.live_M
     mine = {name: column[live_M] for name, column in bank.shard.columns.items()}
-    parts = bank.group.all_gather_object(mine)
+    parts = bank.inside.all_gather_object(mine)
     whole = {name: np.concatenate([part[name] for part in parts]) for name in METADATA}
     order_E = np.argsort(whole["id"])
     return {name: column[order_E] for name, column in whole.items()}

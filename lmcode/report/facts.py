@@ -82,7 +82,7 @@ def gather(model: LMCODE, sequences: Sequence[Sequence[int]], *, title: str, nam
         sequences: text to read as token ids, at least two each; without any there are no examples and no capacity curve.
         names: what to call them.
         step: of the checkpoint; ages count from it, or from the newest entry when None.
-        ranks: that share the bank, or shared it in training; the model's group when None.
+        ranks: that share the bank, or shared it in training; those of one memory group of the model when None.
         length: tokens of a window in which text is read; the model's context when None.
         curves: of the training, by the names of metrics.jsonl.
         settings: flat, by dotted name.
@@ -90,7 +90,7 @@ def gather(model: LMCODE, sequences: Sequence[Sequence[int]], *, title: str, nam
     few = all(bank.stats()["live"] <= MOST_COPIED for bank in model.banks.values())
     efficiency = compute_memory_efficiency(model, thresholds=THRESHOLDS if few else ())
     notes = [*notes] if few else [*notes, f"Near-duplicates are counted in banks of up to {MOST_COPIED:,} entries."]
-    ranks = ranks or model.group.size
+    ranks = ranks or model.memory_config.ranks_per_group(model.group.size)
     banks = tuple(bank_facts(model, layer, efficiency["layers"][layer], step, ranks) for layer in model.banks)
     reading = capacity = None
     if sequences and model.banks:

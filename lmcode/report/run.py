@@ -70,7 +70,7 @@ def report_run(run: Path, overrides: list[str], *, out: Path | None = None) -> P
     group = Group.world()
     checkpoint = Path(on_rank_0(group, lambda: str(find(run).resolve())))  # found once: a run may be saving newer ones
     model, config, tokenizer, step = load_model(checkpoint, overrides, group=group, device=dist.device())
-    ranks = durable.read_manifest(checkpoint).facts.world_size
+    ranks = config.memory.ranks_per_group(durable.read_manifest(checkpoint).facts.world_size)
     folder = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
     sequences, names, notes = held_out_text(config, checkpoint)
     rows = read_metrics(folder / "metrics.jsonl")

@@ -7,20 +7,42 @@ so that a kill leaves one or the other. `--resume auto` and `load_model` take th
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmcode.config import ConfigError
+from lmcode.config import ConfigError, RunConfig, build, to_yaml
+from lmcode.experience import Namespace, namespace_number
 from lmcode.lmcode import LMCODE
-from lmcode.memory_files import BANKS, EXPERIENCES, make_folders, save_memory
-from lmcode.train import durable
+from lmcode.memory_files import BANKS, EXPERIENCES, Parts, make_folders, save_memory
+from lmcode.presets import load_run_config
+from lmcode.resharding import reshard_memory
+from lmcode.train import durable, replay
+from lmcode.train.checkpoint import stored_sizes, write_json
 
 log = logging.getLogger("lmcode")
+
+
+@dataclasses.dataclass
+class Draft:
+    """A revision in the making, for a change to work on.
+
+    folder: the checkpoint that is revised. model: with all that it remembers there. facts: for the new manifest.
+    parts: files other than the memory that are written anew, by their path.
+    """
+
+    folder: Path
+    model: LMCODE
+    facts: durable.Facts
+    parts: Parts = dataclasses.field(default_factory=dict)
 
 
 class Amended(NamedTuple):
@@ -48,7 +70,7 @@ def writing(run_folder: Path) -> Iterator[None]:
         lock.close()
 
 
-def amend(folder: Path, model: LMCODE, change: Callable[[LMCODE], Any]) -> Amended:
+def amend(folder: Path, model: LMCODE, change: Callable[[Draft], Any]) -> Amended:
     """Changes the memory of `model`, loaded from the checkpoint `folder`, and commits it as the next revision.
 
     One process alone; the caller holds the run folder's lock (`writing`). If `change` raises, nothing is written.
@@ -56,22 +78,26 @@ def amend(folder: Path, model: LMCODE, change: Callable[[LMCODE], Any]) -> Amend
     Raises:
         OSError: if the disk refuses; the old checkpoint is as it was.
     """
-    result = change(model)
+    manifest = durable.read_manifest(folder)
+    draft = Draft(folder, model, manifest.facts)
+    result = change(draft)
     step, revision = durable.step_of(folder)
     final = durable.step_folder(folder.parent, step, revision + 1)
-    manifest = durable.read_manifest(folder)
     durable.check_space(folder.parent, manifest.total_bytes)
-    with durable.commit(final, manifest.facts) as place:
+    with durable.commit(final, draft.facts) as place:
         for name in manifest.files:
-            if name.split("/")[0] not in (BANKS, EXPERIENCES):
+            if name not in draft.parts and name.split("/")[0] not in (BANKS, EXPERIENCES):
                 _link(folder / name, place / name)
+        for name, write in draft.parts.items():
+            write(place / name)
         make_folders(place, model)
         save_memory(place, model)
     try:
         durable.discard(folder)
     except OSError as error:
         log.warning("'%s' was not removed, though '%s' takes its place: %s", folder, final.name, error)
-    return Amended(result, final, [path for path in durable.steps(folder.parent) if path != final])
+    set_aside = sorted(folder.parent.glob("set-aside-*"))
+    return Amended(result, final, [*(path for path in durable.steps(folder.parent) if path != final), *set_aside])
 
 
 def _link(source: Path, target: Path) -> None:
@@ -81,3 +107,89 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+# Changes
+
+
+def forget(draft: Draft, *, ids: Collection[int] | None = None, namespace: Namespace | None = None,
+           older_than: float | None = None) -> dict[str, int]:
+    """Removes experiences that meet all given conditions (as `LMCODE.delete_experiences`), and all spans that are kept for
+    replay in their namespaces: a span has neither an experience's id nor a time of day, so when in doubt it goes.
+
+    With a namespace alone everything in it goes, experiences or not: the layers' entries of texts that were trained on or
+    generated under that number, and their spans.
+
+    Returns:
+        count (of experiences), entries (of the layers' banks) and replay_spans that were removed.
+
+    Raises:
+        ValueError: for an id that is not stored, or a namespace in which there is nothing.
+    """
+    model = draft.model
+    before = _live_entries(model)
+    if ids is None and older_than is None:
+        count, numbers = _forget_namespace(model, namespace), {namespace_number(namespace)}
+    else:
+        held = {one.id: namespace_number(one.namespace) for one in model.experiences.all()}
+        count = model.delete_experiences(ids=ids, namespace=namespace, older_than=older_than)
+        numbers = {held[id] for id in held.keys() - {one.id for one in model.experiences.all()}}
+    gone = {"count": count, "entries": before - _live_entries(model), "replay_spans": forget_spans(draft, numbers)}
+    if not any(gone.values()) and older_than is None:
+        model.experiences.all(namespace=namespace)  # says that there is nothing, and what there is
+    return gone
+
+
+def _forget_namespace(model: LMCODE, namespace: Namespace) -> int:
+    """Removes everything in a namespace from the model's memory; returns how many experiences there were."""
+    number = namespace_number(namespace)
+    known = number in map(namespace_number, model.experiences.namespaces())
+    count = model.delete_experiences(namespace=namespace) if known else 0
+    for bank in model.banks.values():
+        bank.delete(namespace=number)
+    return count
+
+
+def _live_entries(model: LMCODE) -> int:
+    return sum(bank.stats()["live"] for bank in model.banks.values())
+
+
+def forget_spans(draft: Draft, namespaces: Collection[int]) -> int:
+    """Removes the spans of these namespaces from what a run replays; returns how many there were."""
+    file = draft.folder / replay.FILE
+    if not file.exists() or not namespaces:
+        return 0
+    kept = replay.make_replay(load_run_config(draft.folder / "config.yaml"))
+    replay.load_replay(file, kept)
+    count = kept.forget(namespaces)
+    draft.parts[replay.FILE] = replay.replay_part(kept)
+    return count
+
+
+def reshard(draft: Draft, virtual_shards: int, *, slots: int | None = None,
+            experience_slots: int | None = None) -> dict[str, int]:
+    """Moves a run's memory to another number of virtual shards: see `reshard_memory`.
+
+    The revision's config.yaml says the new numbers; its trainer.json keeps the former ones, so that a job whose settings
+    still have them can go on (`checkpoint.since_resharded`).
+
+    Returns:
+        count (of entries moved), former (number of virtual shards), virtual_shards, slots and experience_slots.
+
+    Raises:
+        ConfigError: as `reshard_memory`, or if the run's other settings do not allow the new numbers.
+    """
+    old = load_run_config(draft.folder / "config.yaml")
+    count = reshard_memory(draft.model, virtual_shards, slots=slots, experience_slots=experience_slots)
+    new: RunConfig = build(RunConfig, {**old.model_dump(), "model": draft.model.config.model_dump(),
+                                       "memory": draft.model.memory_config.model_dump()})
+    trainer = json.loads((draft.folder / "trainer.json").read_text(encoding="utf-8"))
+    former = {name: sorted({number, *trainer.get("resharded", {}).get(name, [])})
+              for name, number in stored_sizes(old).items()}
+    text = to_yaml(new)
+    draft.parts["config.yaml"] = partial(Path.write_text, data=text, encoding="utf-8")
+    draft.parts["trainer.json"] = partial(write_json, value={**trainer, "resharded": former})
+    draft.facts = dataclasses.replace(draft.facts, virtual_shards=virtual_shards,
+                                      config=hashlib.blake2b(text.encode(), digest_size=32).hexdigest())
+    return {"count": count, "former": old.memory.virtual_shards, "virtual_shards": virtual_shards,
+            "slots": new.model.long_term_memory_slots, "experience_slots": new.memory.experience_slots}

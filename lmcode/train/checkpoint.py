@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lmcode.config import ConfigError, RunConfig, near_match
+from lmcode.config import ConfigError, RunConfig, build, near_match, with_overrides
 from lmcode.dist import Group, on_rank_0
 from lmcode.lmcode import LMCODE
 from lmcode.memory_files import load_memory
@@ -37,6 +37,7 @@ RNG_FOLDER = "rng"
 # logging and evaluation may change; the corpus is compared by its digest.
 FIXED = ("model.", "memory.virtual_shards", "memory.dtype", "train.streams", "train.sequence_length", "train.seed",
          "train.precision", "train.weight_decay", "train.betas")
+STORED_SIZES = ("memory.virtual_shards", "memory.experience_slots", "model.long_term_memory_slots")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -76,6 +77,27 @@ def check_resumable(config: RunConfig, folder: Path, world_size: int) -> int:
     if facts.world_size != world_size:
         log.info("'%s' was saved by %d rank(s): going on with %d", folder, facts.world_size, world_size)
     return facts.step
+
+
+def stored_sizes(config: RunConfig) -> dict[str, int]:
+    """The settings that say how the memory is stored, which `lmcode memory reshard` changes."""
+    flat = flatten(config.model_dump(mode="json"))
+    return {name: flat[name] for name in STORED_SIZES}
+
+
+def since_resharded(config: RunConfig, folder: Path) -> dict[str, int]:
+    """The numbers that `lmcode memory reshard` gave to a verified checkpoint, where `config` has those from before it: a job
+    that is started again with the same words goes on with them. Other numbers `check_resumable` refuses."""
+    trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+    saved, now = stored_sizes(load_run_config(folder / "config.yaml")), stored_sizes(config)
+    return {name: saved[name] for name, numbers in trainer.get("resharded", {}).items()
+            if now[name] != saved[name] and now[name] in numbers}
+
+
+def with_numbers(config: RunConfig, numbers: Mapping[str, int]) -> RunConfig:
+    """`config` with other numbers under these dotted names; ConfigError if they do not go with the rest."""
+    changes = [f"{name}={number}" for name, number in numbers.items()]
+    return build(RunConfig, with_overrides(config.model_dump(), changes)) if changes else config
 
 
 def newest(run: Path) -> Path | None:
@@ -147,6 +169,7 @@ def load_into(session: Session, folder: Path, trainer: Mapping[str, Any]) -> Non
     session.step, session.training_seconds = trainer["step"], trainer["training_seconds"]
     session.engine.skipped_steps, session.failed_saves = trainer["skipped_steps"], trainer["failed_saves"]
     session.owes_evaluation = trainer.get("owes_evaluation", False)
+    session.resharded = trainer.get("resharded", {})
     session.data_pass = replay.resume(session.replay, folder, Pass(**trainer.get("pass", {})), step=session.step)
     session.sampler = replay.make_sampler(config, session.corpus.train, session.replay, data_pass=session.data_pass,
                                           epochs=session.sampler.epochs)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lmcode import dist
+from lmcode import dist, network
 from lmcode.config import RunConfig
 from lmcode.dist import Group, Rank
 from lmcode.eval.held_out import MODES, EvalResult, evaluate
@@ -59,6 +59,7 @@ def run(config: RunConfig, *, resume: str | None = None) -> int:
 def _run(config: RunConfig, me: Rank, watch: NullWatch, request: Request, resume: str | None) -> int:
     clock, start = watch.clock, open_run(config, watch.group, resume)
     watch.stacks = dist.log_into(start.run_folder / "logs", me, step=lambda: clock.step)
+    network.announce(watch.group)
     if start.finished:
         log.info("'%s' has already finished (%s): nothing to do", start.run_folder, start.checkpoint.name)
         start.close()

@@ -31,10 +31,12 @@ def describe_start(config: RunConfig, me: Rank, model: LMCODE) -> str:
     total = count_parameters(model.parameters())
     memory = count_parameters(p for name, p in model.named_parameters() if "_term" in name)
     layers = ", ".join(str(layer) for layer in model.banks) or "none"
+    in_group = config.memory.ranks_per_group(me.world_size)
+    groups = f", {me.world_size // in_group} memory groups of {in_group} rank(s)" if in_group < me.world_size else ""
     return (f"lmcode {__version__}: preset {config.preset}, {total:,} parameters ({100 * memory / total:.1f} % for memory), "
             f"{me.world_size} rank(s) by {me.launcher}, {config.train.deepspeed}, {config.train.precision}; banks in layers "
             f"{layers} of {config.model.long_term_memory_slots:,} slots, {config.memory.tier} search, "
-            f"{config.memory.exchange} exchange, {config.memory.fetch} fetch, {config.memory.scope} scope")
+            f"{config.memory.exchange} exchange, {config.memory.fetch} fetch, {config.memory.scope} scope{groups}")
 
 
 def log_step(session: Session, result: StepResult) -> None:

@@ -130,7 +130,7 @@ def snapshot(session: Session) -> Parts:
     if rank == 0:
         trainer = {"step": session.step, "updates": session.engine.updates, "skipped_steps": session.engine.skipped_steps,
                    "failed_saves": session.failed_saves, "training_seconds": session.training_seconds,
-                   "owes_evaluation": session.owes_evaluation,
+                   "owes_evaluation": session.owes_evaluation, "resharded": session.resharded,
                    "corpus": session.corpus.meta["digest"], "pass": dataclasses.asdict(session.data_pass)}
         parts["model.safetensors"] = partial(save_file, weights)
         parts["config.yaml"] = partial(_write_text, text=to_yaml(config))

@@ -59,6 +59,7 @@ class Session:
     request: Request = field(default_factory=Request)  # to save and end
     report: Callable[[int, int], None] = nothing  # tells the watch a step and its digest
     owes_evaluation: bool = False  # of the current step: there was no time for it
+    resharded: dict[str, list[int]] = field(default_factory=dict)  # former numbers of settings that a reshard has changed
     training_seconds: float = 0.0  # in `fit`, over all the processes that the run has had
 
     @property

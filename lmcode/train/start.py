@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,11 +37,12 @@ log = logging.getLogger("lmcode")
 @dataclass(frozen=True)
 class Start:
     """Where a job starts: its folder, the verified checkpoint it goes on from (None: step 0), whether nothing is left to
-    do, and, on rank 0, the right to write into the folder."""
+    do, the settings that a reshard has changed, and, on rank 0, the right to write into the folder."""
 
     run_folder: Path
     checkpoint: Path | None = None
     finished: bool = False
+    resharded: Mapping[str, int] = field(default_factory=dict)
     lock: Lock | None = None
 
     def close(self) -> None:
@@ -70,8 +72,9 @@ def open_run(config: RunConfig, group: Group, resume: str | None = None) -> Star
     return Start(*found, lock=held[0] if held else None)
 
 
-def _open(config: RunConfig, world_size: int, resume: str | None, held: list[Lock]) -> tuple[Path, Path | None, bool]:
-    name = config.train.run_dir
+def _open(config: RunConfig, world_size: int, resume: str | None, held: list[Lock]
+          ) -> tuple[Path, Path | None, bool, dict[str, int]]:
+    name, resharded = config.train.run_dir, {}
     if resume == "auto" and name is None:
         raise ConfigError("--resume auto needs train.run_dir, the run folder to go on in")
     run, chosen = Path(name or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"), None
@@ -88,11 +91,16 @@ def _open(config: RunConfig, world_size: int, resume: str | None, held: list[Loc
     elif resume is not None:
         chosen = checkpoint.find(chosen or run)
     if chosen is not None:
+        resharded = checkpoint.since_resharded(config, chosen)
+        for setting, number in resharded.items():
+            log.warning("'%s' was resharded: %s = %d, whatever the settings say", chosen, setting, number)
+        config = checkpoint.with_numbers(config, resharded)
+        config.check_world_size(world_size)
         step = checkpoint.check_resumable(config, chosen, world_size)
         if step >= config.train.total_steps and (run / "summary.txt").exists():
-            return run, chosen, True
+            return run, chosen, True, resharded
     log.info("'%s': %s", run, f"resuming from {chosen.name}" if chosen else "starting at step 0")
-    return run, chosen, False
+    return run, chosen, False, resharded
 
 
 def set_up(config: RunConfig, me: Rank, *, start: Start | None = None, watch: NullWatch | None = None,
@@ -106,6 +114,7 @@ def set_up(config: RunConfig, me: Rank, *, start: Start | None = None, watch: Nu
     watch, request = watch or NullWatch(Clock(), Group.world()), request or Request()
     group = watch.group
     start = start or open_run(config, group)
+    config = checkpoint.with_numbers(config, start.resharded)
     corpus = shared_corpus(config, group, request)
     log.info("corpus: %s", corpus.describe())
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank

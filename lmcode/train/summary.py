@@ -29,6 +29,7 @@ class Facts:
     results: dict[str, EvalResult]
     filled_by_rank: dict[int, list[int]]
     slots: int
+    memory_groups: int  # that hold the bank, each whole
     hits_by_rank: list[list[int]]  # [reader][holder], last step
     phase_ms: dict[str, float]
     bytes_per_step: float
@@ -63,7 +64,8 @@ def _losses(results: dict[str, EvalResult]) -> list[str]:
 def _memory(facts: Facts) -> list[str]:
     if not facts.filled_by_rank:
         return ["this model has no bank"]
-    lines = [f"slots filled per rank, of {facts.slots:,} over all ranks"]
+    over = "all ranks" if facts.memory_groups == 1 else f"the ranks of each of {facts.memory_groups} memory groups"
+    lines = [f"slots filled per rank, of {facts.slots:,} over {over}"]
     for layer, filled in facts.filled_by_rank.items():
         lines.append(f"  layer {layer}: " + "  ".join(f"rank {rank} {count:,}" for rank, count in enumerate(filled)))
     lines.append("where the hits of the last step came from")
@@ -102,6 +104,7 @@ def collect(session: Session, results: dict[str, EvalResult], training_seconds: 
         tokens_per_s=tokens / max(training_seconds, 1e-9), results=results,
         filled_by_rank={layer: s["live_by_rank"] for layer, s in stats.items()},
         slots=session.config.model.long_term_memory_slots,
+        memory_groups=group.size // session.config.memory.ranks_per_group(group.size),
         hits_by_rank=group.all_gather_object(counts.tolist()), phase_ms=phase_ms,
         bytes_per_step=bytes_per_step, prompt_tail=prompt_tail, sample=sample, checkpoint=checkpoint,
         run_folder=session.run_folder)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lmcode import dist
+from lmcode import dist, network
 from lmcode.config import ConfigError, RunConfig, TrainConfig, build
 from lmcode.dist import Group
 from lmcode.eval.held_out import EvalResult, evaluate
@@ -267,6 +267,7 @@ class MemoryAwareTrainer:
     def _make_session(self, config: RunConfig, corpus: Corpus, replay: Replay | None, data_pass: Pass,
                       num_epochs: int | None) -> Session:
         if self._engine is None:  # one engine for the trainer's life: its optimizer state goes on
+            network.announce(self.group)
             torch.manual_seed(config.train.seed)
             self.model.activation_checkpointing = config.train.activation_checkpointing
             self._engine = Engine(self.model, config, world_size=self.group.size)
