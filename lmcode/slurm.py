@@ -124,6 +124,39 @@ set -euo pipefail
 fail() { echo "lmcode: error: $*" >&2; exit 2; }
 if [ -z "${SLURM_JOB_ID:-}" ]; then fail "this is a Slurm batch script; start it with: sbatch $0"; fi
 
+# Slurm asks this script to save and end; what it runs is to hear it. It is asked every second, as a process that is just
+# being started does not listen yet (and must not die of it: hence the ignored signal).
+asked=0 child='' asker='' interrupted=0 status=0
+ask() {
+    asked=1 interrupted=1
+    if [ -n "$child" ] && [ -z "$asker" ]; then
+        while sleep 0.5 && kill -USR2 "$child" 2>/dev/null; do :; done &
+        asker=$!
+    fi
+}
+trap ask USR2 TERM
+perform() {  # runs a command; `status` is its exit code
+    (trap '' USR2; exec "$@") &
+    child=$! asker=''
+    if [ "$asked" = 1 ]; then ask; fi
+    interrupted=1
+    while [ "$interrupted" = 1 ]; do  # `wait` returns early when a signal comes
+        interrupted=0 status=0
+        wait "$child" || status=$?
+    done
+    child=''
+}
+back_into_the_queue() {  # but not after scancel, nor if Slurm itself is putting the job back
+    state="$(scontrol show job "$SLURM_JOB_ID")" || true
+    if [[ "$state" =~ JobState=(COMPLETING|CANCELLED|PENDING) && ! "$state" =~ Reason=TimeLimit ]]; then
+        echo "lmcode: $1; Slurm ends this job"
+    else
+        echo "lmcode: $1; the job goes back into the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    exit 75
+}
+
 checkout=@checkout@
 python=@python@
 words=(@words@ "$@")
@@ -138,7 +171,9 @@ done
 words+=("train.run_dir=$run" --resume auto)
 
 # What is wrong with the settings is said here, once; the corpus is prepared here, once.
-"$python" -m lmcode config check --data --world "$SLURM_NTASKS" "${words[@]}"
+perform "$python" -m lmcode config check --data --world "$SLURM_NTASKS" "${words[@]}"
+if [ "$status" -ne 0 ] && [ "$status" -ne 75 ]; then exit "$status"; fi
+if [ "$status" -eq 75 ] || [ "$asked" = 1 ]; then back_into_the_queue "asked to end before the ranks were started"; fi
 
 mkdir -p "$run"
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -155,6 +190,7 @@ echo "lmcode: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLUR
 # is a loopback address; so, unless told, it gets the interface with the route to another node. NCCL looks for itself.
 # shellcheck disable=SC2016
 task='
+trap "" USR2  # until Python listens
 peer="$MASTER_ADDR"
 if [ "$SLURM_NODEID" = 0 ]; then peer="$LMCODE_PEER"; fi
 if [ -z "${GLOO_SOCKET_IFNAME:-}" ] && [ -n "$peer" ]; then
@@ -169,20 +205,7 @@ fi
 exec "$@"'
 
 # A rank that ends takes the others with it only after a minute: those that were asked to save may end one by one.
-srun --kill-on-bad-exit=0 --wait=60 bash -c "$task" task "$python" -m lmcode train "${words[@]}" &
-step=$!
-
-# Slurm signals this script; the ranks are to hear it. `wait` returns early when it does, hence the loop.
-trap 'asked=1; kill -USR2 "$step" 2>/dev/null || true' USR2 TERM
-while :; do
-    asked=0 status=0
-    wait "$step" || status=$?
-    if [ "$asked" = 0 ]; then break; fi
-done
-
-if [ "$status" -eq 75 ]; then
-    echo "lmcode: saved in $run; the job goes back into the queue"
-    scontrol requeue "$SLURM_JOB_ID"
-fi
+perform srun --kill-on-bad-exit=0 --wait=60 bash -c "$task" task "$python" -m lmcode train "${words[@]}"
+if [ "$status" -eq 75 ]; then back_into_the_queue "saved in $run"; fi
 exit "$status"
 """

@@ -156,10 +156,12 @@ def test_a_signal_ends_the_launcher_too(tmp_path: Path, stand_ins: dict[str, str
 
 def test_mpi_passes_everything_to_mpirun_and_its_exit_code_back(tmp_path: Path, stand_ins: dict[str, str]) -> None:
     done = start(tmp_path, stand_ins, "launch/mpi.sh", "--preset", "tiny", "train.seed=1",
-                 LMCODE_RANKS="4", LMCODE_MPI_ARGUMENTS="--hostfile some-hosts", STAND_IN_EXIT="75")
+                 LMCODE_RANKS="4", LMCODE_MPI_ARGUMENTS="--hostfile some-hosts", STAND_IN_EXIT="75",
+                 GLOO_SOCKET_IFNAME="ib0")
     assert done.returncode == 75, done.stderr
     call = done.stdout.splitlines()[-1]
     assert call.startswith("mpirun -n 4 ") and "--hostfile some-hosts" in call
+    assert "-x GLOO_SOCKET_IFNAME" in call and "-x DS_ACCELERATOR" in call and "-x PATH" not in call
     assert call.endswith("-m lmcode train --preset tiny train.seed=1")
 
 

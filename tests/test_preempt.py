@@ -12,6 +12,7 @@ import pytest
 import small_job
 from small_job import Job, before
 
+from lmcode import cli
 from lmcode.dist import Group
 from lmcode.train import preempt
 from lmcode.train.preempt import Preempted, Request, agreed, noticing
@@ -157,6 +158,19 @@ def test_a_job_that_is_asked_to_end_in_every_phase_computes_what_an_undisturbed_
     assert [step for step, _ in rows(run)["train/loss"]] == list(range(1, 11))
     assert [step for step, _ in rows(run)["eval/loss"]] == [5, 10]
     assert on_the_board(run, "train/loss") == list(range(1, 11))
+
+
+def test_a_check_that_prepares_the_corpus_gives_way_and_leaves_nothing(tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmcode.train import corpus
+
+    words = ["config", "check", "--data", *small_job.SETTINGS, f"data.path={small_job.write_text(tmp_path / 'text')}",
+             f"data.cache={tmp_path / 'cache'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus._SideWriter, "add", ask)
+        assert cli.main(words) == preempt.REQUEUE
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert cli.main(words) == 0
 
 
 def test_a_job_of_one_rank_is_asked_in_the_same_way(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,16 +77,18 @@ def test_slurms_notations_of_time_are_taken(time: str) -> None:
     assert f"time={time}" in directives(render(Job(time=time)))
 
 
-def run_script(folder: Path, *, srun: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+def run_script(folder: Path, *, srun: str, python: str = "",
+               state: str = "JobState=RUNNING Reason=None") -> subprocess.CompletedProcess:
     """The default script where srun, scontrol and the environment's Python are stand-ins that write down their words."""
     tools = folder / "venv" / "bin"
     tools.mkdir(parents=True)
-    stand_in(tools, "python", f'echo "python $*" >>{folder}/said')
+    stand_in(tools, "python", f'echo "python $*" >>{folder}/said\n{python}')
     stand_in(tools, "srun", f'echo "srun $*" >>{folder}/said\nenv >{folder}/env\n{srun}')
-    stand_in(tools, "scontrol", f'echo "scontrol $*" >>{folder}/said\n[ "$1" = show ] && printf "a1\\na2\\n"; true')
+    stand_in(tools, "scontrol", f'echo "scontrol $*" >>{folder}/said\n[ "$2" = hostnames ] && printf "a1\\na2\\n"; '
+             f'[ "$2" = job ] && echo "   {state} Dependency=(null)"; true')
     variables = {"PATH": f"{tools}:{os.environ['PATH']}", "LMCODE_VENV": str(folder / "venv"), "SLURM_JOB_ID": "40017",
                  "SLURM_SUBMIT_DIR": str(folder), "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "a[1-2]",
-                 "SLURM_JOB_NAME": "lmcode", **(env or {})}
+                 "SLURM_JOB_NAME": "lmcode"}
     return subprocess.run(["bash", "-c", render(Job()), "script", "train.seed=3"], env=variables, capture_output=True,
                           text=True, timeout=30)
 
@@ -111,10 +114,38 @@ def test_only_exit_code_75_puts_the_job_back_into_the_queue(tmp_path: Path, code
     assert ("scontrol requeue 40017" in (tmp_path / "said").read_text()) == requeued
 
 
-def test_a_signal_to_the_script_reaches_the_ranks_and_their_answer_counts(tmp_path: Path) -> None:
-    done = run_script(tmp_path, srun="trap 'exit 75' USR2\nkill -USR2 $PPID\nfor i in $(seq 100); do sleep 0.1; done")
+@pytest.mark.parametrize(("state", "requeued"), [
+    ("JobState=RUNNING Reason=None", True), ("", True), ("JobState=COMPLETING Reason=TimeLimit", True),
+    ("JobState=COMPLETING Reason=None", False), ("JobState=CANCELLED Reason=None", False),
+    ("JobState=PENDING Reason=BeginTime", False)])
+def test_a_job_that_was_cancelled_does_not_come_back(tmp_path: Path, state: str, requeued: bool) -> None:
+    done = run_script(tmp_path, srun="exit 75", state=state)
+    assert done.returncode == 75
+    assert ("scontrol requeue 40017" in (tmp_path / "said").read_text()) == requeued
+    assert ("goes back into the queue" in done.stdout) == requeued
+
+
+LISTENER = """import os, signal, sys, time
+if "{when}" in sys.argv[-1]:
+    os.kill(os.getppid(), signal.SIGUSR2)
+    time.sleep({deaf_s})
+    heard = []
+    signal.signal(signal.SIGUSR2, lambda *_: heard.append(1))
+    while not heard:
+        time.sleep(0.01)
+    sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize(("when", "deaf_s"), [("config check", 0), ("lmcode train", 0), ("lmcode train", 0.8)])
+def test_a_signal_to_the_script_reaches_what_it_runs_even_if_that_only_starts(tmp_path: Path, when: str,
+                                                                              deaf_s: float) -> None:
+    (tmp_path / "listener.py").write_text(LISTENER.format(when=when, deaf_s=deaf_s))
+    listen = f'exec "{sys.executable}" {tmp_path}/listener.py "$*"'
+    done = run_script(tmp_path, srun=listen, python=listen)
     assert done.returncode == 75, done.stderr
-    assert "scontrol requeue 40017" in (tmp_path / "said").read_text()
+    said = (tmp_path / "said").read_text()
+    assert "scontrol requeue 40017" in said and ("srun" in said) == (when == "lmcode train")
 
 
 def test_the_script_says_that_it_belongs_to_sbatch() -> None:

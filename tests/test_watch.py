@@ -107,6 +107,24 @@ def test_a_silent_rank_is_named_after_two_heartbeats_even_when_all_stand_still(s
     assert found.rank == silent and found.silent
 
 
+@given(st.sets(st.integers(2, 5), min_size=1), st.sampled_from([1.0, 10.0, 30.0]))
+def test_a_host_is_out_of_reach_if_all_its_ranks_are_silent_and_else_a_rank_is_stopped(silent: set[int],
+                                                                                      heartbeat_s: float) -> None:
+    one = Judge(members_of([(f"host{rank // 2}", 100 + rank) for rank in range(6)]), heartbeat_s=heartbeat_s,
+                patience_s=PATIENCE_S)
+    one.begin(0.0)
+    one.hear(0, beat(), 0.0)
+    for quarter in range(1, 9):
+        for rank in set(range(6)) - silent:
+            one.hear(rank, beat(), quarter * heartbeat_s / 4)
+    found = one.verdict(2 * heartbeat_s + 0.1)
+    host = found.rank // 2
+    assert found.rank == min(silent) and f"on host{host}" in found.text
+    whole = {2 * host, 2 * host + 1} <= silent
+    assert (f"nor any other rank on host{host}: the host is down or out of reach" in found.text) == whole
+    assert found.text.endswith(": it is stopped") != whole
+
+
 @given(st.integers(0, 3))
 def test_of_many_that_stand_still_the_one_that_does_not_wait_is_named(culprit: int) -> None:
     one = judge(4)

@@ -130,9 +130,18 @@ class Judge:
         for member in self._present():
             allowed = 2 * self.heartbeat_s if self.settled else max(STARTING_S, 2 * self.heartbeat_s)
             if now - member.heard > allowed:
-                self._blame(member.rank, f"has not been heard of for {now - member.heard:.0f} s: it is stopped, or its host "
-                                         "is out of reach", silent=True)
+                self._blame(member.rank, f"has not been heard of for {now - member.heard:.0f} s{self._why(member, now)}",
+                            silent=True)
         return self._cause
+
+    def _why(self, silent: Member, now: float) -> str:
+        """What the other ranks on its host, if any, say about a silent one."""
+        others = [member for member in self._present() if member.host == silent.host and member is not silent]
+        if not others:
+            return ": it is stopped, or its host is out of reach"
+        if all(now - member.heard > (now - silent.heard) / 2 for member in others):
+            return f", nor any other rank on {silent.host}: the host is down or out of reach"
+        return ": it is stopped"
 
     def verdict(self, now: float) -> Verdict | None:
         """`gone`, or the rank that stands still, or the one behind which another lost its connection."""

@@ -14,6 +14,12 @@ bed="${LMCODE_BED:-/var/tmp/lmcode-bed}"
 packages=(slurmctld slurmd slurm-client munge pdsh openssh-server openssh-client iproute2)
 export SLURM_CONF="$bed/slurm.conf"
 
+# What the caller has open, such as a lock, is not for the daemons, which live on.
+for descriptor in "/proc/$$/fd/"*; do
+    number="${descriptor##*/}"
+    if [ "$number" -gt 2 ] && [ "$number" -lt 255 ]; then eval "exec $number>&-"; fi
+done
+
 say() { printf 'two-host test bed: %s\n' "$*" >&2; }
 give_up() { say "not set up: $*"; exit 0; }
 
@@ -42,7 +48,12 @@ down() {
         # The first process of the host's process namespace: the kernel ends all others with it.
         if [ -f "$bed/$node.pid" ]; then kill -KILL "$(cat "$bed/$node.pid")" 2>/dev/null || true; fi
     done
-    if [ -f "$bed/munged.pid" ]; then kill "$(cat "$bed/munged.pid")" 2>/dev/null || true; fi
+    if [ -f "$bed/munged.pid" ]; then
+        local munged
+        munged="$(cat "$bed/munged.pid")"
+        # It writes a last file into the folder when it is told to end.
+        for _ in $(seq 50); do kill "$munged" 2>/dev/null || break; sleep 0.1; done
+    fi
     rm -rf "$bed"
 }
 
@@ -97,22 +108,23 @@ TaskPlugin=task/none
 MpiDefault=none
 SlurmdParameters=config_overrides
 SchedulerType=sched/builtin
+SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
 SlurmdTimeout=300
-NodeName=n0 NodeAddr=10.77.0.10 CPUs=4
-NodeName=n1 NodeAddr=10.77.0.11 CPUs=4
+NodeName=n0 NodeAddr=10.77.0.10 CPUs=16
+NodeName=n1 NodeAddr=10.77.0.11 CPUs=16
 PartitionName=bed Nodes=n0,n1 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
 SLURM
     mkdir -p "$bed/state" "$bed/spool.n0" "$bed/spool.n1" "$bed/bin"
 }
 
-# A host: first process, loopback, its own /etc/hosts and ssh settings. The mounts are private to it.
+# A host: first process, loopback, its own /etc/hosts and ssh settings. The mounts are private to it. It outlives the caller.
 make_host() {
     local node="$1"
     # shellcheck disable=SC2016
-    unshare --net --uts --mount --pid --fork --mount-proc --propagation private sh -c '
+    setsid unshare --net --uts --mount --pid --fork --mount-proc --propagation private sh -c '
         hostname "$2"; ip link set lo up; mount --bind "$1/hosts" /etc/hosts
         mkdir -p /run/sshd; mount --bind "$1/ssh_config" /etc/ssh/ssh_config
         exec sleep infinity' "$node" "$bed" "$node" </dev/null >>"$bed/log/host.$node" 2>&1 &

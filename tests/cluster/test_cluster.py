@@ -7,54 +7,31 @@ say why. One small job, 6 steps on 2 x 2 ranks; its losses must be those of 4 ra
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import bed
 import pytest
+from bed import losses, on, unplugged
 
-CHECKOUT = Path(__file__).parents[2]
-SETUP = CHECKOUT / "tests/cluster/setup.sh"
-BED = Path(os.environ.get("LMCODE_BED", "/var/tmp/lmcode-bed"))
-SETTINGS = ["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.vocab_size=257",
-            "model.memory_layers=[1]", "model.context_length=32", "model.long_term_memory_slots=600",
-            "model.memory_top_k=8", "model.memory_bias=0", "data.tokenizer=bytes", "train.sequence_length=32",
-            "train.total_steps=6", "train.warmup_steps=2", "train.log_every=2", "eval.every=0", "eval.final_windows=2"]
 pytestmark = [
     pytest.mark.cluster, pytest.mark.timeout(600),
-    pytest.mark.skipif(not (BED / "ready").exists(),
-                       reason="there is no two-host test bed: run tests/cluster/setup.sh as root"),
+    pytest.mark.skipif(not bed.is_up(), reason="there is no two-host test bed: run tests/cluster/setup.sh as root"),
 ]
-
-
-def on(host: str, *command: str, timeout_s: float = 300) -> subprocess.CompletedProcess:
-    """Runs a command on a host, in the checkout, with an environment that says nothing about ranks."""
-    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "LMCODE_BED")}
-    env = {**kept, "LMCODE_SKIP_INSTALL": "1", "LMCODE_VENV": sys.prefix, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(["bash", str(SETUP), "on", host, *command], cwd=CHECKOUT, env=env, capture_output=True, text=True,
-                          timeout=timeout_s)
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("text")
-    for number in range(24):
-        (folder / f"{number:02d}.txt").write_text(" ".join(f"{word * number % 17} words" for word in range(120)))
-    return [*SETTINGS, f"data.path={folder}", f"data.cache={tmp_path_factory.mktemp('cache')}"]
-
-
-def losses(run: Path) -> list[float]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row["train/loss"] for row in rows if "train/loss" in row]
+    folder = bed.write_text(tmp_path_factory.mktemp("text"))
+    return [*bed.SETTINGS, f"data.path={folder}", f"data.cache={tmp_path_factory.mktemp('cache')}"]
 
 
 @pytest.fixture(scope="module")
 def single_host(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> list[float]:
     """The losses of 4 ranks on one host, started by mpirun."""
     run = tmp_path_factory.mktemp("mpi") / "run"
-    done = on("n0", "env", "LMCODE_RANKS=4", "bash", "launch/mpi.sh", "--preset", "tiny", *settings, f"train.run_dir={run}")
+    done = on("n0", "bash", "launch/mpi.sh", "--preset", "tiny", *settings, f"train.run_dir={run}", LMCODE_RANKS="4")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "4 rank(s) by mpirun" in done.stdout + done.stderr
     return losses(run)
@@ -73,6 +50,19 @@ def test_mpirun_on_one_host(single_host: list[float]) -> None:
     assert len(single_host) == 3 and single_host[-1] < single_host[0]
 
 
+def test_mpirun_over_a_hostfile_is_the_same_run(tmp_path: Path, settings: list[str], single_host: list[float]) -> None:
+    hostfile, run = tmp_path / "hostfile", tmp_path / "run"
+    hostfile.write_text("n0 slots=2\nn1 slots=2\n")
+    done = on("n0", "bash", "launch/mpi.sh", "--preset", "tiny", *settings, f"train.run_dir={run}", LMCODE_RANKS="4",
+              LMCODE_MPI_ARGUMENTS=f"--hostfile {hostfile}")
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-3000:]
+    assert "4 rank(s) by mpirun" in said and "n1 rank 2" in (run / "logs/rank-00002.log").read_text()
+    assert "ranks listen: n0 left0 10.77.0.10, n1 right0 10.77.0.11" in said and "ranks differ" not in said
+    assert losses(run) == pytest.approx(single_host, abs=1e-4)
+    assert nothing_is_left("n0") and nothing_is_left("n1")
+
+
 def test_sbatch_on_two_hosts_is_the_same_run(tmp_path: Path, settings: list[str], single_host: list[float]) -> None:
     out, run = tmp_path / "job.out", tmp_path / "run"
     done = on("n0", "sbatch", "--wait", f"--output={out}", "launch/slurm.sbatch", *settings, f"train.run_dir={run}")
@@ -80,7 +70,9 @@ def test_sbatch_on_two_hosts_is_the_same_run(tmp_path: Path, settings: list[str]
     assert done.returncode == 0, f"{done.stderr}\n{said[-3000:]}"
     assert "4 ranks on n0 n1" in said and "4 rank(s) by slurm" in said
     assert "n0: GLOO_SOCKET_IFNAME=left0" in said and "n1: GLOO_SOCKET_IFNAME=right0" in said, "each its own interface"
+    assert "ranks listen: n0 left0 10.77.0.10, n1 right0 10.77.0.11" in said and "ranks differ" not in said
     assert (run / "hostfile").read_text() == "n0 slots=2\nn1 slots=2\n"
+    print(f"4 ranks, losses on one host by mpirun {single_host}, on 2 x 2 by sbatch {losses(run)}")
     assert losses(run) == pytest.approx(single_host, abs=1e-4)
     assert nothing_is_left("n0") and nothing_is_left("n1")
 
@@ -106,6 +98,7 @@ def test_the_deepspeed_launcher_over_ssh_is_the_same_run(tmp_path: Path, setting
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-3000:]
     assert "4 ranks on n0 n1" in said and "4 rank(s) by deepspeed" in said
+    assert "ranks listen: n0 left0 10.77.0.10, n1 right0 10.77.0.11" in said and "ranks differ" not in said
     assert losses(run) == pytest.approx(single_host, abs=1e-4)
     assert nothing_is_left("n0") and nothing_is_left("n1")
 
@@ -124,3 +117,36 @@ def test_a_wrong_hostfile_is_an_error_and_never_a_smaller_run(tmp_path: Path, se
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert not run.exists()
+
+
+def doctor(*words: str) -> tuple[int, dict[str, dict], str]:
+    """Exit code, rows by name and standard error of `lmcode doctor` on n0."""
+    done = on("n0", sys.executable, "-m", "lmcode", "doctor", "--json", *words)
+    assert done.stdout, done.stderr[-3000:]
+    return done.returncode, {row["name"]: row for row in json.loads(done.stdout)["checks"]}, done.stderr
+
+
+@pytest.mark.parametrize("way", ["--hostfile", "--srun"])
+def test_the_doctor_compares_two_hosts(tmp_path: Path, way: str) -> None:
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("n0 slots=2\nn1 slots=2\n")
+    words = ["--hostfile", str(hostfile)] if way == "--hostfile" else ["--srun", "--nodes", "2"]
+    code, found, said = doctor(*words, "--run-dir", str(tmp_path / "runs"), "--preset", "tiny")
+    assert code == 0, f"{found}\n{said}"
+    assert found["hosts"]["detail"] == "2 of 2 answered to the end"
+    assert found["interface"]["detail"] == "n0 left0 10.77.0.10, n1 right0 10.77.0.11"
+    assert "GB/s received by each host (2 hosts" in found["all_gather"]["detail"]
+    for name in ("same versions", "same devices", "clocks", "shared folder", "locks between hosts", "open ports"):
+        assert found[name]["state"] == "ok", found[name]
+    assert [path.name for path in tmp_path.iterdir() if path != hostfile] == [], "nothing is left behind"
+
+
+def test_a_host_that_was_taken_away_is_named_by_the_doctor(tmp_path: Path) -> None:
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("n0 slots=2\nn1 slots=2\n")
+    with unplugged("n1"):
+        code, found, _ = doctor("--hostfile", str(hostfile), "--run-dir", str(tmp_path))
+    assert code == 1
+    assert found["host"]["hosts"] == ["n1"] and found["host"]["state"] == "fail"
+    assert found["hosts"]["detail"] == "1 of 2 answered to the end"
+    assert found["faiss search"]["state"] == "ok", "the other host was looked at"
