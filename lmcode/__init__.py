@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, RunConfig, TrainConfig
-    from lmcode.experience import Retrieved
+    from lmcode.experience.experiences import Retrieved
     from lmcode.lmcode import LMCODE
     from lmcode.memory.bank import LongTermMemory
     from lmcode.model.layer import MemoryAugmentedLayer
@@ -34,7 +34,7 @@ __all__ = ["BPETokenizer", "ByteTokenizer", "ConfigError", "LMCODE", "LMCODEConf
 
 _MODULES = {
     "lmcode.config": ("ConfigError", "LMCODEConfig", "MemoryConfig", "RunConfig", "TrainConfig"),
-    "lmcode.experience": ("Retrieved",),
+    "lmcode.experience.experiences": ("Retrieved",),
     "lmcode.lmcode": ("LMCODE",),
     "lmcode.memory.bank": ("LongTermMemory",),
     "lmcode.model.layer": ("MemoryAugmentedLayer",),

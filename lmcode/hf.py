@@ -31,7 +31,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from lmcode.config import LMCODEConfig, MemoryConfig, build, near_match
 from lmcode.lmcode import LMCODE
-from lmcode.pretrained import MODEL_TYPE
+from lmcode.saved.pretrained import MODEL_TYPE
 
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}  # no other value is possible
 IGNORED = ("pad_token_id", "bos_token_id", "use_cache", "transformers_version", "_from_model_config", "cache_implementation",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lmcode.config import LMCODEConfig, MemoryConfig
 from lmcode.dist import Group
-from lmcode.experience import (
+from lmcode.experience.experiences import (
     Experience,
     Experiences,
     Namespace,
@@ -29,13 +29,13 @@ from lmcode.experience import (
     namespace_number,
     write_token_entries,
 )
-from lmcode.experience_input import Content, comparable, contents_of, experiences_of, read_content
+from lmcode.experience.input import Content, comparable, contents_of, experiences_of, read_content
 from lmcode.memory.bank import LongTermMemory
 from lmcode.model.generate import Generation, Prompts, generate
 from lmcode.model.lm import LMCODEOutput, MemoryLM, StreamState
 from lmcode.model.reading import read_texts
 from lmcode.model.sampling import Decoding
-from lmcode.pretrained import Pretrained
+from lmcode.saved.pretrained import Pretrained
 from lmcode.tokenizer import MIN_BPE_VOCAB, ByteTokenizer, Tokenizer, check_vocab
 
 log = logging.getLogger("lmcode")

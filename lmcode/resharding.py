@@ -11,11 +11,11 @@ import numpy as np
 from torch import Tensor
 
 from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, build
-from lmcode.experience import Experiences
+from lmcode.experience.experiences import Experiences
 from lmcode.lmcode import LMCODE
 from lmcode.memory.bank import LongTermMemory
 from lmcode.memory.reshard import check_room, fewest_slots, live_by_shard, reshard
-from lmcode.pretrained import agree
+from lmcode.saved.pretrained import agree
 
 
 def reshard_memory(model: LMCODE, virtual_shards: int, *, slots: int | None = None,

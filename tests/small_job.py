@@ -116,7 +116,7 @@ def _rank(rank: int, ranks: int, port: int, said: str, arguments: list[str], sab
     with open(said, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from lmcode.cli import main
+    from lmcode.cli.command import main
     from lmcode.train import loop
 
     if sabotage is not None:

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from small_job import Job, write_text
 from test_loop import settings, write_corpus
 
-from lmcode import cli, dist
+from lmcode import dist
+from lmcode.cli import command as cli
 from lmcode.config import ConfigError, RunConfig, build
 from lmcode.model.lm import StreamState
 from lmcode.train import checkpoint, commit, durable, loop, saving, stream_files

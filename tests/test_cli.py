@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import lmcode.train
-from lmcode import cli, presets
+from lmcode import presets
+from lmcode.cli import command as cli
 from lmcode.config import ConfigError, RunConfig
 from lmcode.presets import load_run_config
 

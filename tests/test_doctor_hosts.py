@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcode import cli
+from lmcode.cli import command as cli
 from lmcode.doctor import agent, compare, facts
 from lmcode.doctor.compare import Offset, Report
 from lmcode.doctor.row import Row, exit_code, to_dict

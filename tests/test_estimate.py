@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
-from lmcode import cli
+from lmcode.cli import command as cli
 from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, RunConfig, TrainConfig
 from lmcode.dist import Group
 from lmcode.estimate import (

@@ -15,8 +15,8 @@ from ranks import run_on_ranks
 
 from lmcode import LMCODE, LMCODEConfig, MemoryConfig, Retrieved, dist
 from lmcode.config import ConfigError, RunConfig, build
-from lmcode.experience import Experience, Experiences, namespace_number
-from lmcode.experience_files import experience_parts, from_jsonl, load_experiences, to_jsonl
+from lmcode.experience.experiences import Experience, Experiences, namespace_number
+from lmcode.experience.files import experience_parts, from_jsonl, load_experiences, to_jsonl
 from lmcode.tokenizer import BPETokenizer
 
 TEXTS = [f"On day {day} the ship {name} left the harbour of {place} with a cargo of {goods}"

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmcode.cluster.hostfile import read_hostfile
 from lmcode.config import ConfigError
-from lmcode.hostfile import read_hostfile
 
 CHECKOUT = Path(__file__).parents[1]
 HOSTS = st.dictionaries(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True), st.integers(1, 9999), min_size=1,

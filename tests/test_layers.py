@@ -29,10 +29,10 @@ OWNERS = {  # the one file or folder that may import a package
     "tokenizers": "lmcode/tokenizer.py",
     "matplotlib": "lmcode/report/plots.py",
     "transformers": "lmcode/hf.py",
-    "huggingface_hub": "lmcode/pretrained.py",
+    "huggingface_hub": "lmcode/saved/pretrained.py",
 }
 LAZY = ("deepspeed", "faiss", "tensorboard", "tokenizers", "yaml", "mpi4py", "matplotlib", "transformers", "datasets")
-MAY_PRINT = ("lmcode/cli.py",)
+MAY_PRINT = ("lmcode/cli/command.py",)
 
 
 @cache
@@ -82,7 +82,7 @@ def test_the_walk_sees_every_way_to_import() -> None:
 
 
 def test_there_is_a_package_to_look_at() -> None:
-    assert {"lmcode/config.py", "lmcode/dist.py", "lmcode/cli.py"} <= set(FILES)
+    assert {"lmcode/config.py", "lmcode/dist.py", "lmcode/cli/command.py"} <= set(FILES)
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.startswith("lmcode/model/")])

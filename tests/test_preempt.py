@@ -12,7 +12,7 @@ import pytest
 import small_job
 from small_job import Job, before
 
-from lmcode import cli
+from lmcode.cli import command as cli
 from lmcode.dist import Group
 from lmcode.train import preempt
 from lmcode.train.preempt import Preempted, Request, agreed, noticing

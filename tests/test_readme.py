@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lmcode import cli
+from lmcode.cli import command as cli
 
 CHECKOUT = Path(__file__).parents[1]
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")

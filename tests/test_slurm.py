@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lmcode import cli, dist
+from lmcode import dist
+from lmcode.cli import command as cli
+from lmcode.cluster.slurm import Job, hand_in, render
 from lmcode.config import ConfigError
-from lmcode.slurm import Job, hand_in, render
 
 CHECKOUT = Path(__file__).parents[1]
 STEP = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", "SLURM_NODEID": "2",

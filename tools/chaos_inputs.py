@@ -25,9 +25,9 @@ from typing import Any
 
 import chaos
 
-from lmcode import cli_memory
+from lmcode.cli.command import cli_memory
 from lmcode.config import ConfigError, RunConfig, to_yaml
-from lmcode.experience_input import experiences_of
+from lmcode.experience.input import experiences_of
 from lmcode.presets import load_run_config
 from lmcode.tokenizer import ByteTokenizer
 from lmcode.train import durable

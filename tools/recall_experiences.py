@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from lmcode import LMCODE, dist
-from lmcode.memory_files import load_memory, make_folders, save_memory
 from lmcode.presets import load_run_config
+from lmcode.saved.memory import load_memory, make_folders, save_memory
 from lmcode.train.sources import open_source
 
 WORDS = range(6, 61)  # in a sentence

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from lmcode import network
+from lmcode.cluster import network
 from lmcode.doctor import facts, folder
 from lmcode.doctor.row import to_dict
 

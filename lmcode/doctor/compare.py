@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from lmcode import network
+from lmcode.cluster import network
 from lmcode.doctor.row import Row, State, from_dict, listed
 
 SKEW_WARN_S, SKEW_FAIL_S = 1.0, 30.0

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
-from lmcode import network
+from lmcode.cluster import network
 from lmcode.doctor.folder import GIB, Space, file_system_rows
 from lmcode.doctor.row import Row, State, guarded
 

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmcode.config import ConfigError, RunConfig, build, to_yaml
-from lmcode.experience import Namespace, namespace_number
+from lmcode.experience.experiences import Namespace, namespace_number
 from lmcode.lmcode import LMCODE
-from lmcode.memory_files import BANKS, EXPERIENCES, Parts, make_folders, save_memory
 from lmcode.presets import load_run_config
 from lmcode.resharding import reshard_memory
+from lmcode.saved.memory import BANKS, EXPERIENCES, Parts, make_folders, save_memory
 from lmcode.train import durable, replay
 from lmcode.train.checkpoint import stored_sizes, write_json
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from lmcode.config import ConfigError, RunConfig, build, near_match, with_overrides
 from lmcode.dist import Group, on_rank_0
 from lmcode.lmcode import LMCODE
-from lmcode.memory_files import load_memory
 from lmcode.presets import load_run_config
+from lmcode.saved.memory import load_memory
 from lmcode.tokenizer import Tokenizer, load_tokenizer
 from lmcode.train import durable, optimizer_files, replay
 from lmcode.train.data import Pass

@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lmcode.dist import Group
-from lmcode.memory_files import Parts
+from lmcode.saved.memory import Parts
 from lmcode.train import durable
 from lmcode.train.durable import Facts, Seals
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from lmcode import dist, network
+from lmcode import dist
+from lmcode.cluster import network
 from lmcode.config import RunConfig
 from lmcode.dist import Group, Rank
 from lmcode.eval.held_out import MODES, EvalResult, evaluate

@@ -1,6 +1,6 @@
 """A checkpoint at a path of its own, whatever its name: what `MemoryAwareTrainer.save_checkpoint` writes.
 
-It is the commit of `checkpoint` under another name, put in place as `lmcode.replace` describes: a kill while an old one is
+It is the commit of `checkpoint` under another name, put in place as `saved.replace` describes: a kill while an old one is
 replaced leaves both beside the path, and `find` looks there.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from lmcode.config import ConfigError, near_match
 from lmcode.dist import Group, on_rank_0
-from lmcode.replace import beside, left_by_a_kill, make_way, take_place
+from lmcode.saved.replace import beside, left_by_a_kill, make_way, take_place
 from lmcode.tokenizer import load_tokenizer
 from lmcode.train import durable, saving
 from lmcode.train.corpus import Corpus, Documents

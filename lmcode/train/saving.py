@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lmcode import __version__
 from lmcode.config import to_yaml
-from lmcode.memory_files import Parts, memory_folders, memory_parts
+from lmcode.saved.memory import Parts, memory_folders, memory_parts
 from lmcode.train import durable, optimizer_files, replay, stream_files
 from lmcode.train.checkpoint import RNG_FOLDER, place_of, rng_file, write_json
 from lmcode.train.commit import Commit, SaveFailed

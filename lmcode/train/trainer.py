@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from lmcode import dist, network
+from lmcode import dist
+from lmcode.cluster import network
 from lmcode.config import ConfigError, RunConfig, TrainConfig, build
 from lmcode.dist import Group
 from lmcode.eval.held_out import EvalResult, evaluate

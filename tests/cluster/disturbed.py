@@ -159,7 +159,7 @@ def _main() -> int:
     plan, folder, _, _, *words = sys.argv[1:]
     sys.argv[1:] = words
     sys.path.insert(0, os.getcwd())
-    from lmcode.cli import main
+    from lmcode.cli.command import main
     from lmcode.train.preempt import noticing
 
     with noticing():  # as soon as the real program does

@@ -10,8 +10,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from lmcode.cluster.slurm import Job, hand_in, render
 from lmcode.config import ConfigError, RunConfig
-from lmcode.slurm import Job, hand_in, render
 
 Command = Callable[..., argparse.ArgumentParser]
 Number = Callable[..., Callable[[str], int | float]]

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lmcode.config import ConfigError
-from lmcode.experience_files import experience_parts, load_experiences
+from lmcode.experience.files import experience_parts, load_experiences
 from lmcode.lmcode import LMCODE
 from lmcode.memory.store import load_bank, save_shard, shard_file
 

@@ -10,7 +10,7 @@ there is no pickle and no program that is run. A folder holds
     README.md              the model card, which says what the memory holds
     modeling_lmcode.py     two lines for transformers' `trust_remote_code`; never run from here
 
-It appears whole or not at all, and takes the place of an older one as `lmcode.replace` describes. Files may be links only
+It appears whole or not at all, and takes the place of an older one as `saved.replace` describes. Files may be links only
 into the folder, or into the blobs of the hub's cache. Flipped bits in the numbers are not found: hash what must not change.
 `LMCODE` takes both ways from `Pretrained`, a `huggingface_hub.ModelHubMixin`; any number of ranks loads what any wrote.
 """
@@ -29,10 +29,11 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
-from lmcode import __version__, replace
+from lmcode import __version__
 from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, build, near_match
 from lmcode.dist import Group, on_rank_0
 from lmcode.model.lm import MemoryLM
+from lmcode.saved import replace
 from lmcode.tokenizer import CONFIG_FILE, TOKENIZER_FILE, load_tokenizer, save_for_transformers
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def write(model: LMCODE, place: Path, *, include_memory: bool) -> None:
     """See `Pretrained.save_pretrained`."""
     from safetensors import SafetensorError
 
-    from lmcode.memory_files import save_memory
+    from lmcode.saved.memory import save_memory
 
     temporary = replace.beside(place) / ".new.tmp"
     try:
@@ -159,7 +160,7 @@ def _begin(model: LMCODE, place: Path, temporary: Path, include_memory: bool) ->
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from lmcode.memory_files import make_folders
+    from lmcode.saved.memory import make_folders
 
     if os.path.lexists(place) and not (place.is_dir() and (not any(place.iterdir()) or (place / CONFIG).is_file())):
         raise ConfigError(f"'{place}' exists and is no saved model: give another folder")
@@ -277,7 +278,7 @@ def settings(folder: Path) -> tuple[LMCODEConfig, MemoryConfig, bool]:
 def read(folder: Path, *, include_memory: bool, group: Group, device: torch.device | str) -> LMCODE:
     """See `Pretrained.from_pretrained`."""
     from lmcode.lmcode import LMCODE
-    from lmcode.memory_files import BANKS, load_memory
+    from lmcode.saved.memory import BANKS, load_memory
 
     model, problem, with_memory = None, None, False
     try:
@@ -343,7 +344,7 @@ def check_weights(where: str, weights: Mapping[str, Tensor], config: LMCODEConfi
 
 def check_links(folder: Path) -> None:
     """Refuses files of a saved model that are links to elsewhere: to outside the folder, unless into the hub's cache."""
-    from lmcode.memory_files import BANKS, EXPERIENCES
+    from lmcode.saved.memory import BANKS, EXPERIENCES
 
     allowed = [folder.resolve()]
     if folder.parent.name == "snapshots":

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmcode.cli_answers import (
+from lmcode.cli.answers import (
     UNITS,
     Answer,
     ago,
@@ -195,7 +195,7 @@ def inspect(arguments: argparse.Namespace) -> Answer:
 
 def export(arguments: argparse.Namespace) -> Answer:
     """`lmcode memory export`."""
-    from lmcode.experience_files import to_jsonl
+    from lmcode.experience.files import to_jsonl
 
     _, model = look(arguments.path)
     chosen = said(lambda: model.experiences.all(namespace=arguments.namespace))

@@ -16,7 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lmcode import __version__, cli_cluster, cli_doctor, cli_memory
+from lmcode import __version__
+from lmcode.cli import cluster as cluster_commands
+from lmcode.cli import doctor as doctor_commands
+from lmcode.cli import memory as memory_commands
 from lmcode.config import ConfigError, RunConfig, near_match, to_yaml
 from lmcode.presets import load_run_config
 
@@ -97,11 +100,11 @@ def build_parser() -> Parser:
     _add_train(commands)
     _add_eval(commands)
     _add_generate(commands)
-    cli_cluster.add_submit(partial(_command, commands, "submit", submit), _number)
-    cli_cluster.add_estimate(partial(_command, commands, "estimate", estimate), _number, _add_source)
+    cluster_commands.add_submit(partial(_command, commands, "submit", submit), _number)
+    cluster_commands.add_estimate(partial(_command, commands, "estimate", estimate), _number, _add_source)
     _add_report(commands)
-    cli_memory.add_memory(commands, partial(_command, run=memory, overrides=False), _number, _ignore_local_rank)
-    cli_doctor.add_doctor(partial(_command, commands, "doctor", doctor), _number, _add_source)
+    memory_commands.add_memory(commands, partial(_command, run=memory, overrides=False), _number, _ignore_local_rank)
+    doctor_commands.add_doctor(partial(_command, commands, "doctor", doctor), _number, _add_source)
     _add_config(commands)
     return parser
 
@@ -281,7 +284,7 @@ def report(arguments: argparse.Namespace) -> int:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """`lmcode doctor`."""
-    text, code = cli_doctor.doctor(arguments)
+    text, code = doctor_commands.doctor(arguments)
     if text:
         print(text)
     return code
@@ -289,13 +292,13 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 def submit(arguments: argparse.Namespace) -> int:
     """`lmcode submit`."""
-    print(cli_cluster.submit(arguments))
+    print(cluster_commands.submit(arguments))
     return DONE
 
 
 def estimate(arguments: argparse.Namespace) -> int:
     """`lmcode estimate`."""
-    print(cli_cluster.estimate(arguments, _run_config(arguments)))
+    print(cluster_commands.estimate(arguments, _run_config(arguments)))
     return DONE
 
 

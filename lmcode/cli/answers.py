@@ -47,8 +47,8 @@ def open_checkpoint(path: Path) -> tuple[Path, LMCODE]:
 
 def is_saved_model(path: Path) -> bool:
     """Whether `save_pretrained` wrote what is there, or what a kill has left beside it."""
-    from lmcode.pretrained import CONFIG
-    from lmcode.replace import left_by_a_kill
+    from lmcode.saved.pretrained import CONFIG
+    from lmcode.saved.replace import left_by_a_kill
 
     return ((left_by_a_kill(path.absolute()) or path) / CONFIG).is_file()
 
@@ -57,8 +57,8 @@ def open_model(path: Path) -> LMCODE:
     """A saved model with everything that it remembers."""
     alone()
     from lmcode.lmcode import LMCODE
-    from lmcode.pretrained import settings
-    from lmcode.replace import left_by_a_kill
+    from lmcode.saved.pretrained import settings
+    from lmcode.saved.replace import left_by_a_kill
 
     model = LMCODE.from_pretrained(path)
     if not model.banks:
@@ -83,8 +83,8 @@ def said(action: Callable[[], Any]) -> Any:
 
 def read_rows(file: str, *, without: str | None = None) -> list[dict[str, Any]]:
     """The experiences in a JSONL file; ConfigError that names the file, the line and the rule."""
-    from lmcode.experience import check_importance, namespace_number
-    from lmcode.experience_files import from_jsonl
+    from lmcode.experience.experiences import check_importance, namespace_number
+    from lmcode.experience.files import from_jsonl
 
     def judge(row: dict[str, Any]) -> None:
         namespace_number(row.get("namespace", 0))

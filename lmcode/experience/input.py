@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmcode.experience import Experience, Namespace, check_importance, namespace_number
+from lmcode.experience.experiences import Experience, Namespace, check_importance, namespace_number
 from lmcode.tokenizer import Tokenizer
 
 Content = Union[str, Sequence[int], Tensor]  # noqa: UP007  (evaluated at run time)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lmcode.config import near_match
-from lmcode.experience import Experience, Experiences, check_importance, namespace_number
+from lmcode.experience.experiences import Experience, Experiences, check_importance, namespace_number
 from lmcode.memory.store import load_bank, save_shard, shard_file
 
 FORMAT = 1
