@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All set-up plus the tests: `bash tests/run.sh` for the whole suite, `bash tests/run.sh tests/test_cli.py -k train` for
-# a part. Arguments are pytest's, and so is the exit code. The whole suite runs in two processes, a file at a time, as much
-# of it waits for processes to start.
+# a part. Arguments are pytest's, and so is the exit code. The whole suite runs in two processes of one
+# thread, a file at a time.
 set -euo pipefail
 
 checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -9,6 +9,7 @@ checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$checkout/launch/environment.sh"
 cd "$checkout"
 if [ $# -eq 0 ]; then
+    export OMP_NUM_THREADS=1
     set -- --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 fi
 exec "$LMCODE_PYTHON" -m pytest "$@"

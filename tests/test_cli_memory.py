@@ -22,7 +22,8 @@ from safetensors.numpy import load_file
 from test_loop import settings, write_corpus
 from test_reshard import plain, states_of
 
-from lmcode import LMCODE, cli, dist
+from lmcode import LMCODE, dist
+from lmcode.cli import command as cli
 from lmcode.config import ConfigError, RunConfig, build
 from lmcode.memory import LongTermMemory
 from lmcode.presets import load_run_config

@@ -10,7 +10,8 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
-from lmcode import dist, network
+from lmcode import dist
+from lmcode.cluster import network
 from lmcode.dist import Group
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcode import network
+from lmcode.cluster import network
 from lmcode.cluster.network import OF_A_HOST, Place
 
 NAMES = st.sampled_from(["GLOO_SOCKET_IFNAME", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "MASTER_ADDR", "MASTER_PORT",

@@ -15,9 +15,10 @@ import torch
 from huggingface_hub import ModelHubMixin
 from safetensors.torch import load_file, save_file
 
-from lmcode import LMCODE, BPETokenizer, ByteTokenizer, ConfigError, LMCODEConfig, MemoryConfig, pretrained, replace
+from lmcode import LMCODE, BPETokenizer, ByteTokenizer, ConfigError, LMCODEConfig, MemoryConfig
 from lmcode.dist import Group
 from lmcode.resharding import reshard_memory
+from lmcode.saved import pretrained, replace
 from lmcode.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from tests.ranks import run_on_ranks
 

@@ -16,7 +16,8 @@ from ranks import run_on_ranks
 from report_models import TEXTS, ids_of, remember, small_model
 from test_loop import settings, write_corpus
 
-from lmcode import cli, dist, generate_memory_report, plot_training_history, visualize_memory_flow
+from lmcode import dist, generate_memory_report, plot_training_history, visualize_memory_flow
+from lmcode.cli import command as cli
 from lmcode.config import ConfigError, RunConfig, build
 from lmcode.dist import Group
 from lmcode.lmcode import LMCODE

@@ -25,7 +25,7 @@ from typing import Any
 
 import chaos
 
-from lmcode.cli.command import cli_memory
+from lmcode.cli import answers
 from lmcode.config import ConfigError, RunConfig, to_yaml
 from lmcode.experience.input import experiences_of
 from lmcode.presets import load_run_config
@@ -214,7 +214,7 @@ def read_manifest(path: Path) -> str:
 def import_rows(path: Path) -> str:
     """What `lmcode memory import` does with a file before it stores anything."""
     try:
-        rows = cli_memory._read_rows(str(path))
+        rows = answers.read_rows(str(path))
         columns = {name: [row.get(name, default) for row in rows]
                    for name, default in (("namespace", 0), ("importance", 1.0), ("stored_at", 0))}
         experiences_of([row["text"] if "text" in row else row["ids"] for row in rows], tokenizer=ByteTokenizer(),

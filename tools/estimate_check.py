@@ -1,9 +1,10 @@
 """How far `lmcode estimate` is from real runs: .venv/bin/python tools/estimate_check.py [--ranks 1,2,4] [KEY=VALUE ...]
 
 Trains a few steps of the preset tiny on as many CPU ranks, each a process of its own, and prints estimate and measurement
-side by side: peak resident memory of the largest rank (as the kernel counts it), bytes of the memory per step (as the run
-counts them; DeepSpeed's own are not in there), and bytes of the checkpoint on disk. Ends with 1 if any is off by more than
-15 %. Takes about a minute for each number of ranks.
+side by side: peak resident memory of the largest rank (as the kernel counts it); bytes of the memory per step (as the run
+counts them); all bytes per step, DeepSpeed's too (as the kernel counts them on the loopback interface: the difference of a
+longer and a shorter run, while nobody else uses it); and bytes of the checkpoint on disk. Ends with 1 if any is off by
+more than 15 %. Takes about two minutes for each number of ranks.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lmcode.presets import load_run_config
 
 LIMIT = 0.15
 STEPS = ["train.total_steps=6", "train.warmup_steps=2", "train.log_every=2", "eval.every=0", "eval.final_windows=2"]
+MORE_STEPS = 20
 
 
 def peak_of_rank(rank: int, world_size: int, port: int, words: list[str]) -> None:
@@ -35,34 +37,50 @@ def peak_of_rank(rank: int, world_size: int, port: int, words: list[str]) -> Non
     sys.exit(done.returncode)
 
 
-def measure(config: RunConfig, world_size: int, folder: Path) -> dict[str, float]:
-    """Runs `config` on `world_size` ranks; what it used."""
+def loopback_bytes() -> int:
+    """What this machine has sent to itself since it started."""
+    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split(":")[1].split()[0])
+
+
+def train(config: RunConfig, world_size: int, folder: Path, run: Path) -> tuple[int, int]:
+    """Trains in `run`; peak resident bytes of the largest rank, and bytes that went over the loopback interface."""
     from lmcode.config import to_yaml
 
-    run = folder / f"ranks-{world_size}"
     (folder / "config.yaml").write_text(to_yaml(config))
     words = ["--config", str(folder / "config.yaml"), f"train.run_dir={run}", f"data.cache={folder / 'cache'}"]
     subprocess.run([sys.executable, "-m", "lmcode", "config", "check", "--data", *words], check=True, stdout=sys.stderr)
-    port = str(free_port())
+    port, before = str(free_port()), loopback_bytes()
     ranks = [subprocess.Popen([sys.executable, __file__, "--as-rank", str(rank), "--ranks", str(world_size), "--port", port,
                                *words], stdout=subprocess.PIPE, text=True) for rank in range(world_size)]
     peaks = [int(rank.communicate()[0]) for rank in ranks]
     if any(rank.returncode for rank in ranks):
         raise RuntimeError(f"a rank of {world_size} failed")
+    return max(peaks), loopback_bytes() - before
+
+
+def measure(config: RunConfig, world_size: int, folder: Path) -> dict[str, float]:
+    """Runs `config` on `world_size` ranks; what it used."""
+    run, longer = folder / f"ranks-{world_size}", folder / f"ranks-{world_size}-longer"
+    peak, wire = train(config, world_size, folder, run)
+    more = config.train.model_copy(update={"total_steps": config.train.total_steps + MORE_STEPS})
+    wire_longer = train(config.model_copy(update={"train": more}), world_size, folder, longer)[1]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     sent = [row["perf/bytes_sent"] for row in rows if "perf/bytes_sent" in row]
     saved = sum(file.stat().st_size for file in (run / "checkpoints").rglob("*") if file.is_file())
-    return {"memory": max(peaks), "traffic": sent[-1], "checkpoint": saved}
+    return {"memory": peak, "traffic": sent[-1], "wire": (wire_longer - wire) / MORE_STEPS / world_size, "checkpoint": saved}
 
 
 def compare(config: RunConfig, world_size: int, folder: Path) -> bool:
     """Prints one row for each quantity; whether all are within the limit."""
     made, measured = estimate(config, world_size), measure(config, world_size, folder)
     ours = {name: part for name, part in made.traffic.items() if not name.startswith("zero ")}
-    guesses = {"memory": made.memory, "traffic": ours, "checkpoint": made.checkpoint}
+    guesses = {"memory": made.memory, "traffic": ours, "wire": made.traffic, "checkpoint": made.checkpoint}
     good = True
     for name, parts in guesses.items():
         guess, real = sum(parts.values()), measured[name]
+        if name == "wire" and world_size == 1:
+            continue
         off = guess / real - 1 if real else float(guess > 0)
         good &= abs(off) <= LIMIT
         print(f"{world_size} ranks  {name:<12}{guess / MIB:>10.2f} MiB estimated {real / MIB:>10.2f} MiB measured "
