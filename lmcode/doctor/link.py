@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
@@ -107,12 +108,9 @@ class Link:
         for host in [host for host in self.hosts if each is None or host in each]:
             request = {"do": do, "limit_s": timeout_s + ORPHAN_S, **arguments, **(each or {}).get(host, {})}
             asked[host] = time.time()
-            try:
+            with suppress(OSError):  # a host that has gone: why, is read below
                 self._processes[host].stdin.write(json.dumps(request).encode() + b"\n")
                 self._processes[host].stdin.flush()
-            except OSError:
-                self._lose(host, self._last_words(host))
-                del asked[host]
         said = self._listen(asked, do, timeout_s)
         return {host: said[host] for host in self.hosts if host in said}
 

@@ -1,7 +1,8 @@
 """Two hosts, started for real in every way there is: Slurm, the DeepSpeed launcher over ssh, MPI. The numbers are the same.
 
 The hosts are made by tests/cluster/setup.sh, which .ci/run calls first; where they are not there the tests are skipped and
-say why. One small job, 6 steps on 2 x 2 ranks; its losses must be those of 4 ranks on a single host.
+say why. One small job, 6 steps on 2 x 2 ranks; its losses must be those of 4 ranks on a single host. All tests of the
+hosts are in this one file, as parts of the suite that run at the same time would disturb each other.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from pathlib import Path
 
 import bed
 import pytest
-from bed import losses, on, unplugged
+from bed import Job, losses, on, unplugged
 
 pytestmark = [
     pytest.mark.cluster, pytest.mark.timeout(600),
     pytest.mark.skipif(not bed.is_up(), reason="there is no two-host test bed: run tests/cluster/setup.sh as root"),
 ]
+
+DISTURBED = ["train.total_steps=10", "train.log_every=1", "eval.every=5", "eval.windows=2", "train.save_every=6",
+             "train.memory_consolidation_interval=3"]  # of jobs that are disturbed; tools/slurm_trials.py has all phases
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +154,37 @@ def test_a_host_that_was_taken_away_is_named_by_the_doctor(tmp_path: Path) -> No
     assert found["host"]["hosts"] == ["n1"] and found["host"]["state"] == "fail"
     assert found["hosts"]["detail"] == "1 of 2 answered to the end"
     assert found["faiss search"]["state"] == "ok", "the other host was looked at"
+
+
+def test_a_job_that_is_preempted_and_then_requeued_computes_what_an_undisturbed_one_does(tmp_path: Path,
+                                                                                          settings: list[str]) -> None:
+    words = [*settings, *DISTURBED]
+    with (Job(tmp_path / "asked", *words, plan="training:1,evaluation:0") as asked,
+          Job(tmp_path / "whole", *words) as whole):
+        asked.until_reached(0)
+        asked.ask()
+        asked.until_reached(1)
+        assert "saved in" in asked.said() and "goes back into the queue" in asked.said(), "exit code 75"
+        assert "resuming from step-00000004" in asked.said()
+        asked.requeue()
+        for job in (asked, whole):
+            ended = job.until_ended()
+            assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), job.said()
+        assert (asked.facts()["Restarts"], whole.facts()["Restarts"]) == ("2", "0")
+        assert not asked.processes()
+    assert "start 3:" in asked.said() and "resuming from step-00000005" in asked.said()
+    assert bed.rows(asked.run) == bed.rows(whole.run)
+    assert bed.content(asked.run) == bed.content(whole.run)
+    assert len(bed.losses(whole.run)) == 10
+
+
+def test_when_the_cable_is_pulled_both_sides_end_and_name_who_was_lost(tmp_path: Path, settings: list[str]) -> None:
+    with Job(tmp_path, *settings, *DISTURBED, "train.total_steps=100000", "train.heartbeat_s=3") as job:
+        bed.until(lambda: len(bed.rows(job.run)) > 3, job.said)
+        with unplugged("n1"):
+            bed.until(lambda: all("this job ends" in job.log(rank) for rank in range(2)), job.said, timeout_s=30)
+            bed.until(lambda: not job.processes(), job.said, timeout_s=30)
+        assert job.until_ended()["ExitCode"] == "1:0", "and it is not put back into the queue"
+    for rank, other in enumerate(("rank 1 on n1", "rank 0 on n0")):
+        line = next(line for line in job.log(rank).splitlines() if "this job ends" in line)
+        assert f"this job ends: {other} " in line and "has not been heard of for" in line and "out of reach" in line, line
