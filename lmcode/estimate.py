@@ -204,8 +204,9 @@ def traffic_bytes(config: RunConfig, R: int, stage: int, parameters: int) -> dic
         sample = min(memory.recall_queries, N)
         traffic["recall"] = 2 * layers * sum(search_traffic(config, G, sample).values()) // train.log_every
     b, share_R = BYTES[train.precision], (R - 1) / R
-    # stage 0: an all-reduce; 1 and 2: gradients to their owners, weights back; 3: weights twice and gradients once.
-    passes = {"zero gradients": (2 if stage == 0 else 1) * micro,
+    # Up to stage 2 gradients are all-reduced (by default stages 1 and 2, too, reduce buckets of several owners so), and from
+    # stage 1 on owners send weights back; 3: weights twice and gradients once.
+    passes = {"zero gradients": (1 if stage == 3 else 2) * micro,
               "zero weights": {0: 0, 1: 1, 2: 1, 3: 2 * micro}[stage]}
     if stage < 2:
         passes["zero gradients"] //= micro
