@@ -41,11 +41,11 @@ def search_exact(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, *, le
             only, for callers whose number of queries depends on the ranks.
     """
     H, N, _ = query_HNE.shape
-    width = max(1, QUERY_BLOCK // max(1, N))  # heads whose few queries are sorted together
-    blocks = [[_search_block(query_HNE[head:head + width, start:start + QUERY_BLOCK], key_HME[head:head + width], id_M,
-                             k, least_queries) for start in range(0, N, QUERY_BLOCK)] for head in range(0, H, width)]
     if N == 0:
         return no_hits((H, 0, k), query_HNE.device)
+    width = max(1, QUERY_BLOCK // N)  # heads whose few queries are sorted together
+    blocks = [[_search_block(query_HNE[head:head + width, start:start + QUERY_BLOCK], key_HME[head:head + width], id_M,
+                             k, least_queries) for start in range(0, N, QUERY_BLOCK)] for head in range(0, H, width)]
     found = [[torch.cat(parts, dim=1) for parts in zip(*row, strict=True)] for row in blocks]
     score_HNK, id_HNK, slot_HNK = (torch.cat(parts) for parts in zip(*found, strict=True))
     return score_HNK, id_HNK, slot_HNK
@@ -147,8 +147,7 @@ def _search_block(query_HQE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, leas
     found = no_hits((H * Q, k), query_HQE.device)
     for start in range(0, M, CHUNK):
         chunk = slice(start, start + CHUNK)
-        score_QP = torch.cat([_scores(query_QE, key_ME[chunk])[:Q]
-                              for query_QE, key_ME in zip(query_HQE, key_HME, strict=True)])
+        score_QP = _scores(query_HQE, key_HME[:, chunk])[:, :Q].flatten(0, 1)  # of one head no copy
         bound_Q1 = kth_largest(score_QP, k) if start == 0 else found[0][:, -1:]
         score_QL, id_QL, slot_QL = candidates_above(score_QP, bound_Q1, id_M[chunk])
         more = (score_QL, id_QL, slot_QL + start)
@@ -158,12 +157,13 @@ def _search_block(query_HQE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, leas
     return tuple(part.view(H, Q, -1) for part in found)
 
 
-def _scores(query_QE: Tensor, key_PE: Tensor) -> Tensor:
-    """fp32 scores [Q, P] from products of fixed width."""
-    P = len(key_PE)
-    score_QP = query_QE.new_empty(len(query_QE), -(-P // ROW_BLOCK) * ROW_BLOCK)
-    for block_PE, out_QP in zip(key_PE.split(ROW_BLOCK), score_QP.split(ROW_BLOCK, dim=1), strict=True):
-        if len(block_PE) < ROW_BLOCK:
-            block_PE = F.pad(block_PE, (0, 0, 0, ROW_BLOCK - len(block_PE)))
-        torch.mm(query_QE, block_PE.float().T, out=out_QP)
-    return score_QP[:, :P]
+def _scores(query_HQE: Tensor, key_HPE: Tensor) -> Tensor:
+    """fp32 scores [H, Q, P] from products of fixed width, a head at a time."""
+    (H, Q, _), P = query_HQE.shape, key_HPE.shape[1]
+    score_HQP = query_HQE.new_empty(H, Q, -(-P // ROW_BLOCK) * ROW_BLOCK)
+    for query_QE, key_PE, score_QP in zip(query_HQE, key_HPE, score_HQP, strict=True):
+        for block_PE, out_QP in zip(key_PE.split(ROW_BLOCK), score_QP.split(ROW_BLOCK, dim=1), strict=True):
+            if len(block_PE) < ROW_BLOCK:
+                block_PE = F.pad(block_PE, (0, 0, 0, ROW_BLOCK - len(block_PE)))
+            torch.mm(query_QE, block_PE.float().T, out=out_QP)
+    return score_HQP[..., :P]
