@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lmcode.cli import command as cli
+from lmcode.dist import free_port
 
 CHECKOUT = Path(__file__).parents[1]
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
@@ -78,14 +79,28 @@ def test_the_first_readmes_snippets_are_all_there_in_their_order() -> None:
     assert not missing
 
 
-def test_all_python_runs_in_order_as_it_stands(tmp_path: Path) -> None:
-    """One fresh process, as a reader would have it; it must end well and leave the files that the text speaks of."""
-    end = "assert retrieved[0].text == 'This is important information to remember' and len(indices) == 1\n" \
-          "assert len(history['loss']) > 1 and history['loss'][-1] < history['loss'][0]\n"
-    (tmp_path / "program.py").write_text("\n".join([*python_blocks(), end]), encoding="utf-8")
-    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+ENDING = """
+import json, os
+assert retrieved[0].text == 'This is important information to remember' and len(indices) == 1
+assert len(history['loss']) > 1 and history['loss'][-1] < history['loss'][0]
+with open(f"rank-{os.environ.get('RANK', 0)}.json", "w") as file:
+    json.dump([history['loss'], retrieved[0].id, retrieved[0].score, indices, outputs.logits.tolist(), stats, analysis,
+               efficiency, str(report)], file, default=str)
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_all_python_runs_in_order_as_it_stands(tmp_path: Path, ranks: int) -> None:
+    """As a reader would have it: one fresh process, or the same program under the DeepSpeed launcher, where every rank gets
+    the same answers. It must end well and leave the files that the text speaks of."""
+    (tmp_path / "program.py").write_text("\n".join([*python_blocks(), ENDING]), encoding="utf-8")
+    launcher = ["-m", "deepspeed.launcher.runner", "--hostfile", "/dev/null", "--log_level", "error", "--master_port",
+                str(free_port()), "--num_gpus", str(ranks)] if ranks > 1 else []
+    done = subprocess.run([sys.executable, *launcher, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert {"best_model.pt", "my_model", "memory_stats.png"} <= {path.name for path in tmp_path.iterdir()}
+    answers = [(tmp_path / f"rank-{rank}.json").read_text(encoding="utf-8") for rank in range(ranks)]
+    assert len(set(answers)) == 1
 
 
 def test_there_are_command_lines_to_parse() -> None:
