@@ -347,6 +347,14 @@ def _handler(handler: logging.Handler, me: Rank, step: Callable[[], int] | None,
     return handler
 
 
+def raise_together(group: Group, problem: str | None) -> None:
+    """Raises ConfigError on every rank if any has a problem. A collective."""
+    problems = [f"rank {rank}: {one}" if group.size > 1 else one
+                for rank, one in enumerate(group.all_gather_object(problem)) if one]
+    if problems:
+        raise ConfigError(problems[0])
+
+
 def on_rank_0(group: Group, action: Callable[[], Any]) -> Any:
     """The small picklable result of `action`, which rank 0 alone performs. A collective.
 

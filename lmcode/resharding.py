@@ -11,11 +11,11 @@ import numpy as np
 from torch import Tensor
 
 from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, build
+from lmcode.dist import raise_together
 from lmcode.experience.experiences import Experiences
 from lmcode.lmcode import LMCODE
 from lmcode.memory.bank import LongTermMemory
 from lmcode.memory.reshard import check_room, fewest_slots, live_by_shard, reshard
-from lmcode.saved.pretrained import agree
 
 
 def reshard_memory(model: LMCODE, virtual_shards: int, *, slots: int | None = None,
@@ -57,7 +57,7 @@ def reshard_memory(model: LMCODE, virtual_shards: int, *, slots: int | None = No
         empty = Experiences(config, memory, group=model.group, device=device)
     except (ValueError, RuntimeError, MemoryError) as error:
         problem = f"{virtual_shards} virtual shards of {slots} and {experience_slots} slots cannot be made: {error}"
-    agree(model.group, problem)
+    raise_together(model.group, problem)
     for layer, bank in banks.items():
         move(model.banks[layer], bank)
     if experiences:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lmcode import __version__
 from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, build, near_match
-from lmcode.dist import Group, on_rank_0
+from lmcode.dist import Group, on_rank_0, raise_together
 from lmcode.model.lm import MemoryLM
 from lmcode.saved import replace
 from lmcode.tokenizer import CONFIG_FILE, TOKENIZER_FILE, load_tokenizer, save_for_transformers
@@ -84,7 +84,7 @@ class Pretrained(ModelHubMixin):
                                   force_download=force_download, local_files_only=local_files_only)
             except ConfigError as error:
                 problem = str(error)
-        agree(group, problem)
+        raise_together(group, problem)
         return read(folder, include_memory=include_memory, group=group, device=device)
 
     def push_to_hub(self, repo_id: str, *, include_memory: bool = True, private: bool | None = None,
@@ -99,14 +99,6 @@ class Pretrained(ModelHubMixin):
         finally:
             if self.group.rank == 0:
                 shutil.rmtree(place)
-
-
-def agree(group: Group, problem: str | None) -> None:
-    """Raises ConfigError on every rank if any has a problem. A collective."""
-    problems = [f"rank {rank}: {one}" if group.size > 1 else one
-                for rank, one in enumerate(group.all_gather_object(problem)) if one]
-    if problems:
-        raise ConfigError(problems[0])
 
 
 def download(name: str, **settings: Any) -> Path:
@@ -147,7 +139,7 @@ def write(model: LMCODE, place: Path, *, include_memory: bool) -> None:
                 save_memory(temporary, model)
         except (OSError, ValueError, SafetensorError) as error:
             problem = f"'{place}' was not written: {error}"
-        agree(model.group, problem)
+        raise_together(model.group, problem)
         text = card(model, include_memory)
         on_rank_0(model.group, lambda: _finish(place, temporary, text))
     except ConfigError:
@@ -287,7 +279,7 @@ def read(folder: Path, *, include_memory: bool, group: Group, device: torch.devi
         weights = load_weights(folder / WEIGHTS, config)
     except ConfigError as error:
         problem = str(error)
-    agree(group, problem)  # memory groups are made by all ranks or by none
+    raise_together(group, problem)  # memory groups are made by all ranks or by none
     try:
         try:
             model = LMCODE(config, memory=memory, group=group, device=device)
@@ -300,7 +292,7 @@ def read(folder: Path, *, include_memory: bool, group: Group, device: torch.devi
         with_memory = include_memory and bool(model.banks) and (holds_memory or (folder / BANKS).is_dir())
     except ConfigError as error:
         problem = str(error)
-    agree(group, problem)
+    raise_together(group, problem)
     if with_memory:
         load_memory(folder, model)
     return model.to(device).eval()
