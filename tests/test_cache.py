@@ -8,6 +8,7 @@ from oracle_retriever import random_retriever
 
 from lmcode.config import LMCODEConfig
 from lmcode.model.cache import Cache
+from lmcode.model.decode import Decoder
 from lmcode.model.generate import Reader
 from lmcode.model.lm import LMCODEOutput, MemoryLM
 
@@ -124,14 +125,30 @@ def test_a_cache_refuses_what_it_cannot_hold() -> None:
     for window in (4, 17):
         with pytest.raises(ValueError, match=f"must lie between .*got {window}"):
             model(ids, cache=Cache(window))
-    cache = Cache(6)
-    state = model(ids, cache=cache).state
-    assert model(ids[:, :1], cache=cache).state is None and cache.lengths == [6, 6]
+    cache, namespaces = Cache(6), torch.arange(2)
+    model(ids, cache=cache)
+    with pytest.raises(ValueError, match=r"empty cache: this one has streams of \[5, 5\] tokens"):
+        model(ids, cache=cache)
+    decoder = Decoder(model, rows=2, copies=False)
+    logits_BV = decoder(ids[:, 0], cache, namespace_B=namespaces, valid=[True, True])
+    assert logits_BV.shape == (2, V) and cache.lengths == [6, 6]
     with pytest.raises(ValueError, match="must be restarted"):
-        model(ids[:, :1], cache=cache)
-    for wrong in (ids[:1, :1], ids[:, :2]):
-        with pytest.raises(ValueError, match="one token for each"):
-            model(wrong, cache=cache)
-    for extra in ({"state": state}, {"targets_BT": ids[:, :1]}, {"reset_B": torch.ones(2, dtype=torch.bool)}):
-        with pytest.raises(ValueError, match="takes no targets and no state"):
-            model(ids[:, :1], cache=cache, **extra)
+        decoder(ids[:, 0], cache, namespace_B=namespaces, valid=[True, True])
+    with pytest.raises(ValueError, match="one token for each of the cache's streams: expected 2, got 1"):
+        decoder(ids[:1, 0], cache, namespace_B=namespaces, valid=[True])
+    assert cache.lengths == [6, 6]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stride", [1, 4])
+def test_a_step_in_bf16_is_as_close_to_fp32_as_a_whole_window_is(stride: int) -> None:
+    exact, rounded = build(retrieval_stride=stride), build(retrieval_stride=stride).bfloat16()
+    error = {True: 0.0, False: 0.0}
+    readers = reader(exact, prompts(), use_cache=False), *(reader(rounded, prompts(), use_cache=cached) for cached in error)
+    for _ in range(WINDOW + 3):
+        expected_BV, *got = (each.logits().float() for each in readers)
+        for cached, got_BV in zip(error, got, strict=True):
+            error[cached] += float((got_BV - expected_BV).square().mean())
+        for each in readers:
+            each.append(expected_BV.argmax(-1).tolist(), None)
+    assert 0 < error[True] < 1.5 * error[False]

@@ -91,3 +91,35 @@ def test_empty_slots_are_never_hits() -> None:
     live = int((ids >= 0).sum())
     assert (found[..., :live] >= 0).all() and found[..., live:].eq(-1).all() and slot[..., live:].eq(-1).all()
     assert score[..., live:].eq(NO_SCORE).all()
+
+
+@pytest.mark.parametrize("k", [1, 4, 30, 31])
+@pytest.mark.parametrize("make", [whole_numbers, with_twins])
+def test_attending_to_the_best_of_stacked_rows_is_searching_unless_it_says_so(make: object, k: int) -> None:
+    """Groups of different lengths, one of them empty and one of fewer rows than k, with one query each and with several."""
+    query_HNE, key_HME, id_M = make(7, 12, 90)
+    slots, doubts = [torch.arange(31), torch.arange(0), torch.arange(31, 34), torch.arange(34, 90)], 0
+    slots = [slot_P[id_M[slot_P] >= 0] for slot_P in slots]
+    value_HMD = torch.randn(len(key_HME), 90, 5, generator=torch.Generator().manual_seed(1))
+    longest = float(query_HNE.norm(dim=-1).max())
+    for groups, Q in ((slots, 1), (slots[3:], 12), (slots[:1], 3)):
+        stack = exact.stack_rows(key_HME, groups)
+        query_HQE = query_HNE[:, :len(groups) * Q]
+        value_XQD, lse_XQ, doubtful_XQ = exact.attend_best(query_HQE.reshape(-1, Q, query_HNE.shape[-1]), stack,
+                                                           value_HMD.flatten(0, 1), k, longest)
+        assert stack.empty_G.tolist() == [len(slot_P) == 0 for slot_P in groups] and stack.has_empty == (Q == 1)
+        for x, (head, group) in enumerate((h, g) for h in range(len(key_HME)) for g in groups):
+            if not len(group):
+                continue
+            queries = query_HQE[head:head + 1, x % len(groups) * Q:][:, :Q]
+            score_1QK, _, slot_1QK = search_by_sorting(queries, key_HME[head:head + 1, group], id_M[group], k)
+            sure_Q = ~doubtful_XQ[x]
+            value_QKD = value_HMD[head, group][slot_1QK[0].clamp(min=0)]
+            expected_QD = (score_1QK[0].softmax(-1).unsqueeze(1) @ value_QKD).squeeze(1)
+            assert torch.allclose(value_XQD[x][sure_Q], expected_QD[sure_Q], atol=1e-5)
+            assert torch.allclose(lse_XQ[x], score_1QK[0].logsumexp(-1), atol=1e-5)
+            doubts += int(doubtful_XQ[x].sum())
+            ranked_QK = search_by_sorting(queries, key_HME[head:head + 1, group], id_M[group], k + 1)[0][0]
+            equals_Q = (ranked_QK[:, k - 1] == ranked_QK[:, k]) & (len(group) > k)
+            assert bool((doubtful_XQ[x] | ~equals_Q).all())
+    assert doubts or make is with_twins

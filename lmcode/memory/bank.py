@@ -141,15 +141,29 @@ class LongTermMemory:
     @torch.no_grad()
     def look_up(self, query_HND: Tensor, namespace_N: Tensor) -> tuple[Tensor, Tensor]:
         """`attend` to a fresh `search`, without gradient; faster for few queries on one rank. Collective."""
-        if self.inside.size == 1 and query_HND.shape[1] <= LOOKED_UP and bool((query_HND.abs() < MAX_QUERY).all()):
-            check_search(query_HND, namespace_N, self.config.scope, self.top_k, heads=self.heads, head_dim=self.head_dim)
-            started = time.perf_counter()
-            found = self.shard.look_up(F.pad(query_HND.float(), (0, 1), value=1.0), namespace_N.cpu().numpy(), self.top_k,
-                                       scope=self.config.scope)
-            self.search_seconds += time.perf_counter() - started
-            if found is not None:
-                return found[0].to(query_HND.dtype), found[1]
-        return self.attend(query_HND, self.search(query_HND, namespace_N))
+        found = self._looked_up(query_HND, namespace_N)
+        if found is None:
+            return self.attend(query_HND, self.search(query_HND, namespace_N))
+        value_HND, lse_HN, doubtful_N = found
+        if bool(doubtful_N.any()):
+            query_HnD = query_HND[:, doubtful_N]
+            parts = self.attend(query_HnD, self.search(query_HnD, namespace_N[doubtful_N]))
+            value_HND[:, doubtful_N], lse_HN[:, doubtful_N] = parts[0].float(), parts[1]
+        return value_HND.to(query_HND.dtype), lse_HN
+
+    def _looked_up(self, query_HND: Tensor, namespace_N: Tensor) -> tuple[Tensor, ...] | None:
+        """See `Shard.look_up`; None where this is no case for it."""
+        if self.inside.size > 1 or not 0 < query_HND.shape[1] <= LOOKED_UP:
+            return None
+        check_search(query_HND, namespace_N, self.config.scope, self.top_k, heads=self.heads, head_dim=self.head_dim)
+        started = time.perf_counter()
+        longest = float(torch.linalg.vector_norm(query_HND, dim=-1, dtype=torch.float32).max())
+        if not longest < MAX_QUERY:  # it may be NaN
+            return None
+        found = self.shard.look_up(F.pad(query_HND.float(), (0, 1), value=1.0), namespace_N.cpu().numpy(), self.top_k,
+                                   scope=self.config.scope, longest=longest)
+        self.search_seconds += time.perf_counter() - started
+        return found
 
     def _ticket_of(self, hits: Hits) -> Ticket:
         if not isinstance(hits.ticket, Ticket) or hits.ticket.version != self._version:

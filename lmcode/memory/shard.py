@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Union
 
 import numpy as np
@@ -24,7 +23,7 @@ from lmcode.config import MemoryConfig
 from lmcode.memory.consolidate import merge_columns, merge_vectors, pack_columns, unit_keys
 from lmcode.memory.entry import COUNTERS, EMPTY, MASS_UNIT, MAX_IMPORTANCE, METADATA, Entries, check_content
 from lmcode.memory.evict import choose_slots
-from lmcode.memory.exact import Found, Search, attend_best, no_hits
+from lmcode.memory.exact import Found, Search, Stack, attend_best, no_hits, stack_rows
 from lmcode.memory.placement import capacity_of, virtual_shard_of
 from lmcode.memory.ticket import Ticket, make_ticket, query_gradients, weighted_sums, winning_rows
 from lmcode.retrieval import NO_SCORE
@@ -32,6 +31,7 @@ from lmcode.retrieval import NO_SCORE
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Predicate = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 Scope = Union[str, Sequence[int]]  # noqa: UP007  (evaluated at run time)
+STACKED_ROWS = 65536  # the same for those of look-ups
 KEPT_ROWS = 16384  # rows copied for searches that the next searches find again, as long as nothing changes
 
 
@@ -42,11 +42,6 @@ class Rows:
     key_HPE: Tensor
     id_P: Tensor
     slot_P: Tensor | None
-
-    @cached_property
-    def longest(self) -> float:
-        """Length of the longest key; there must be one."""
-        return float(self.key_HPE[..., :-1].float().norm(dim=-1).max())
 
 
 class Shard:
@@ -68,6 +63,7 @@ class Shard:
         self.evicted = dict.fromkeys(self.owned, 0)
         self._index: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         self._kept: dict[object, Rows] = {}
+        self._stacks: dict[object, Stack | None] = {}
 
     @property
     def live_M(self) -> np.ndarray:
@@ -109,6 +105,7 @@ class Shard:
         addend_E = torch.from_numpy(addend_E.astype(np.float32)).to(self.key_HME)
         self.key_HME[:, self._on_device(slot_E), -1] = addend_E
         self._kept.clear()
+        self._stacks.clear()
 
     def matching(self, *, ids: Sequence[int] | None, namespace: int | None, before_step: int | None,
                  predicate: Predicate | None) -> np.ndarray:
@@ -224,23 +221,41 @@ class Shard:
         """
         return self._search(query_HGE, namespace_G, k, scope, tier, self._own_keys)
 
-    def look_up(self, query_HNE: Tensor, namespace_N: np.ndarray, k: int, *, scope: Scope) -> tuple[Tensor, Tensor] | None:
-        """What `sums` would give for a `search` and its log-sum-exp, [H, N, D] and [H, N]; None where that takes both."""
-        groups = _groups(namespace_N, scope)
-        value_HND = query_HNE.new_zeros(*query_HNE.shape[:2], self.value_HMD.shape[-1])
-        lse_HN = query_HNE.new_full(query_HNE.shape[:2], NO_SCORE)
-        for queries, names in groups:
-            rows = self._rows_of(names, self._own_keys)
-            if rows.slot_P is None or len(rows.id_P) > KEPT_ROWS:
-                return None
-            if len(rows.id_P) == 0:
-                continue
-            mine = slice(None) if len(queries) == len(namespace_N) else self._on_device(queries)
-            found = attend_best(query_HNE[:, mine], rows.key_HPE, self.value_HMD, rows.slot_P, k, rows.longest)
-            if found is None:
-                return None
-            value_HND[:, mine], lse_HN[:, mine] = found
-        return value_HND, lse_HN
+    def look_up(self, query_HNE: Tensor, namespace_N: np.ndarray, k: int, *, scope: Scope,
+                longest: float) -> tuple[Tensor, ...] | None:
+        """What `sums` would give for a `search` and its log-sum-exp, [H, N, D] and [H, N], and whether that takes a search
+        after all, bool [N]; None if it does for all.
+
+        Args:
+            longest: length of the longest query, finite.
+        """
+        (H, N, E), names = query_HNE.shape, namespace_N.tolist()
+        if scope == "document":
+            groups = tuple((name,) for name in (names if len(set(names)) > 1 else names[:1]))
+        else:
+            groups = (None if scope == "global" else tuple(scope),)
+        stack = self._stack(groups)
+        if stack is None:
+            return None
+        value_XQD, lse_XQ, doubtful_XQ = attend_best(query_HNE.reshape(H * len(groups), -1, E), stack,
+                                                     self.value_HMD.flatten(0, 1), k, longest)
+        value_HND, lse_HN = value_XQD.view(H, N, -1), lse_XQ.view(H, N)
+        if stack.has_empty or min(names) < 0:
+            sees_N = ~stack.empty_G & self._on_device(namespace_N >= 0)
+            value_HND, lse_HN = value_HND.where(sees_N[:, None], 0.0), lse_HN.where(sees_N, NO_SCORE)
+        return value_HND, lse_HN, doubtful_XQ.view(H, N).any(dim=0)
+
+    def _stack(self, groups: tuple[tuple[int, ...] | None, ...]) -> Stack | None:
+        """The rows of these namespaces (None: of all), group by group; None if they are too many. Kept until the shard
+        changes."""
+        if groups not in self._stacks:
+            slots = [np.flatnonzero(self.live_M) if names is None else self.slots_of(np.array(names)) for names in groups]
+            columns = len(slots) * max(map(len, slots))
+            if columns + sum(stack.num_columns for stack in self._stacks.values() if stack) > STACKED_ROWS:
+                self._stacks.clear()
+            self._stacks[groups] = (None if columns > STACKED_ROWS
+                                    else stack_rows(self.key_HME, [self._on_device(slot_P) for slot_P in slots]))
+        return self._stacks[groups]
 
     def nearest(self, unit_GF: Tensor, namespace_G: np.ndarray, *, tier: Search) -> Found:
         """The two entries here that are nearest to each query in its namespace, itself included: as `search`, [G, 2].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +25,7 @@ class SelfAttention(nn.Module):
         """Attends to tokens at or before each position; `rotation` is None where positions are learned elsewhere.
 
         Padding needs no mask: it only ever trails, so no real token can see it. Keys and values go into `cache`, if there
-        is one; in a step, T is 1 and the earlier tokens are the cache's.
+        is one, for the tokens to come.
         """
         B, T, C = x_BTC.shape
         qkv_BTPAD = self.query_key_value(x_BTC).view(B, T, 3, self.num_heads, C // self.num_heads)
@@ -33,17 +34,8 @@ class SelfAttention(nn.Module):
             query_key_BTPAD = rotate(query_key_BTPAD, rotation)
         q_BATD, k_BATD = query_key_BTPAD.permute(2, 0, 3, 1, 4)
         v_BATD = value_BTAD.transpose(1, 2)
-        if cache is not None and cache.step is not None:
-            step = cache.step
-            num_seen = step.seen_BT.shape[1]
-            key_BATD, value_BATD = (cache.put(name, new_BA1D, step.index_B, step.place)[:, :, :num_seen]
-                                    for name, new_BA1D in (("attention_key", k_BATD), ("attention_value", v_BATD)))
-            mask_B11T = None if step.place is not None else step.seen_BT[:, None, None]
-            mixed_BATD = F.scaled_dot_product_attention(q_BATD, key_BATD, value_BATD, attn_mask=mask_B11T)
-            return self.output(mixed_BATD.transpose(1, 2).reshape(B, T, C))
         if cache is not None:
-            cache.fill("attention_key", k_BATD)
-            cache.fill("attention_value", v_BATD)
+            cache.fill("attention", torch.stack([k_BATD, v_BATD]))
         mixed_BATD = F.scaled_dot_product_attention(q_BATD, k_BATD, v_BATD, is_causal=True,
                                                     dropout_p=self.dropout if self.training else 0.0)
         return self.output(mixed_BATD.transpose(1, 2).reshape(B, T, C))

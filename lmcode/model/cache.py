@@ -1,9 +1,9 @@
 """What a model keeps of the windows it is in the middle of, so that a new token costs a pass over one token.
 
-A `Cache` is made empty. The first pass over each stream's window fills it; after that every pass reads one new token per
-stream. Streams may stand at different places in their windows, and nothing reaches across a window's end: what outlives a
-window is `StreamState`, and `restart` says that a stream is in a new one.
-Shapes are [B, ..., T, D] with tokens second to last; T is the window. X stands for the dims between, if any.
+A `Cache` is made empty. The first pass over each stream's window fills it; after that every pass (`decode.py`) reads one new
+token per stream. Streams may stand at different places in their windows, and nothing reaches across a window's end: what
+outlives a window is `StreamState`, and `restart` says that a stream is in a new one.
+Buffers are [..., B, X, T, D], tokens second to last; X stands for one dim between streams and tokens, if only of size 1.
 """
 
 from __future__ import annotations
@@ -13,43 +13,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lmcode.model.rotary import Rotation, rotary_table
-
 
 class LayerCache:
     """One layer's buffers; those of tokens hold rubbish where a stream has no token yet, which a mask must hide.
 
+    window: most tokens.
     slots_BSE: the short-term slots after each stream's last complete segment; None without short-term memory.
     slots_read: what a step has computed from these slots alone, for the steps to come; None after the slots have changed.
-    step: the pass under way, if it reads one new token per stream; None while the cache is being filled.
     """
 
     def __init__(self, window: int) -> None:
         self.slots_BSE: Tensor | None = None
         self.slots_read: tuple[Tensor, Tensor] | None = None
-        self.step: Step | None = None
-        self._window = window
+        self.window = window
         self._buffers: dict[str, Tensor] = {}
 
     def fill(self, name: str, x_BXTD: Tensor, *, length: int | None = None) -> None:
         """Makes the buffer `name` of `length` tokens (a window when None); its first ones are `x_BXTD`."""
-        buffer = x_BXTD.new_zeros(*x_BXTD.shape[:-2], length or self._window, x_BXTD.shape[-1])
+        buffer = x_BXTD.new_zeros(*x_BXTD.shape[:-2], length or self.window, x_BXTD.shape[-1])
         buffer[..., :x_BXTD.shape[-2], :] = x_BXTD
         self._buffers[name] = buffer
 
-    def put(self, name: str, x_BX1D: Tensor, index_B: Tensor, place: int | None = None) -> Tensor:
+    def put(self, name: str, x_BXD: Tensor, index_B: Tensor, place: int | None = None) -> Tensor:
         """Stores one token of each stream at that stream's index, which is `place` if all share it; returns the buffer."""
         buffer = self._buffers[name]
         if place is not None:
-            buffer.narrow(-2, place, 1).copy_(x_BX1D)
+            buffer.select(-2, place).copy_(x_BXD)
             return buffer
-        index = index_B.view(-1, *(1,) * (buffer.dim() - 1)).expand_as(x_BX1D)
-        return buffer.scatter_(-2, index, x_BX1D)
+        x_BX1D = x_BXD.unsqueeze(-2).to(buffer.dtype)
+        return buffer.scatter_(-2, index_B.view(-1, 1, 1, 1).expand_as(x_BX1D), x_BX1D)
 
     def get(self, name: str, index_B: Tensor) -> Tensor:
-        """One token of each stream, [B, ..., D]."""
+        """One token of each stream, [..., B, X, D]."""
         buffer = self._buffers[name]
-        index = index_B.view(-1, *(1,) * (buffer.dim() - 1)).expand(*buffer.shape[:-2], 1, buffer.shape[-1])
+        index = index_B.view(-1, 1, 1, 1).expand(*buffer.shape[:-2], 1, buffer.shape[-1])
         return buffer.gather(-2, index).squeeze(-2)
 
 
@@ -58,23 +55,22 @@ class Step:
 
     index_B: int64, the new token's place in its window.
     place: the same as a number where all streams stand at one place, which needs no masks; else None.
-    seen_BT: bool, the tokens of the window up to and with the new one; cut to the longest stream's.
-    valid_B: bool, False for streams that have no new token; whatever is computed for them changes nothing.
+    num_seen: tokens of the longest window up to and with the new one.
+    unseen_BT: bool, those of `num_seen` that lie after the new token; None where there are none.
+    valid_B: bool, False for streams that have no new token, whatever is computed for them changes nothing; None if all have.
     ends_B: bool, streams whose short-term segment ends with this token; None if there are none.
-    rotation: rotary tables at each stream's index, [B, 1, ...]; None where positions are learned.
     """
 
-    def __init__(self, places: Sequence[int], valid: Sequence[bool], *, segment: int, rotation: Rotation | None,
-                 device: torch.device) -> None:
+    def __init__(self, places: Sequence[int], valid: Sequence[bool], *, segment: int, device: torch.device) -> None:
         self.index_B = torch.tensor(places, device=device)
         self.place = places[0] if len(set(places)) == 1 else None
-        self.seen_BT = torch.arange(max(places) + 1, device=device) <= self.index_B[:, None]
-        self.valid_B = torch.tensor(valid, device=device)
+        self.num_seen = max(places) + 1
+        self.unseen_BT = None
+        if self.place is None:
+            self.unseen_BT = torch.arange(self.num_seen, device=device) > self.index_B[:, None]
+        self.valid_B = None if all(valid) else torch.tensor(valid, device=device)
         ends = [is_new and (place + 1) % segment == 0 for place, is_new in zip(places, valid, strict=True)]
         self.ends_B = torch.tensor(ends, device=device) if any(ends) else None
-        self.rotation = None
-        if rotation is not None:
-            self.rotation = rotation[0][self.index_B, None], rotation[1][self.index_B, None]
 
 
 class Cache:
@@ -95,17 +91,14 @@ class Cache:
         self.window = window
         self.layers: list[LayerCache] = []
         self.lengths: list[int] = []
-        self._rotation: Rotation | None = None
 
-    def begin(self, num_layers: int, lengths: Sequence[int], *, head_dim: int | None, device: torch.device) -> None:
-        """Makes the layers' empty parts for a first pass over `lengths` tokens; `head_dim` None: no rotary tables."""
+    def begin(self, num_layers: int, lengths: Sequence[int]) -> None:
+        """Makes the layers' empty parts for a first pass over `lengths` tokens."""
         self.layers = [LayerCache(self.window) for _ in range(num_layers)]
         self.lengths = list(lengths)
-        if head_dim is not None:
-            self._rotation = rotary_table(self.window, head_dim, device=device)
 
     def step(self, valid: Sequence[bool], *, segment: int, device: torch.device) -> Step:
-        """Makes room for one new token in each `valid` stream, and tells all layers.
+        """Makes room for one new token in each `valid` stream.
 
         Raises:
             ValueError: if a valid stream's window is full.
@@ -117,10 +110,7 @@ class Cache:
                              f"{self.window} tokens")
         places = [min(length, self.window - 1) for length in self.lengths]  # an idle stream may be full: it is masked
         self.lengths = [length + is_new for length, is_new in zip(self.lengths, valid, strict=True)]
-        step = Step(places, valid, segment=segment, rotation=self._rotation, device=device)
-        for layer in self.layers:
-            layer.step = step
-        return step
+        return Step(places, valid, segment=segment, device=device)
 
     def restart(self, streams: Sequence[int], slots: Sequence[Tensor]) -> None:
         """Puts these streams at the start of a new window, with the short-term slots that they carry, by layer [B, S, E].

@@ -12,19 +12,18 @@ depends on the tokens alone, so ranks that hold the same tokens make the same co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lmcode.model.cache import Cache
-from lmcode.model.layout import laid_out
+from lmcode.model.decode import Decoder, steppable
 from lmcode.model.lm import IGNORED, LMCODEOutput, MemoryLM, StreamState
 from lmcode.model.sampling import Decoding, next_token
 
 Prompts = Tensor | Sequence[Sequence[int]]
-FEW_TOKENS = 32  # so few do not pay for the copy of the weights that `laid_out` makes
+FEW_TOKENS = 32  # so few do not pay for copies of the weights
 
 
 class Generation(NamedTuple):
@@ -61,7 +60,8 @@ def generate(model: MemoryLM, prompts: Prompts, decoding: Decoding | None = None
         namespace_B: int64, the document that each stream is in; see `MemoryLM.forward`.
         window: tokens of a window; the model's context length when None.
         state: what the streams carry over from an earlier call; the prompts then continue them, in a new window.
-        use_cache: False reads the whole window again for every token: slow, the oracle of the cache.
+        use_cache: False reads the whole window again for every token: slow, the oracle of the cache. So it is for a model
+            whose layers are not plain and whole here, as under ZeRO-3 (`decode.steppable`).
         finish: read the last token and close the last windows, which are committed too, and return the state.
         commit: called with the output of every closed window (and rows of these streams only), to write what was read.
         on_token: called with the tokens int64 [B] of every step, those of ended streams being `eos_id`.
@@ -79,23 +79,27 @@ def generate(model: MemoryLM, prompts: Prompts, decoding: Decoding | None = None
     num_new, eos_id = decoding.num_new_tokens(ids_BT.shape[1]), decoding.eos_id
     rows = [ids_T[valid_T].tolist() for ids_T, valid_T in zip(ids_BT, valid_BT, strict=True)]
     reader = Reader(model, rows, namespace_B=namespace_B, window=window or model.config.context_length, state=state,
-                    use_cache=use_cache, commit=commit, device=ids_BT.device)
+                    use_cache=use_cache, copies=num_new > FEW_TOKENS, commit=commit, device=ids_BT.device)
     generator = None if decoding.seed is None else torch.Generator(ids_BT.device).manual_seed(decoding.seed)
+    added: list[Tensor] = []  # tokens [B] of each step, and which streams were live then
+    live: list[list[bool]] = []
     was_training = model.training
     model.eval()
     try:
-        with laid_out(model, rows=len(rows)) if use_cache and num_new > FEW_TOKENS else nullcontext():
-            while num_new > 0 and any(reader.live):
-                token_B = next_token(reader.logits(), rows, decoding, generator)
-                token_B = token_B if agree is None else agree(token_B)
-                live_B = torch.tensor(reader.live, device=token_B.device)
-                if eos_id is not None:
-                    token_B = token_B.where(live_B, eos_id)
-                ids_BT, valid_BT = torch.cat([ids_BT, token_B[:, None]], 1), torch.cat([valid_BT, live_B[:, None]], 1)
-                reader.append(token_B.tolist(), eos_id)
-                if on_token is not None:
-                    on_token(token_B)
-                num_new -= 1
+        while num_new > 0 and any(reader.live):
+            token_B = next_token(reader.logits(), rows, decoding, generator)
+            token_B = token_B if agree is None else agree(token_B)
+            if eos_id is not None:
+                token_B = token_B.where(torch.tensor(reader.live, device=token_B.device), eos_id)
+            added.append(token_B)
+            live.append(list(reader.live))
+            reader.append(token_B.tolist(), eos_id)
+            if on_token is not None:
+                on_token(token_B)
+            num_new -= 1
+        ids_BT = torch.cat([ids_BT, *(token_B[:, None] for token_B in added)], dim=1)
+        live_TB = torch.tensor(live, dtype=torch.bool, device=ids_BT.device).view(-1, len(rows))
+        valid_BT = torch.cat([valid_BT, live_TB.t()], dim=1)
         return Generation(ids_BT, valid_BT, reader.finish() if finish else None)
     finally:
         model.train(was_training)
@@ -110,15 +114,16 @@ class Reader:
     """
 
     def __init__(self, model: MemoryLM, rows: list[list[int]], *, namespace_B: Tensor | None, window: int,
-                 state: StreamState | None, use_cache: bool, commit: Callable[[LMCODEOutput], None] | None,
-                 device: torch.device) -> None:
+                 state: StreamState | None, use_cache: bool, copies: bool = False,
+                 commit: Callable[[LMCODEOutput], None] | None, device: torch.device) -> None:
         self.rows, self.live = rows, [True] * len(rows)
         self._model, self._window, self._commit, self._device = model, window, commit, device
         self._namespace_B = torch.arange(len(rows), device=device) if namespace_B is None else namespace_B
         self._starts = [0] * len(rows)  # where each stream's window begins
         self._state = model.blank_state(len(rows), device=device) if state is None else state
         self._fresh_B = torch.full((len(rows),), state is None, device=device)
-        self._cache = Cache(window) if use_cache else None
+        self._cache = Cache(window) if use_cache and steppable(model) else None
+        self._decoder = None if self._cache is None else Decoder(model, rows=len(rows), copies=copies)
 
     def append(self, tokens: Sequence[int], eos_id: int | None) -> None:
         """Adds one token to each live stream; a stream that takes `eos_id` has ended."""
@@ -131,11 +136,8 @@ class Reader:
         """Logits [B, V] of each stream's next token; of ended streams, any numbers."""
         self._close_full()
         if self._cache is not None and self._cache.lengths:
-            last_B1 = torch.tensor([row[-1:] for row in self.rows], device=self._device)
-            live_B1 = None if all(self.live) else torch.tensor(self.live, device=self._device)[:, None]
-            with torch.inference_mode():  # 15 % of a small model's step goes into what autograd notes of every operation
-                return self._model(last_B1, namespace_B=self._namespace_B, valid_BT=live_B1,
-                                   cache=self._cache).logits[:, -1]
+            last_B = torch.tensor([row[-1] for row in self.rows], device=self._device)
+            return self._decoder(last_B, self._cache, namespace_B=self._namespace_B, valid=self.live)
         ids_BT, valid_BT = self._padded([row[start:] for row, start in zip(self.rows, self._starts, strict=True)])
         output = self._model(ids_BT, state=self._state, reset_B=self._fresh_B, namespace_B=self._namespace_B,
                              valid_BT=valid_BT, cache=self._cache)

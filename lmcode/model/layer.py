@@ -63,19 +63,16 @@ class MemoryAugmentedLayer(nn.Module):
 
     def forward(self, x_BTC: Tensor, *, window: Window, tape: ReadTape) -> Tensor:
         """Runs one window of each stream; [B, T, C] -> [B, T, C], side products on `tape`."""
-        x_BTC = x_BTC + self._dropped(self.attention(self.attention_norm(x_BTC), rotation=window.rotation,
+        x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), rotation=window.rotation,
                                                      cache=window.cache))
         if self.short_term is not None:
             read_BTC, slots_BSE = self.short_term(self.short_term_norm(x_BTC), slots_BSE=window.slots_BSE,
                                                   reset_B=window.reset_B, valid_BT=window.valid_BT,
                                                   cache=window.cache)
             tape.record(slots_BSE=slots_BSE)
-            x_BTC = x_BTC + self._dropped(read_BTC)
+            x_BTC = x_BTC + self.dropout(read_BTC)
         if self.long_term_read is not None:
             recalled_BTC = self.long_term_read(self.long_term_norm(x_BTC), window=window,
                                                retriever=self.long_term_memory, tape=tape)
-            x_BTC = x_BTC + self._dropped(recalled_BTC)
-        return x_BTC + self._dropped(self.feed_forward(self.feed_forward_norm(x_BTC)))
-
-    def _dropped(self, x_BTC: Tensor) -> Tensor:
-        return self.dropout(x_BTC) if self.training else x_BTC  # in decoding, even a call that does nothing counts
+            x_BTC = x_BTC + self.dropout(recalled_BTC)
+        return x_BTC + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTC)))

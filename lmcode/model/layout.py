@@ -1,52 +1,60 @@
-"""Copies of linear layers' weights in a layout that is fast for a few rows on a CPU, for as long as a text is being written.
+"""Linear maps of a few rows, which is all that decoding multiplies: each weight is read once per token.
 
-Decoding reads every weight once per token, for as many rows as there are streams. BLAS is made for many rows: its product of
-8 rows with a [512, 2048] matrix takes as long as that of 40. The copies take the weights' memory once more.
+BLAS is made for many rows: on a CPU its product of 8 rows with a [512, 2048] matrix takes as long as that of 40. A `Product`
+may keep a copy of its weight in a layout that is fast for its number of rows, which costs the weight's memory once more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+import math
 
 import torch
 from torch import Tensor, nn
 
 FEW_ROWS = 3  # up to here a product with the transposed matrix runs through memory in order, and is as fast as memory
-SMALL = 2**16  # weights of a layer for which oneDNN's overhead of 15 us is more than it saves
+SMALL = 2**16  # weights of a map for which oneDNN's overhead of 15 us is more than it saves
 
 
-@contextmanager
-def laid_out(model: nn.Module, *, rows: int) -> Iterator[None]:
-    """Inside, the model's linear layers multiply by such copies, made for inputs of `rows` rows; weights stay as they are.
+class Product:
+    """x -> norm(x) W^T + b for inputs [B, I] of `rows` rows.
 
-    Layers whose weights are not fp32 on a CPU or are elsewhere (ZeRO-3), or whose forward somebody has replaced, are left
-    alone.
+    Args:
+        weight_OI: the weight as linear layers hold it.
+        bias_O: what is added; None: nothing.
+        norm: what the inputs pass through first; None: nothing.
+        copy: keep a copy of the weight in the fastest layout, the norm's factors multiplied in; only where that helps, with
+            fp32 on a CPU.
     """
-    chosen = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)
-              and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
-              and module.weight.shape == (module.out_features, module.in_features)]
-    for module in chosen:
-        weight_OI, packed = module.weight.detach(), rows > FEW_ROWS and module.weight.numel() > SMALL
-        if packed and torch.backends.mkldnn.is_available():
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI, rows)
-            module.forward = partial(_times_packed, weight=weight, bias_O=module.bias)
-        else:
-            module.forward = partial(_times, weight_IO=weight_OI.t().contiguous(), bias_O=module.bias)
-    try:
-        yield
-    finally:
-        for module in chosen:
-            vars(module).pop("forward", None)
 
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None, *, norm: nn.RMSNorm | None = None, rows: int,
+                 copy: bool) -> None:
+        self._bias_O, self._factor_I, self._floor, self._packed = bias_O, None, None, False
+        if norm is not None:
+            # x / sqrt(|x|^2 / I + eps) = sqrt(I) x / hypot(|x|, sqrt(I eps)): three operations instead of ten.
+            self._factor_I = norm.weight * math.sqrt(norm.weight.numel())
+            self._floor = torch.tensor(math.sqrt(norm.weight.numel() * norm.eps), device=weight_OI.device)
+        if not copy or weight_OI.device.type != "cpu" or weight_OI.dtype != torch.float32:
+            self._weight = weight_OI.t()
+            return
+        if norm is not None:
+            weight_OI, self._factor_I = weight_OI * self._factor_I, None
+        self._packed = rows > FEW_ROWS and weight_OI.numel() > SMALL and torch.backends.mkldnn.is_available()
+        self._weight = (torch.ops.mkldnn._reorder_linear_weight(weight_OI, rows) if self._packed
+                        else weight_OI.t().contiguous())
 
-def _times(x_BTI: Tensor, *, weight_IO: Tensor, bias_O: Tensor | None) -> Tensor:
-    """A linear layer; I inputs, O outputs."""
-    product_BTO = x_BTI @ weight_IO
-    return product_BTO if bias_O is None else product_BTO + bias_O
+    def __call__(self, x_BI: Tensor) -> Tensor:
+        """The product, [B, O] in the dtype of x."""
+        if self._floor is not None:
+            length_B1 = torch.linalg.vector_norm(x_BI, dim=-1, keepdim=True, dtype=torch.float32)
+            x_BI = (x_BI / torch.hypot(length_B1, self._floor)).to(x_BI.dtype)
+        if self._factor_I is not None:
+            x_BI = x_BI * self._factor_I
+        if self._packed:
+            return torch.ops.mkldnn._linear_pointwise(x_BI, self._weight, self._bias_O, "none", [], "")
+        return x_BI @ self._weight if self._bias_O is None else torch.addmm(self._bias_O, x_BI, self._weight)
 
-
-def _times_packed(x_BTI: Tensor, *, weight: Tensor, bias_O: Tensor | None) -> Tensor:
-    """The same by oneDNN, with a weight in its own layout."""
-    return torch.ops.mkldnn._linear_pointwise(x_BTI, weight, bias_O, "none", [], "")
+    def added(self, to_BO: Tensor, x_BI: Tensor) -> Tensor:
+        """`to_BO` plus the product, of maps without bias and norm."""
+        if self._packed:
+            return torch.ops.mkldnn._linear_pointwise.binary(x_BI, to_BO, self._weight, None, "add")
+        return torch.addmm(to_BO, x_BI, self._weight)

@@ -68,14 +68,14 @@ class LMCODEOutput(NamedTuple):
     logits: [B, T, V] in the model's dtype.
     loss: fp32 scalar, mean of `token_loss` over counted targets (0 if none is counted); None without targets.
     token_loss: fp32 [B, T], nats, 0 where ignored; None without targets.
-    state: for the streams' next window; None after a step of cached decoding, which is in the middle of one.
-    memory: by number of the memory layer; empty after such a step.
+    state: for the streams' next window.
+    memory: by number of the memory layer.
     """
 
     logits: Tensor
     loss: Tensor | None
     token_loss: Tensor | None
-    state: StreamState | None
+    state: StreamState
     memory: dict[int, LayerMemory]
 
 
@@ -162,7 +162,7 @@ class MemoryLM(nn.Module):
     def forward(self, input_ids_BT: Tensor, labels_BT: Tensor | None = None, *, targets_BT: Tensor | None = None,
                 state: StreamState | None = None, reset_B: Tensor | None = None, namespace_B: Tensor | None = None,
                 valid_BT: Tensor | None = None, cache: Cache | None = None) -> LMCODEOutput:
-        """Runs one window of B streams, or, with a cache that has been filled, one token of each.
+        """Runs one window of B streams.
 
         Args:
             input_ids_BT: integer token ids.
@@ -173,18 +173,13 @@ class MemoryLM(nn.Module):
             namespace_B: int64, the document each stream is in; arange(B) if None. A negative one is no document: it
                 finds nothing and offers nothing for writing.
             valid_BT: bool, False marks padding, which must trail. Targets there are ignored.
-            cache: decoding without gradient. An empty one is filled by this pass over the streams' first tokens of a window;
-                later passes read one token per stream (T = 1; valid_BT False: none) and return logits only.
+            cache: an empty one, filled by this pass over the streams' first tokens of a window; see `decode.py`.
 
         Raises:
             ValueError: wrong shape, dtype or range of an argument; a state of other streams or another model; both
-                labels and targets; padding that does not trail; a step with targets, state or a full window.
+                labels and targets; padding that does not trail; a cache that is not empty.
         """
         self._check(input_ids_BT, labels_BT, targets_BT, state, reset_B, namespace_B, valid_BT)
-        if cache is not None and cache.lengths:
-            if labels_BT is not None or targets_BT is not None or state is not None or reset_B is not None:
-                raise ValueError("a step of cached decoding takes no targets and no state: the cache has what it needs")
-            return self._step(input_ids_BT, namespace_B, valid_BT, cache)
         window = self._window(input_ids_BT, state, reset_B, namespace_B, valid_BT)
         if cache is not None:
             self._begin(cache, input_ids_BT, valid_BT)
@@ -216,30 +211,13 @@ class MemoryLM(nn.Module):
     def _begin(self, cache: Cache, input_ids_BT: Tensor, valid_BT: Tensor | None) -> None:
         """Makes an empty cache ready for its first pass."""
         (B, T), config = input_ids_BT.shape, self.config
+        if cache.lengths:
+            raise ValueError("a window is read into an empty cache: this one has streams of "
+                             f"{cache.lengths} tokens")
         if not T <= cache.window <= config.context_length:
             raise ValueError(f"a cache's window must lie between the tokens of its first pass, {T}, and context_length, "
                              f"{config.context_length}: got {cache.window}")
-        cache.begin(config.num_layers, [T] * B if valid_BT is None else valid_BT.sum(dim=1).tolist(),
-                    head_dim=config.hidden_size // config.num_heads if self.positions is None else None,
-                    device=input_ids_BT.device)
-
-    def _step(self, input_ids_B1: Tensor, namespace_B: Tensor | None, valid_B1: Tensor | None,
-              cache: Cache) -> LMCODEOutput:
-        """Reads one token per stream after those in the cache; only the logits [B, 1, V] are there to return."""
-        B, device = len(cache.lengths), input_ids_B1.device
-        if input_ids_B1.shape != (B, 1):
-            raise ValueError("a step of cached decoding takes one token for each of the cache's streams: input_ids must be "
-                             f"[{B}, 1], got {list(input_ids_B1.shape)}")
-        step = cache.step([True] * B if valid_B1 is None else valid_B1[:, 0].tolist(),
-                          segment=self.config.short_term_segment, device=device)
-        if namespace_B is None:
-            namespace_B = torch.arange(B, device=device)
-        x_B1C = self.embedding(input_ids_B1)
-        if self.positions is not None:
-            x_B1C = x_B1C + self.positions(step.index_B)[:, None]
-        window = Window(namespace_B, step.valid_B, valid_BT=valid_B1, rotation=step.rotation)
-        x_B1C, _ = self._run_layers(self.dropout(x_B1C), window, None, cache)
-        return LMCODEOutput(self.head(self.norm(x_B1C)), None, None, None, {})
+        cache.begin(config.num_layers, [T] * B if valid_BT is None else valid_BT.sum(dim=1).tolist())
 
     def _window(self, input_ids_BT: Tensor, state: StreamState | None, reset_B: Tensor | None,
                 namespace_B: Tensor | None, valid_BT: Tensor | None) -> Window:

@@ -17,10 +17,13 @@ from torch.nn import functional as F
 
 from lmcode.config import LMCODEConfig
 from lmcode.model.rotary import Rotation
-from lmcode.retrieval import NO_SCORE, Candidates, Hits, Retriever, look_up
+from lmcode.retrieval import NO_SCORE, Candidates, Hits, Retriever
 
 if TYPE_CHECKING:
-    from lmcode.model.cache import LayerCache, Step
+    from lmcode.model.cache import LayerCache
+
+
+BEFORE_OWN, FOUND = 2, 1  # rows of cached values before own ones, the null slot's zeros first; that of the bank's answer
 
 
 class Window(NamedTuple):
@@ -33,7 +36,7 @@ class Window(NamedTuple):
     rotation: rotary tables, or None where positions are learned.
     slots_BSE: this layer's carried short-term slots; None starts afresh.
     pending_key_BHD: this layer's key of each stream's last token; None where there is none.
-    cache: what this layer keeps for later tokens of the window, or has kept of earlier ones; None outside generation.
+    cache: what this layer is to keep for later tokens of the window; None outside generation.
     """
 
     namespace_B: Tensor
@@ -44,11 +47,6 @@ class Window(NamedTuple):
     slots_BSE: Tensor | None = None
     pending_key_BHD: Tensor | None = None
     cache: LayerCache | None = None
-
-
-def in_step(window: Window) -> bool:
-    """Whether this pass reads one new token per stream, for its logits alone."""
-    return window.cache is not None and window.cache.step is not None
 
 
 @dataclass
@@ -111,55 +109,17 @@ def attend_own_past(query_HBTD: Tensor, key_HBTD: Tensor, value_HBTD: Tensor, *,
     return mixed_HBTD.where(has_past_T[:, None], 0.0), lse_HBT.where(has_past_T, NO_SCORE)
 
 
-def attend_cached_past(query_HB1D: Tensor, key_HB1D: Tensor, value_HB1D: Tensor, cache: LayerCache, step: Step, *,
-                       successor_values: bool) -> tuple[Tensor, Tensor]:
-    """`attend_own_past` of one new token per stream, whose past is in `cache`; the token is added to it.
-
-    A value is stored where its key is: that of token j+1 at index j with successors.
-    """
-    value_index_B, value_place = step.index_B, step.place
-    if successor_values:
-        value_index_B = (step.index_B - 1).clamp(min=0)
-        value_place = None if step.place is None else max(step.place - 1, 0)
-    past = slice(step.place or step.seen_BT.shape[1])
-    key_BHTD = cache.put("own_key", key_HB1D.transpose(0, 1), step.index_B, step.place)[:, :, past]
-    value_BHTD = cache.put("own_value", value_HB1D.transpose(0, 1), value_index_B, value_place)[:, :, past]
-    if step.place:  # nobody has a token to hide
-        score_BH1T = query_HB1D.transpose(0, 1) @ key_BHTD.transpose(2, 3)
-        mixed_BH1D = score_BH1T.softmax(dim=-1) @ value_BHTD
-        return mixed_BH1D.transpose(0, 1), score_BH1T.logsumexp(dim=-1).transpose(0, 1)
-    place_T = torch.arange(key_BHTD.shape[2], device=key_BHTD.device)
-    earlier_BT, has_past_B = place_T < step.index_B[:, None], step.index_B > 0
-    score_BH1T = query_HB1D.transpose(0, 1) @ key_BHTD.transpose(2, 3)
-    score_BH1T = score_BH1T.masked_fill(~earlier_BT[:, None, None], NO_SCORE)
-    lse_BH1 = score_BH1T.logsumexp(dim=-1)
-    mixed_BH1D = (score_BH1T - lse_BH1.unsqueeze(-1)).exp() @ value_BHTD
-    return (mixed_BH1D.where(has_past_B[:, None, None, None], 0.0).transpose(0, 1),
-            lse_BH1.where(has_past_B[:, None, None], NO_SCORE).transpose(0, 1))
-
-
 def fill_cache(cache: LayerCache, query_HBTD: Tensor, key_HBTD: Tensor, value_HBTD: Tensor, *,
                successor_values: bool) -> None:
-    """Leaves a window's first tokens in `cache`, as `attend_cached_past` and `cached_queries` want them."""
+    """Leaves a window's first tokens in `cache` for those to come.
+
+    A value lies where its key is (with successors, that of token j + 1 with key j), `BEFORE_OWN` rows further on.
+    """
     if successor_values:
         value_HBTD = value_HBTD.roll(-1, dims=2)  # each stream's last one is overwritten by its next token's value
-    for name, part_HBTD in (("own_key", key_HBTD), ("own_value", value_HBTD), ("own_query", query_HBTD)):
-        cache.fill(name, part_HBTD.transpose(0, 1))
-
-
-def cached_queries(query_HB1D: Tensor, namespace_B: Tensor, cache: LayerCache, step: Step,
-                   stride: int) -> tuple[Tensor, Tensor]:
-    """`retrieval_queries` of one new token per stream, N = B: with a stride, the query that the token's chunk asks with.
-
-    A chunk's later tokens ask again, so that every pass makes the same calls wherever the streams stand.
-    """
-    namespace_B = namespace_B.where(step.valid_B, -1)
-    if stride == 1:
-        return query_HB1D.squeeze(2), namespace_B
-    cache.put("own_query", query_HB1D.transpose(0, 1), step.index_B, step.place)
-    asks_B = step.index_B // stride * stride - 1
-    query_BHD = cache.get("own_query", asks_B.clamp(min=0))
-    return query_BHD.transpose(0, 1).contiguous(), namespace_B.where(asks_B >= 0, -1)
+    cache.fill("own_query", query_HBTD.unsqueeze(2))
+    cache.fill("own_key", key_HBTD.unsqueeze(2))
+    cache.fill("own_value", F.pad(value_HBTD, (0, 0, BEFORE_OWN, 0)).unsqueeze(2), length=BEFORE_OWN + cache.window)
 
 
 def retrieval_queries(query_HBTD: Tensor, namespace_BT: Tensor, stride: int) -> tuple[Tensor, Tensor]:
@@ -242,19 +202,19 @@ class LongTermRead(nn.Module):
         """What each token recalls, gated: [B, T, C] in the dtype of x. Everything else goes on the tape."""
         B, T, _ = x_BTC.shape
         query_HBTD, key_HBTD, value_HBTD = self._project(x_BTC)
-        own_HBTD, own_lse_HBT = self._attend_own(query_HBTD, key_HBTD, value_HBTD, window.cache)
+        if window.cache is not None:
+            fill_cache(window.cache, query_HBTD, key_HBTD, value_HBTD, successor_values=self.successor_values)
+        own_HBTD, own_lse_HBT = attend_own_past(query_HBTD, key_HBTD, value_HBTD, successor_values=self.successor_values)
         found_HBTD, found_lse_HBT = self._retrieve(query_HBTD, window, retriever, tape)
         null_lse_HBT = self.null_logit_H.float()[:, None, None].expand_as(own_lse_HBT)
         merged_HBTD, share_PHBT = merge_partials([own_HBTD, found_HBTD],
                                                  [own_lse_HBT, found_lse_HBT, null_lse_HBT])
         gate_BT1 = torch.sigmoid(self.gate(x_BTC))
-        if not in_step(window):
-            tape.record(pending_key_BHD=last_keys(key_HBTD, window),
-                        candidates=make_candidates(key_HBTD, value_HBTD, window,
-                                                   successor_values=self.successor_values),
-                        gate_BT=gate_BT1.detach().squeeze(-1).float(),
-                        share_HN=share_per_query(share_PHBT[1].detach(), self.stride),
-                        null_share_HN=share_per_query(share_PHBT[2].detach(), self.stride))
+        tape.record(pending_key_BHD=last_keys(key_HBTD, window),
+                    candidates=make_candidates(key_HBTD, value_HBTD, window, successor_values=self.successor_values),
+                    gate_BT=gate_BT1.detach().squeeze(-1).float(),
+                    share_HN=share_per_query(share_PHBT[1].detach(), self.stride),
+                    null_share_HN=share_per_query(share_PHBT[2].detach(), self.stride))
         merged_BTP = merged_HBTD.permute(1, 2, 0, 3).reshape(B, T, -1)
         return gate_BT1 * self.output(merged_BTP.to(x_BTC.dtype))
 
@@ -267,21 +227,9 @@ class LongTermRead(nn.Module):
         query_HBTD = F.normalize(query_HBTD, dim=-1) * temperature_H[:, None, None, None]
         return query_HBTD, F.normalize(key_HBTD, dim=-1), value_HBTD
 
-    def _attend_own(self, query_HBTD: Tensor, key_HBTD: Tensor, value_HBTD: Tensor,
-                    cache: LayerCache | None) -> tuple[Tensor, Tensor]:
-        """The read's local part, from this pass or from the cache, which learns what it will need."""
-        if cache is not None and cache.step is not None:
-            return attend_cached_past(query_HBTD, key_HBTD, value_HBTD, cache, cache.step,
-                                      successor_values=self.successor_values)
-        if cache is not None:
-            fill_cache(cache, query_HBTD, key_HBTD, value_HBTD, successor_values=self.successor_values)
-        return attend_own_past(query_HBTD, key_HBTD, value_HBTD, successor_values=self.successor_values)
-
     def _queries(self, query_HBTD: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         """What this pass asks the bank, and on behalf of which documents; padding asks for none."""
-        cache, (_, B, T, _) = window.cache, query_HBTD.shape
-        if in_step(window):
-            return cached_queries(query_HBTD, window.namespace_B, cache, cache.step, self.stride)
+        _, B, T, _ = query_HBTD.shape
         namespace_BT = window.namespace_B[:, None].expand(B, T)
         if window.valid_BT is not None:
             namespace_BT = namespace_BT.where(window.valid_BT, -1)
@@ -292,12 +240,9 @@ class LongTermRead(nn.Module):
         """Attention over the bank's hits, per token: value [H, B, T, D] and log-sum-exp [H, B, T], bias included."""
         H, B, T, D = query_HBTD.shape
         query_HND, namespace_N = self._queries(query_HBTD, window)
-        if in_step(window):
-            value_HND, lse_HN = look_up(retriever, query_HND, namespace_N)
-        else:
-            if tape.hits is None:
-                tape.record(hits=retriever.search(query_HND.detach(), namespace_N))
-            value_HND, lse_HN = retriever.attend(query_HND, tape.hits)
+        if tape.hits is None:
+            tape.record(hits=retriever.search(query_HND.detach(), namespace_N))
+        value_HND, lse_HN = retriever.attend(query_HND, tape.hits)
         value_HBGD = value_HND.float().view(H, B, -1, D)
         lse_HBG = lse_HN.float().view(H, B, -1) + self.retrieved_bias_H.float()[:, None, None]
         if self.stride > 1:

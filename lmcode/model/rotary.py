@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Rotation = tuple[Tensor, Tensor]  # fp32 [T, 1, D/2] and [T, 2, D/2], or [B, T, ...] where streams stand apart
+Rotation = tuple[Tensor, Tensor]  # fp32 [T, 1, D/2] and [T, 2, D/2]
 ROTARY_BASE = 10000.0
 
 

@@ -18,7 +18,7 @@ from lmcode.config import LMCODEConfig
 from lmcode.retrieval import NO_SCORE
 
 if TYPE_CHECKING:
-    from lmcode.model.cache import LayerCache, Step
+    from lmcode.model.cache import LayerCache
 
 EPSILON = 1e-6
 
@@ -56,27 +56,23 @@ class ShortTermMemory(nn.Module):
             slots_BSE: slots carried from the stream's last window; None starts from the learned initial slots.
             reset_B: bool, streams that return to the initial slots although slots were carried.
             valid_BT: bool, False at padding, which is never written; a segment of padding leaves the slots as they are.
-            cache: is given the slots after the last complete segment and the tokens of the segment begun since. In a step,
-                T is 1 and both are found there; the other arguments are not used.
+            cache: is given the slots after the last complete segment and the tokens of the segment begun since.
 
         Returns:
-            What each token read, [B, T, C] in the dtype of x; and the slots after the window (in a step: after its last
-            complete segment), fp32 [B, S, E], detached.
+            What each token read, [B, T, C] in the dtype of x; and the slots after the window, fp32 [B, S, E], detached.
         """
         T = x_BTC.shape[1]
         query_BTE, key_BTE, value_BTE = self.tokens(x_BTC).chunk(3, dim=-1)
         key_BTE = key_BTE * key_BTE.shape[-1] ** -0.5
         # Attention is linear in its values, so the gate's share of the candidate can be computed per token, up front.
         written_BTP = torch.cat([value_BTE, self.candidate_gate(value_BTE)], dim=-1)
-        if cache is not None and cache.step is not None:
-            return self._step(query_BTE, key_BTE, written_BTP, cache, cache.step)
         slots_BSE = self._first_slots(x_BTC.shape[0], slots_BSE, reset_B)
         history: list[Tensor] = []
         for start in range(0, T, self.segment):
             history.append(slots_BSE)
             part = slice(start, start + self.segment)
             valid_BL = None if valid_BT is None else valid_BT[:, part]
-            slots_BSE = self._write(slots_BSE, key_BTE[:, part], written_BTP[:, part], valid_BL)
+            slots_BSE = self.write(slots_BSE, key_BTE[:, part], written_BTP[:, part], valid_BL)
         if cache is not None:
             self._fill(cache, torch.stack([*history, slots_BSE], dim=1), key_BTE, written_BTP, valid_BT)
         return self.output(self._read(query_BTE, torch.stack(history, dim=1), self.segment)), slots_BSE.detach()
@@ -90,23 +86,8 @@ class ShortTermMemory(nn.Module):
         cache.slots_BSE = slots_BGSE[streams_B1[:, 0], done_B].detach()
         place_BL = done_B[:, None] * self.segment + torch.arange(self.segment, device=count_B.device)
         place_BL = place_BL.clamp(max=T - 1)  # beyond the stream's tokens: overwritten before a write sees it
-        cache.fill("segment_key", key_BTE[streams_B1, place_BL], length=self.segment)
-        cache.fill("segment_written", written_BTP[streams_B1, place_BL], length=self.segment)
-
-    def _step(self, query_B1E: Tensor, key_B1E: Tensor, written_B1P: Tensor, cache: LayerCache,
-              step: Step) -> tuple[Tensor, Tensor]:
-        """One new token of each stream: reads, and writes the segments that it completes."""
-        index_B, place = step.index_B % self.segment, None if step.place is None else step.place % self.segment
-        key_BLE = cache.put("segment_key", key_B1E, index_B, place)
-        written_BLP = cache.put("segment_written", written_B1P, index_B, place)
-        if cache.slots_read is None:
-            cache.slots_read = self._slots_to_read(cache.slots_BSE.unsqueeze(1), query_B1E.dtype)
-        read_B1E = F.scaled_dot_product_attention(query_B1E.unsqueeze(1), *cache.slots_read).squeeze(1)
-        if step.ends_B is not None:
-            written_BSE = self._write(cache.slots_BSE, key_BLE, written_BLP, None)
-            cache.slots_BSE = written_BSE.where(step.ends_B[:, None, None], cache.slots_BSE)
-            cache.slots_read = None
-        return self.output(read_B1E), cache.slots_BSE
+        segment_BLP = torch.cat([key_BTE, written_BTP], dim=-1)[streams_B1, place_BL]
+        cache.fill("segment", segment_BLP.unsqueeze(1), length=self.segment)
 
     def _first_slots(self, num_streams: int, slots_BSE: Tensor | None, reset_B: Tensor | None) -> Tensor:
         """Carried slots, or initial ones where there are none; the initial slots stay in the graph either way."""
@@ -117,7 +98,7 @@ class ShortTermMemory(nn.Module):
             reset_B = torch.zeros(num_streams, dtype=torch.bool, device=initial_BSE.device)
         return torch.where(reset_B[:, None, None], initial_BSE, slots_BSE.float())
 
-    def _write(self, slots_BSE: Tensor, key_BLE: Tensor, written_BLP: Tensor, valid_BL: Tensor | None) -> Tensor:
+    def write(self, slots_BSE: Tensor, key_BLE: Tensor, written_BLP: Tensor, valid_BL: Tensor | None = None) -> Tensor:
         """One segment's update of the slots; `written_BLP` holds values and their part of the gate side by side."""
         E = slots_BSE.shape[-1]
         normed_BSE = F.rms_norm(slots_BSE, (E,), eps=EPSILON).to(key_BLE.dtype)
@@ -139,11 +120,11 @@ class ShortTermMemory(nn.Module):
         G = slots_BGSE.shape[1]
         if G * segment != T:
             query_BTE = F.pad(query_BTE, (0, 0, 0, G * segment - T))
-        key_BGSE, value_BGSE = self._slots_to_read(slots_BGSE, query_BTE.dtype)
+        key_BGSE, value_BGSE = self.slots_to_read(slots_BGSE, query_BTE.dtype)
         read_BGLE = F.scaled_dot_product_attention(query_BTE.view(B, G, segment, E), key_BGSE, value_BGSE)
         return read_BGLE.reshape(B, -1, E)[:, :T]
 
-    def _slots_to_read(self, slots_SE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def slots_to_read(self, slots_SE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values by which tokens read slots [..., S, E]."""
         normed_SE = F.rms_norm(slots_SE, slots_SE.shape[-1:], eps=EPSILON).to(dtype)
         key_SE, value_SE = self.slots_read(normed_SE).chunk(2, dim=-1)
