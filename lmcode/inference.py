@@ -12,10 +12,10 @@ import torch
 
 from lmcode import dist
 from lmcode.config import ConfigError
-from lmcode.dist import Group
+from lmcode.dist import Group, on_rank_0
+from lmcode.eval.documents import OTHER_CORPUS, held_out_documents
 from lmcode.eval.held_out import MODES, evaluate, held_out_sampler
-from lmcode.train.checkpoint import load_model
-from lmcode.train.corpus import load_corpus
+from lmcode.train.checkpoint import find, load_model
 
 
 def evaluate_run(run: Path, overrides: list[str], *, as_json: bool = False) -> str:
@@ -25,18 +25,21 @@ def evaluate_run(run: Path, overrides: list[str], *, as_json: bool = False) -> s
         ConfigError: if there is no checkpoint, or its held-out documents cannot be found again.
     """
     group = Group.world()
-    model, config, _, step = load_model(run, overrides, group=group, device=dist.device())
+    checkpoint = Path(on_rank_0(group, lambda: str(find(run).resolve())))  # found once: a run may be saving newer ones
+    model, config, _, step = load_model(checkpoint, overrides, group=group, device=dist.device())
     if config.eval.streams % group.size:
         raise ConfigError(f"eval.streams must be a multiple of the number of ranks: {config.eval.streams} % {group.size}")
-    sampler = held_out_sampler(load_corpus(config).held_out, config)
+    documents, same_corpus = held_out_documents(checkpoint, config)
+    sampler = held_out_sampler(documents, config)
     modes = MODES if model.banks else ("on",)
     results = {mode: evaluate(model, sampler, banks=model.banks, group=group, mode=mode, slots=config.eval.slots,
                               windows=config.eval.final_windows) for mode in modes}
     if as_json:
-        return json.dumps({"step": step, **{mode: result._asdict() for mode, result in results.items()}})
+        return json.dumps({"step": step, "same_corpus": same_corpus,
+                           **{mode: result._asdict() for mode, result in results.items()}})
     lines = [f"step {step}, {results['on'].tokens:,} held-out tokens, nats per token (far: 16 windows into a document)"]
     lines += [f"  memory {mode:<9} {r.loss:.4f}   far {r.far_loss:.4f}" for mode, r in results.items()]
-    return "\n".join(lines)
+    return "\n".join(lines if same_corpus else [*lines, OTHER_CORPUS])
 
 
 def generate_text(run: Path, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.8, top_k: int = 50,

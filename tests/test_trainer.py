@@ -14,6 +14,7 @@ import torch
 from ranks import run_on_ranks
 
 from lmcode import LMCODE, LMCODEConfig, MemoryAwareTrainer, MemoryDataset, create_synthetic_dataset
+from lmcode.cli import command as cli
 from lmcode.config import ConfigError, MemoryConfig
 from lmcode.train import checkpoint, path_checkpoint
 from lmcode.train.commit import SaveFailed
@@ -258,3 +259,26 @@ def test_what_cannot_work_is_refused() -> None:
                 "num_epochs must be at least 1", "at least one sample"]
     for message, part in zip(run_on_ranks(refusals, 1)[0], expected, strict=True):
         assert message.startswith(ConfigError.__name__) and part in message
+
+
+def save_one(path: Path) -> None:
+    model = LMCODE(make_model().config.model_copy(update={"vocab_size": 257}), memory=MemoryConfig(virtual_shards=4))
+    trainer = trainer_of(model)
+    trainer.train(data(), num_epochs=1, batch_size=4)
+    trainer.save_checkpoint(path)
+
+
+def test_a_checkpoint_at_a_path_is_used_from_the_command_line_and_nothing_is_added_to_it(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, page = tmp_path / "best.pt", tmp_path / "best.pt.report.html"
+    run_on_ranks(save_one, 2, path)
+    content = sorted(path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    for name in range(12):
+        Path(f"text-{name}.txt").write_text(f"some words to be read {name} " * 20)
+    assert cli.main(["report", "best.pt"]) == 0 and capsys.readouterr().out.strip() == str(page)
+    assert "given in Python" in page.read_text() and sorted(path.rglob("*")) == content
+    assert cli.main(["eval", "best.pt"]) == 2 and "name a text by data.path=" in capsys.readouterr().err
+    assert cli.main(["eval", "best.pt", "data.path=text-*.txt", "data.held_out_share=0.5", "eval.streams=2"]) == 0
+    printed = capsys.readouterr().out
+    assert f"step {STEPS}" in printed and "memory shuffled" in printed and "not the one that this run was" in printed

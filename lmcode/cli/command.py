@@ -183,7 +183,8 @@ def _add_report(commands: Any) -> None:
         usage="lmcode report RUN [--out FILE] [section.key=value ...]",
         examples="  lmcode report runs/books\n  lmcode report runs/books --out books.html data.path=books/")
     parser.add_argument("path", metavar="RUN", type=Path, help="a run folder, or one checkpoint in it")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="the page to write (RUN/report/index.html)")
+    parser.add_argument("--out", metavar="FILE", type=Path,
+                        help="the page to write (RUN/report/index.html; beside a checkpoint that is in no run)")
 
 
 def _add_config(commands: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from lmcode import dist
 from lmcode.config import ConfigError, RunConfig
 from lmcode.dist import Group, on_rank_0
+from lmcode.eval.documents import OTHER_CORPUS, held_out_documents
 from lmcode.lmcode import LMCODE
 from lmcode.report.facts import gather
 from lmcode.report.history import curves_of, read_metrics, tagged
@@ -19,7 +19,6 @@ from lmcode.report.sequences import token_sequences
 from lmcode.tokenizer import Tokenizer
 from lmcode.train import durable
 from lmcode.train.checkpoint import find, load_model
-from lmcode.train.corpus import load_corpus
 from lmcode.train.metrics import flatten
 
 log = logging.getLogger("lmcode")
@@ -59,7 +58,8 @@ def report_run(run: Path, overrides: list[str], *, out: Path | None = None) -> P
     Args:
         run: a run folder, or one checkpoint in it.
         overrides: dotted settings, such as where the data is now.
-        out: the file to write; report/index.html in the run folder when None.
+        out: the file to write; when None, report/index.html in the run folder, or CHECKPOINT.report.html beside a checkpoint
+            that lies in no run, since nothing may be added to it.
 
     Returns:
         The file that was written.
@@ -71,14 +71,16 @@ def report_run(run: Path, overrides: list[str], *, out: Path | None = None) -> P
     checkpoint = Path(on_rank_0(group, lambda: str(find(run).resolve())))  # found once: a run may be saving newer ones
     model, config, tokenizer, step = load_model(checkpoint, overrides, group=group, device=dist.device())
     ranks = config.memory.ranks_per_group(durable.read_manifest(checkpoint).facts.world_size)
-    folder = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
+    in_run = checkpoint.parent.name == "checkpoints"
+    folder = checkpoint.parents[1] if in_run else checkpoint
     sequences, names, notes = held_out_text(config, checkpoint)
     rows = read_metrics(folder / "metrics.jsonl")
     log.info("measuring the memory of step %d on %d held-out documents", step, len(sequences))
     facts = gather(model, sequences, names=names, title=folder.name, tokenizer=tokenizer, step=step, ranks=ranks,
                    length=config.train.sequence_length, curves=curves_of(rows) if rows else {},
                    settings=flatten(config.model_dump(mode="json")), notes=notes)
-    page, place = render(facts), out or folder / "report" / "index.html"
+    page = render(facts)
+    place = out or (folder / "report" / "index.html" if in_run else folder.with_name(f"{folder.name}.report.html"))
     on_rank_0(group, lambda: write_page(place, page))
     return place
 
@@ -86,15 +88,11 @@ def report_run(run: Path, overrides: list[str], *, out: Path | None = None) -> P
 def held_out_text(config: RunConfig, checkpoint: Path) -> tuple[list[list[int]], list[str], list[str]]:
     """Token ids and names of held-out documents, spread over all of them; notes on what a reader must know about them."""
     try:
-        corpus = load_corpus(config)
+        documents, same_corpus = held_out_documents(checkpoint, config)
     except ConfigError as error:
         log.warning("the held-out documents could not be read: %s", error)
         return [], [], [f"The held-out documents could not be read, so there are no examples and no capacity curve: {error}"]
-    documents, notes = corpus.held_out, []
-    trained_on = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))["corpus"]
-    if trained_on != corpus.meta["digest"]:
-        notes.append("The corpus is not the one that this run was trained on: what is read here as held out may have been "
-                     "seen in training.")
+    notes = [] if same_corpus else [OTHER_CORPUS]
     stride = -(-len(documents) // MOST_DOCUMENTS)
     chosen = range(0, len(documents), stride)
     return [documents.document(one).tolist() for one in chosen], [documents.names[one] for one in chosen], notes
