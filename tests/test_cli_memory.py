@@ -27,7 +27,8 @@ from lmcode.cli import command as cli
 from lmcode.config import ConfigError, RunConfig, build
 from lmcode.memory import LongTermMemory
 from lmcode.presets import load_run_config
-from lmcode.train import checkpoint, durable, loop
+from lmcode.saved import memory as saved_memory
+from lmcode.train import amend, checkpoint, durable, loop
 from lmcode.train.replay import ReplaySampler
 from lmcode.train.start import open_run
 
@@ -289,7 +290,6 @@ def test_a_saved_model_is_looked_at_and_resharded_into_another_folder(run: Path,
     done = json.loads(said("reshard", old, "--virtual-shards", 5, "--slots", 600, "--out", new, "--json"))
     assert (done["virtual_shards"], done["folder"]) == (5, str(new)) and content_of(old) == before
     assert "5 virtual shards" in said("stats", new) and said("export", new) == stored
-    assert "this command changes runs" in said("add", old, "x", code=2)
     assert "runs/trained" not in str(old) and not (old / "writer.lock").exists()
     model.save_pretrained(tmp_path / "without", include_memory=False)
     LMCODE(model.config.model_copy(update={"long_term_memory_slots": 0})).save_pretrained(tmp_path / "bare")
@@ -377,6 +377,79 @@ BAD_LINES = [('{"text": "a"}\n{"text": ""}', "line 2: text must hold more than w
              ('{"txt": "a"}', "line 1: unknown key 'txt'"), ('{"text": "a"', "line 1: not JSON"), ("", "at least one line"),
              ('{"text": "a", "stored_at": 5}', "line 1: 'stored_at' belongs to import"),
              ('{"ids": [999]}', "ids must lie in")]
+
+
+@pytest.fixture(params=["saved model", "checkpoint"])
+def lone(request: pytest.FixtureRequest, run: Path, tmp_path: Path) -> Path:
+    """What `run` remembers as a saved model, or as a checkpoint that lies in no run."""
+    place, newest = tmp_path / "lone", run / "checkpoints" / "step-00000004"
+    if request.param == "checkpoint":
+        return Path(shutil.copytree(newest, place))
+    model, *_ = checkpoint.load_model(newest, [], group=dist.Group(), device=torch.device("cpu"))
+    model.save_pretrained(place)
+    (place / "generation_config.json").write_text("{}")  # somebody else's file
+    return place
+
+
+def remembered(place: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    if not (place / "config.json").exists():
+        rows, hashes = memory_of(place)
+    else:
+        model = LMCODE.from_pretrained(place)
+        rows, hashes = [one.row() for one in model.experiences.all()], []  # steps differ: a saved model has none
+    return [{key: value for key, value in row.items() if key != "stored_at"} for row in rows], hashes
+
+
+def test_a_lone_folder_lives_as_a_run_does(lone: Path, run: Path, said: Callable[..., str], tmp_path: Path) -> None:
+    """The same commands leave the same memory, say the same, and touch nothing else."""
+    memory = ("banks", "experiences", "replay.safetensors", "README.md", "manifest.json")
+    others = {path: path.read_bytes() for path in lone.rglob("*")
+              if path.is_file() and path.relative_to(lone).parts[0] not in memory}
+    (tmp_path / "more.jsonl").write_text(json.dumps({"text": "from a file", "namespace": 7}))
+    for words in (["add", *TEXTS, "--namespace", "house"], ["search", "key under"], ["delete", "--id", "1"],
+                  ["add", "again"], ["export"], ["import", tmp_path / "more.jsonl"], ["consolidate", "--threshold", "0.5"],
+                  ["stats"], ["delete", "--namespace", "0"], ["expire", "--older-than", "9w"]):
+        json_too = [] if words[0] == "export" else ["--json"]
+        here, there = (said(words[0], place, *words[1:], *json_too) for place in (lone, run))
+        if words[0] not in ("export", "search", "stats"):
+            facts, expected = json.loads(here), json.loads(there)
+            assert facts.pop("folder") == str(lone)
+            ours = {"checkpoint", "older_checkpoints", *(["replay_spans"] if (lone / "config.json").exists() else [])}
+            assert {**facts, **{name: expected[name] for name in ours & expected.keys()}} == expected  # it replays nothing
+        (rows, hashes), (expected_rows, expected_hashes) = remembered(lone), remembered(run)
+        assert rows == expected_rows and hashes in ([], expected_hashes)
+        assert said("verify", lone) == "lone: ok\n"
+    assert {path: path.read_bytes() for path in others} == others
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_model_card_says_what_is_held_unless_somebody_has_edited_it(lone: Path, said: Callable[..., str]) -> None:
+    if not (card := lone / "README.md").exists():
+        pytest.skip("a checkpoint has no card")
+    assert "0 experiences" in card.read_text()
+    said("add", lone, *TEXTS)
+    assert "3 experiences" in card.read_text()
+    card.write_text("my own words")
+    said("add", lone, "more")
+    assert card.read_text() == "my own words"
+
+
+def test_a_lone_folder_is_changed_whole_or_not_at_all(lone: Path, said: Callable[..., str], tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.read_bytes() for path in lone.rglob("*") if path.is_file()}
+    with durable.held(next(path for name in ("config.json", "config.yaml") if (path := lone / name).exists())):
+        assert "is being changed by another process" in said("add", lone, "x", code=2)
+    for module in (saved_memory, amend):
+        monkeypatch.setattr(module, "save_memory", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "No space left on device" in said("add", lone, "x", code=2)
+    assert {path: path.read_bytes() for path in lone.rglob("*") if path.is_file()} == before
+    monkeypatch.undo()
+    lone.rename(tmp_path / "away")
+    (tmp_path / ".lone.saving").mkdir()
+    (tmp_path / "away").rename(tmp_path / ".lone.saving" / "new")  # a kill between the two renames
+    assert said("verify", lone) == "lone: ok\n" and not lone.exists()
+    assert "stored 1 experiences" in said("add", lone, "x")
+    assert [row["text"] for row in remembered(lone)[0]] == ["x"] and not (tmp_path / ".lone.saving").exists()
 
 
 def test_a_bad_line_changes_nothing(run: Path, said: Callable[..., str], tmp_path: Path) -> None:

@@ -53,6 +53,15 @@ def is_saved_model(path: Path) -> bool:
     return ((left_by_a_kill(path.absolute()) or path) / CONFIG).is_file()
 
 
+def is_lone_checkpoint(path: Path) -> bool:
+    """Whether it is a checkpoint that lies in no run, or what a kill has left beside it."""
+    from lmcode.saved.replace import left_by_a_kill
+    from lmcode.train import amend, durable
+
+    path = path.absolute()
+    return amend.at_path(path.resolve()) and ((left_by_a_kill(path) or path) / durable.MANIFEST).is_file()
+
+
 def open_model(path: Path) -> LMCODE:
     """A saved model with everything that it remembers."""
     alone()
@@ -70,7 +79,9 @@ def open_model(path: Path) -> LMCODE:
 
 def look(path: Path) -> tuple[Path, LMCODE]:
     """What a run, a checkpoint or a saved model remembers, to be looked at: its folder and the model."""
-    return (path, open_model(path)) if is_saved_model(path) else open_checkpoint(path)
+    from lmcode.saved.replace import left_by_a_kill
+
+    return (path, open_model(path)) if is_saved_model(path) else open_checkpoint(left_by_a_kill(path.absolute()) or path)
 
 
 def said(action: Callable[[], Any]) -> Any:

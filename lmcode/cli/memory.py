@@ -2,8 +2,8 @@
 
 The one thing to know: these commands work on the newest checkpoint that verifies, in one process, whatever number of
 ranks saved it. Those that change the memory commit a revision of that checkpoint (see `train.amend`), all of the
-change or none of it. A saved model can be looked at, too. `lmcode.cli` hands in its way of making parsers and prints what
-the commands return.
+change or none of it. A saved model, or a checkpoint that lies in no run, is replaced as a whole. `lmcode.cli` hands in
+its way of making parsers and prints what the commands return.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lmcode.cli.answers import (
     ago,
     alone,
     as_json,
+    is_lone_checkpoint,
     is_saved_model,
     look,
     open_checkpoint,
@@ -215,8 +216,15 @@ def verify(arguments: argparse.Namespace) -> Answer:
     from lmcode.train import checkpoint, durable
 
     alone()
-    run, chosen = checkpoint.locate(arguments.path)
     problems: dict[str, str | None] = {}
+    if is_saved_model(arguments.path) or is_lone_checkpoint(arguments.path):
+        try:
+            look(arguments.path)
+            problems[arguments.path.name] = None
+        except ConfigError as error:
+            problems[arguments.path.name] = str(error)
+        return _verdict(arguments, problems)
+    run, chosen = checkpoint.locate(arguments.path)
     for path in [chosen] if chosen else durable.steps(run / "checkpoints"):
         try:
             durable.verify(path)
@@ -231,6 +239,10 @@ def verify(arguments: argparse.Namespace) -> Answer:
             open_checkpoint(run / "checkpoints" / newest)
         except ConfigError as error:
             problems[newest] = str(error)
+    return _verdict(arguments, problems)
+
+
+def _verdict(arguments: argparse.Namespace, problems: dict[str, str | None]) -> Answer:
     code = int(any(problems.values()))
     if arguments.json:
         return as_json(problems)[0], code
@@ -295,8 +307,8 @@ def reshard(arguments: argparse.Namespace) -> Answer:
     if is_saved_model(target):
         if out is None or os.path.lexists(out):
             came = "none" if out is None else f"'{out}', which exists"
-            raise ConfigError(f"'{target}' is a saved model, which is not changed in place: --out must be a new folder, got "
-                              f"{came}")
+            raise ConfigError(f"'{target}' is a saved model, which is resharded into another folder: --out must be a new "
+                              f"folder, got {came}")
         result = said(lambda: _reshard_model(open_model(target), virtual_shards, out, **numbers))
         return as_json(result) if arguments.json else (f"{sentence.format(**result)}: {out}\n", 0)
     if out is not None and target.is_dir():
@@ -317,12 +329,10 @@ def _reshard_model(model: LMCODE, virtual_shards: int, out: Path, **numbers: int
 
 
 def _store(draft: Draft, rows: list[dict[str, Any]], defaults: dict[str, Any]) -> dict[str, Any]:
-    from lmcode.train.durable import step_of
-
     columns = {name: [row.get(name, default) for row in rows] for name, default in defaults.items()}
     contents = [row["text"] if "text" in row else row["ids"] for row in rows]
     ids = draft.model.store_experience(contents, columns["namespace"], columns["importance"],
-                                       stored_at=columns["stored_at"], step=step_of(draft.folder)[0])
+                                       stored_at=columns["stored_at"], step=draft.facts.step if draft.facts else 0)
     return {"count": len(ids), "ids": ids}
 
 
@@ -331,8 +341,8 @@ def _amend(arguments: argparse.Namespace, change: Callable[[Draft], dict[str, An
     from lmcode.train import checkpoint
     from lmcode.train.amend import amend, writing
 
-    if is_saved_model(arguments.path):
-        raise ConfigError(f"'{arguments.path}' is a saved model: this command changes runs")
+    if is_saved_model(arguments.path) or is_lone_checkpoint(arguments.path):
+        return _replace(arguments, change, sentence)
     run, chosen = checkpoint.locate(arguments.path)
     with writing(run):
         folder, model = open_checkpoint(run)
@@ -344,3 +354,24 @@ def _amend(arguments: argparse.Namespace, change: Callable[[Draft], dict[str, An
         return as_json({**done.result, "checkpoint": done.folder.name, "older_checkpoints": older})
     note = f"older checkpoints keep the memory they have: {', '.join(older)}\n" if older else ""
     return f"{sentence.format(**done.result)}: {done.folder}\n{note}", 0
+
+
+def _replace(arguments: argparse.Namespace, change: Callable[[Draft], dict[str, Any]], sentence: str) -> Answer:
+    """The same with a saved model or a checkpoint that lies in no run, which keeps its path."""
+    from lmcode.saved.pretrained import CONFIG, rewrite_memory
+    from lmcode.saved.replace import make_way
+    from lmcode.train.amend import Draft, amend
+    from lmcode.train.durable import held
+
+    path, saved_model = arguments.path.resolve(), is_saved_model(arguments.path)
+
+    def whole() -> dict[str, Any]:
+        make_way(path)
+        with held(path / (CONFIG if saved_model else "config.yaml")):
+            folder, model = look(path)
+            if not saved_model:
+                return amend(folder, model, change).result
+            return rewrite_memory(model, folder, lambda: change(Draft(folder, model)))
+
+    result = said(whole)
+    return as_json({**result, "folder": str(path)}) if arguments.json else (f"{sentence.format(**result)}: {path}\n", 0)

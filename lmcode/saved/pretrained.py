@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +146,38 @@ def write(model: LMCODE, place: Path, *, include_memory: bool) -> None:
         if model.group.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def rewrite_memory(model: LMCODE, place: Path, change: Callable[[], Any]) -> Any:
+    """Changes the memory of a model that was read from `place`, and replaces that folder by one with the new memory, all of
+    it or none; returns what `change` does. One process alone.
+
+    All other files stay as they are, but for a model card that nobody has edited.
+
+    Raises:
+        ConfigError: if the file system refuses; what was there is as it was.
+    """
+    from lmcode.saved.memory import BANKS, EXPERIENCES, make_folders, save_memory
+
+    former_card, file = card(model, include_memory=True), place / CARD
+    result = change()
+    replace.make_way(place)
+    temporary, anew = replace.beside(place) / ".new.tmp", {BANKS, EXPERIENCES}
+    if file.is_file() and file.read_text(encoding="utf-8") == former_card:
+        anew.add(CARD)
+    try:
+        shutil.copytree(place, temporary, copy_function=replace.link,
+                        ignore=lambda folder, names: anew.intersection(names) if Path(folder) == place else ())
+        make_folders(temporary, model)
+        save_memory(temporary, model)
+        if CARD in anew:
+            (temporary / CARD).write_text(card(model, include_memory=True), encoding="utf-8")
+        replace.complete(temporary, replace.beside(place) / "new")
+    except OSError as error:  # shutil.Error too
+        shutil.rmtree(replace.beside(place), ignore_errors=True)
+        raise ConfigError(f"'{place}' was not changed: {error}") from None
+    replace.take_place(place)
+    return result
 
 
 def _begin(model: LMCODE, place: Path, temporary: Path, include_memory: bool) -> None:

@@ -38,6 +38,14 @@ def make_way(path: Path) -> None:
         shutil.rmtree(beside(path))
 
 
+def link(source: str | Path, target: str | Path) -> None:
+    """The same file under another name; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def complete(temporary: Path, final: Path) -> None:
     """Forces all that is in a folder to disk, then gives it its name."""
     for folder, _, files in os.walk(temporary, topdown=False):

@@ -2,7 +2,8 @@
 
 The one thing to know: a saved memory is never changed in place. `amend` writes a revision of the newest checkpoint (the
 same step, everything but the memory linked to the old files) as a commit of its own, and only then removes the old one,
-so that a kill leaves one or the other. `--resume auto` and `load_model` take the revision, since it counts as newer.
+so that a kill leaves one or the other. `--resume auto` and `load_model` take the revision, since it counts as newer. A
+checkpoint that lies in no run keeps its path (`saved.replace`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -25,6 +25,7 @@ from lmcode.lmcode import LMCODE
 from lmcode.presets import load_run_config
 from lmcode.resharding import reshard_memory
 from lmcode.saved.memory import BANKS, EXPERIENCES, Parts, make_folders, save_memory
+from lmcode.saved.replace import beside, link, take_place
 from lmcode.train import durable, replay
 from lmcode.train.checkpoint import stored_sizes, write_json
 
@@ -35,13 +36,13 @@ log = logging.getLogger("lmcode")
 class Draft:
     """A revision in the making, for a change to work on.
 
-    folder: the checkpoint that is revised. model: with all that it remembers there. facts: for the new manifest.
-    parts: files other than the memory that are written anew, by their path.
+    folder: the checkpoint or saved model that is revised. model: with all that it remembers there. facts: for the new
+    manifest; None of a saved model. parts: files other than the memory that are written anew, by their path.
     """
 
     folder: Path
     model: LMCODE
-    facts: durable.Facts
+    facts: durable.Facts | None = None
     parts: Parts = dataclasses.field(default_factory=dict)
 
 
@@ -73,7 +74,8 @@ def writing(run_folder: Path) -> Iterator[None]:
 def amend(folder: Path, model: LMCODE, change: Callable[[Draft], Any]) -> Amended:
     """Changes the memory of `model`, loaded from the checkpoint `folder`, and commits it as the next revision.
 
-    One process alone; the caller holds the run folder's lock (`writing`). If `change` raises, nothing is written.
+    One process alone; the caller holds the run folder's lock (`writing`), or the config.yaml of a checkpoint that lies in
+    no run (`durable.held`). If `change` raises, nothing is written.
 
     Raises:
         OSError: if the disk refuses; the old checkpoint is as it was.
@@ -81,17 +83,18 @@ def amend(folder: Path, model: LMCODE, change: Callable[[Draft], Any]) -> Amende
     manifest = durable.read_manifest(folder)
     draft = Draft(folder, model, manifest.facts)
     result = change(draft)
+    durable.check_space(folder.parent, manifest.total_bytes)
+    if at_path(folder):
+        try:
+            _commit(beside(folder) / "new", draft, manifest)
+        except Exception:
+            shutil.rmtree(beside(folder), ignore_errors=True)
+            raise
+        take_place(folder)
+        return Amended(result, folder, [])
     step, revision = durable.step_of(folder)
     final = durable.step_folder(folder.parent, step, revision + 1)
-    durable.check_space(folder.parent, manifest.total_bytes)
-    with durable.commit(final, draft.facts) as place:
-        for name in manifest.files:
-            if name not in draft.parts and name.split("/")[0] not in (BANKS, EXPERIENCES):
-                _link(folder / name, place / name)
-        for name, write in draft.parts.items():
-            write(place / name)
-        make_folders(place, model)
-        save_memory(place, model)
+    _commit(final, draft, manifest)
     try:
         durable.discard(folder)
     except OSError as error:
@@ -100,13 +103,22 @@ def amend(folder: Path, model: LMCODE, change: Callable[[Draft], Any]) -> Amende
     return Amended(result, final, [*(path for path in durable.steps(folder.parent) if path != final), *set_aside])
 
 
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name; a copy where the file system has no links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def _commit(final: Path, draft: Draft, manifest: durable.Manifest) -> None:
+    """Writes the memory and the parts of a draft anew, and links all else."""
+    with durable.commit(final, draft.facts) as place:
+        for name in manifest.files:
+            if name not in draft.parts and name.split("/")[0] not in (BANKS, EXPERIENCES):
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                link(draft.folder / name, place / name)
+        for name, write in draft.parts.items():
+            write(place / name)
+        make_folders(place, draft.model)
+        save_memory(place, draft.model)
+
+
+def at_path(folder: Path) -> bool:
+    """Whether a checkpoint lies in no run."""
+    return folder.absolute().parent.name != "checkpoints"
 
 
 # Changes

@@ -382,3 +382,25 @@ class Lock:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+
+@contextmanager
+def held(file: Path) -> Iterator[None]:
+    """The right to replace the folder of a file, as long as everybody who does so holds that file.
+
+    Raises:
+        Locked: if another process holds it, or has just replaced it.
+    """
+    handle = os.open(file, os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise Locked(f"'{file.parent}' is being changed by another process") from None
+        if not os.path.samestat(os.stat(file), os.fstat(handle)):
+            raise Locked(f"'{file.parent}' has just been changed by another process: try again")
+        yield
+    finally:
+        os.close(handle)
