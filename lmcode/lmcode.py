@@ -36,7 +36,7 @@ from lmcode.model.lm import LMCODEOutput, MemoryLM, StreamState
 from lmcode.model.reading import read_texts
 from lmcode.model.sampling import Decoding
 from lmcode.saved.pretrained import Pretrained
-from lmcode.tokenizer import MIN_BPE_VOCAB, ByteTokenizer, Tokenizer, check_vocab
+from lmcode.tokenizer import MIN_BPE_VOCAB, ByteTokenizer, Tokenizer, as_tokenizer, check_vocab
 
 log = logging.getLogger("lmcode")
 STORED_AT_ONCE = 256  # experiences whose token entries are in memory at the same time
@@ -79,12 +79,14 @@ class LMCODE(MemoryLM, Pretrained):
     def tokenizer(self) -> Tokenizer | None:
         """What text passes through: bytes unless another is set; None if the vocabulary is too small for bytes.
 
-        Setting one whose vocabulary exceeds the model's is a ConfigError.
+        Takes lmcode's, a `tokenizers.Tokenizer` or a Hugging Face tokenizer (a copy of it). ConfigError for anything else,
+        and for a vocabulary that exceeds the model's.
         """
         return self._tokenizer
 
     @tokenizer.setter
-    def tokenizer(self, tokenizer: Tokenizer) -> None:
+    def tokenizer(self, tokenizer: Any) -> None:
+        tokenizer = as_tokenizer(tokenizer)
         check_vocab(tokenizer, self.config.vocab_size)
         self._tokenizer = tokenizer
 

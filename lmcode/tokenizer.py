@@ -155,6 +155,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ConfigError(f"'{file}': {error}") from None
 
 
+def as_tokenizer(tokenizer: Any) -> Tokenizer:
+    """A tokenizer of this module as it is, and a copy of one that is a `tokenizers.Tokenizer` or a Hugging Face tokenizer.
+
+    Raises:
+        ConfigError: for anything else (Hugging Face's slow tokenizers hold no `tokenizers.Tokenizer`), or an end token that
+            the tokenizer does not know.
+    """
+    if all(hasattr(tokenizer, name) for name in ("encode", "encode_batch", "decode", "save", "end_id", "vocab_size")):
+        return tokenizer
+    inner = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not hasattr(inner, "to_str"):
+        raise ConfigError("a tokenizer must be one of lmcode's, a tokenizers.Tokenizer or a fast tokenizer of transformers: "
+                          f"got {type(tokenizer).__name__}")
+    from tokenizers import Tokenizer as Inner
+
+    return BPETokenizer(Inner.from_str(inner.to_str()), end_token=getattr(tokenizer, "eos_token", None))
+
+
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Refuses a tokenizer whose ids do not fit the model's embedding.
 

@@ -25,6 +25,7 @@ from test_reshard import plain, states_of
 from lmcode import LMCODE, dist
 from lmcode.cli import command as cli
 from lmcode.config import ConfigError, RunConfig, build
+from lmcode.inference import evaluate_run
 from lmcode.memory import LongTermMemory
 from lmcode.presets import load_run_config
 from lmcode.saved import memory as saved_memory
@@ -50,7 +51,7 @@ def train(values: dict[str, Any], *resumes: str | None) -> list[int]:
 
 def values_of(folder: Path, run: Path, total_steps: int) -> dict[str, Any]:
     """A quarter of each batch is replayed."""
-    return settings(folder, "x", memory={"experience_slots": 60},
+    return settings(folder, "x", memory={"experience_slots": 60}, eval={"final_windows": 8},
                     train={"total_steps": total_steps, "save_every": 2, "memory_sample_ratio": 0.25, "replay_slots": 100,
                            "run_dir": str(run)})
 
@@ -377,6 +378,17 @@ BAD_LINES = [('{"text": "a"}\n{"text": ""}', "line 2: text must hold more than w
              ('{"txt": "a"}', "line 1: unknown key 'txt'"), ('{"text": "a"', "line 1: not JSON"), ("", "at least one line"),
              ('{"text": "a", "stored_at": 5}', "line 1: 'stored_at' belongs to import"),
              ('{"ids": [999]}', "ids must lie in")]
+
+
+def test_consolidation_says_what_it_does_to_held_out_loss(run: Path, said: Callable[..., str], tmp_path: Path) -> None:
+    model, *_ = checkpoint.load_model(run, [], group=dist.Group(), device=torch.device("cpu"))
+    model.save_pretrained(tmp_path / "model")
+    before = json.loads(evaluate_run(run, [], as_json=True))["on"]["loss"]
+    done = json.loads(said("consolidate", run, "--threshold", "0.5", "--measure", "--json"))
+    assert done["held_out_loss_before"] == before and done["count"] > 0
+    assert before != done["held_out_loss"] == pytest.approx(before, rel=0.1)
+    assert "held-out loss" in said("consolidate", run, "--measure")
+    assert "is a saved model and has none" in said("consolidate", tmp_path / "model", "--measure", code=2)
 
 
 @pytest.fixture(params=["saved model", "checkpoint"])

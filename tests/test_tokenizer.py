@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Inner
-from tokenizers import models, processors
+from tokenizers import models, pre_tokenizers, processors, trainers
 
+from lmcode import LMCODE, LMCODEConfig, MemoryDataset
 from lmcode.config import ConfigError
-from lmcode.tokenizer import BPETokenizer, ByteTokenizer, check_vocab, load_tokenizer
+from lmcode.tokenizer import BPETokenizer, ByteTokenizer, as_tokenizer, check_vocab, load_tokenizer
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 20, "the cat sat on the mat, the dog on the log " * 20, "naïve 😀 日本語"]
 BPE = BPETokenizer.train(TEXTS, 300)
@@ -147,6 +148,36 @@ def test_json_that_is_no_tokenizer_is_refused_by_name(tmp_path, text):
 def test_missing_file_is_refused_by_name(tmp_path, name):
     with pytest.raises(ConfigError, match="there is no tokenizer file"):
         load_tokenizer(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["tokenizers", "transformers"])
+def test_foreign_tokenizers_are_taken_and_stay_as_they_were(kind, tmp_path):
+    inner = Inner(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<stop>", "</s>"]))
+    inner.enable_truncation(3)
+    theirs, end = inner, "</s>"
+    if kind == "transformers":
+        transformers = pytest.importorskip("transformers")
+        theirs, end = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<stop>"), "<stop>"
+    model = LMCODE(LMCODEConfig(vocab_size=256, hidden_size=16, num_layers=1, num_heads=2, context_length=16,
+                                short_term_memory_size=0, memory_head_dim=8, long_term_memory_slots=64))
+    model.tokenizer = theirs
+    text = "the cat sat on the mat"
+    ids = model.tokenizer.encode(text)
+    assert len(ids) > 3 == len(inner.encode(text).ids) and model.tokenizer.end_id == inner.token_to_id(end)
+    model.store_experience(text)
+    model.save_pretrained(tmp_path / "model")
+    again = LMCODE.from_pretrained(tmp_path / "model")
+    assert again.tokenizer.encode(text) == ids and again.query_memory("cat sat")[0][0].text == text
+    samples = MemoryDataset([text, text], tokenizer=theirs)
+    assert samples[0].tolist() == [model.tokenizer.end_id, *ids, model.tokenizer.end_id]
+
+
+@pytest.mark.parametrize("wrong", ["bpe", str, object()])
+def test_what_is_no_tokenizer_is_refused(wrong):
+    with pytest.raises(ConfigError, match="a tokenizer must be one of lmcode's, .* got (str|type|object)"):
+        as_tokenizer(wrong)
 
 
 @BOTH

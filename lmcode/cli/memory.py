@@ -112,11 +112,13 @@ def _add_writers(kinds: Any, command: Command, number: Number) -> None:
                 examples=["runs/books --older-than 30d"])
     one.add_argument("--older-than", metavar="AGE", type=age, required=True, help="such as 90s, 45m, 12h, 30d, 8w")
     _add_namespace(one, "those only")
-    one = _kind(kinds, command, "consolidate", consolidate, words="[--threshold X] [--json]",
+    one = _kind(kinds, command, "consolidate", consolidate, words="[--threshold X] [--measure] [--json]",
                 help="merge similar entries in the layers' banks (the texts of experiences stay as they are)",
-                examples=["runs/books --threshold 0.05"])
+                examples=["runs/books --threshold 0.05 --measure"])
     one.add_argument("--threshold", metavar="X", type=number(float, lowest=1e-6, highest=2),
                      help="cosine distance below which entries merge (memory.consolidation_threshold)")
+    one.add_argument("--measure", action="store_true",
+                     help="say what it does to the run's held-out loss (takes as long as two evaluations)")
     one = _kind(kinds, command, "reshard", reshard, words="--virtual-shards N [--slots N] [--experience-slots N] [--out "
                                                           "FOLDER] [--json]",
                 help="move the memory to another number of virtual shards; nothing is lost, or it is refused",
@@ -289,13 +291,40 @@ def _forget(arguments: argparse.Namespace, **conditions: Any) -> Answer:
 
 def consolidate(arguments: argparse.Namespace) -> Answer:
     """`lmcode memory consolidate`."""
-    def change(draft: Draft) -> dict[str, Any]:
-        threshold = arguments.threshold or draft.model.memory_config.consolidation_threshold
-        reports = {str(layer): bank.consolidate(threshold) for layer, bank in draft.model.banks.items()}
+    from lmcode.memory.consolidate import ConsolidationReport
+
+    def merged(draft: Draft, threshold: float) -> dict[str, Any]:
+        reports: dict[str, ConsolidationReport] = {
+            str(layer): bank.consolidate(threshold) for layer, bank in draft.model.banks.items()}
         return {"count": sum(one.merged for one in reports.values()), "before": sum(one.before for one in reports.values()),
                 "threshold": threshold, "merged_by_layer": {layer: one.merged for layer, one in reports.items()}}
 
-    return _amend(arguments, change, "merged {count:,} of {before:,} entries within {threshold:g} of another")
+    def change(draft: Draft) -> dict[str, Any]:
+        threshold = arguments.threshold or draft.model.memory_config.consolidation_threshold
+        if not arguments.measure:
+            return merged(draft, threshold)
+        loss = _held_out_loss(draft)
+        before = loss(None)
+        return {**merged(draft, threshold), "held_out_loss_before": before, "held_out_loss": loss(threshold)}
+
+    sentence = "merged {count:,} of {before:,} entries within {threshold:g} of another"
+    if arguments.measure:
+        sentence += "; held-out loss {held_out_loss_before:.4f}, with consolidation every 4 windows {held_out_loss:.4f}"
+    return _amend(arguments, change, sentence)
+
+
+def _held_out_loss(draft: Draft) -> Callable[[float | None], float]:
+    """What measures the held-out loss of a run's model with what it remembers at the time, consolidated by a threshold."""
+    from lmcode.eval.consolidation import held_out_loss
+    from lmcode.eval.documents import held_out_documents
+    from lmcode.eval.held_out import held_out_sampler
+    from lmcode.presets import load_run_config
+
+    if draft.facts is None:
+        raise ConfigError(f"--measure reads the held-out documents of a run: '{draft.folder}' is a saved model and has none")
+    config, model = load_run_config(draft.folder / "config.yaml"), draft.model
+    sampler = held_out_sampler(held_out_documents(draft.folder, config)[0], config)
+    return lambda threshold: held_out_loss(model, sampler, config.eval, model.banks, threshold).result.loss
 
 
 def reshard(arguments: argparse.Namespace) -> Answer:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from lmcode.lmcode import LMCODE
-from lmcode.tokenizer import Tokenizer
+from lmcode.tokenizer import Tokenizer, as_tokenizer
 from lmcode.train.corpus import Documents
 
 
 def tokenizer_of(model: LMCODE, tokenizer: Tokenizer | None = None) -> Tokenizer | None:
     """The given tokenizer, else the model's own; None if it has none."""
-    return tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+    return as_tokenizer(tokenizer) if tokenizer is not None else getattr(model, "tokenizer", None)
 
 
 def token_sequences(model: LMCODE, data: Iterable[Any], *, tokenizer: Tokenizer | None = None,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lmcode.config import ConfigError, TrainConfig, build, near_match
-from lmcode.tokenizer import Tokenizer
+from lmcode.tokenizer import Tokenizer, as_tokenizer
 from lmcode.train.corpus import Documents
 
 SAMPLERS = get_args(TrainConfig.model_fields["replay_sampler"].annotation)
@@ -48,6 +48,7 @@ class MemoryDataset(Dataset[Tensor]):
             raise ConfigError(f"sampler must be one of {', '.join(SAMPLERS)}: got {sampler!r}."
                               + near_match(str(sampler), SAMPLERS))
         build(TrainConfig, {"memory_sample_ratio": memory_sample_ratio, "replay_slots": slots})
+        tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
         self.memory_sample_ratio, self.sampler, self.slots, self.tokenizer = memory_sample_ratio, sampler, slots, tokenizer
         samples = _samples(data, tokenizer)
         self._tokens = np.concatenate(samples)
