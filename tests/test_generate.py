@@ -81,17 +81,43 @@ def test_long_texts_are_written_with_copies_of_the_weights(model: LMCODE, prompt
     assert torch.equal(cached, plain)
 
 
-def test_layers_that_are_not_plain_are_called_as_they_are(model: LMCODE) -> None:
-    """Somebody's own forward or weights that lie elsewhere: whole windows are read, and the text is theirs."""
-    plain = generate(model, PROMPTS, GREEDY).tokens_BT
+class Negated(torch.nn.Module):
+    """An adapter around a layer."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -self.inner(x)
+
+
+def adapt(model: LMCODE) -> None:
+    model.layers[0].feed_forward = Negated(model.layers[0].feed_forward)
+
+
+def replace_forward(model: LMCODE) -> None:
     own = model.layers[0].feed_forward.input
     own.forward = lambda x: -torch.nn.functional.linear(x, own.weight)
+
+
+def hook(model: LMCODE) -> None:
+    model.layers[1].attention.register_forward_hook(lambda module, inputs, output: -output)
+
+
+@pytest.mark.parametrize("change", [adapt, replace_forward, hook])
+def test_layers_that_are_not_as_we_made_them_are_called(model: LMCODE, change: Any) -> None:
+    """Whole windows are read, and the text is theirs."""
+    assert steppable(model)
+    plain = generate(model, PROMPTS, GREEDY).tokens_BT
+    change(model)
     assert not steppable(model)
     cached, whole = (generate(model, PROMPTS, GREEDY, use_cache=use_cache).tokens_BT for use_cache in (True, False))
     assert torch.equal(cached, whole) and not torch.equal(cached, plain)
-    del own.forward
-    assert steppable(model)
-    own.weight.data = own.weight.data.new_empty(0)  # as ZeRO-3 leaves it
+
+
+def test_weights_that_lie_elsewhere_are_not_looked_for(model: LMCODE) -> None:
+    model.layers[0].attention_norm.weight.data = torch.empty(0)  # as ZeRO-3 leaves it
     assert not steppable(model)
 
 

@@ -5,8 +5,8 @@ between tokens is prepared once: factors of norms and constant scales sit in the
 product, residual sums are part of products, and own past, hits and null slot share one softmax. The result is that of
 `MemoryLM` on the whole window, which is the oracle of this file; rounding differs.
 
-A `Decoder` takes weights from where they lie, so it is for models whose layers are plain and whole here (`steppable`);
-its weights are those of the moment it was made. Letters here: X = streams x heads; I, O a product's inputs and outputs.
+A `Decoder` takes weights from where they lie and calls no module, so it is for models of which nobody expects that
+(`steppable`); its weights are those of the moment it was made. Letters here: X = streams x heads; O outputs of a product.
 """
 
 from __future__ import annotations
@@ -15,23 +15,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lmcode.model.attention import SelfAttention
 from lmcode.model.cache import Cache, LayerCache, Step
-from lmcode.model.layer import MemoryAugmentedLayer
+from lmcode.model.layer import FeedForward, MemoryAugmentedLayer
 from lmcode.model.layout import Product
 from lmcode.model.lm import MemoryLM
-from lmcode.model.long_term import BEFORE_OWN, FOUND
+from lmcode.model.long_term import BEFORE_OWN, FOUND, LongTermRead
 from lmcode.model.rotary import rotary_table
 from lmcode.model.short_term import ShortTermMemory
 from lmcode.retrieval import NO_SCORE, look_up
 
 LEAST_LENGTH = 1e-12  # of what is divided by its length: F.normalize's
+PLAIN = {nn.ModuleList, nn.Linear, nn.Embedding, nn.RMSNorm, nn.Dropout, MemoryAugmentedLayer, SelfAttention, FeedForward,
+         ShortTermMemory, LongTermRead}
 
 
 def steppable(model: nn.Module) -> bool:
-    """Whether all linear layers are plain ones whose weights are whole here: not ZeRO-3's, nobody's own forward."""
-    return all(type(module) is nn.Linear and "forward" not in vars(module)
-               and module.weight.shape == (module.out_features, module.in_features)
-               for module in model.modules() if isinstance(module, nn.Linear))
+    """Whether the model consists of our own modules as they are, with all weights here: no adapters, no hooks that expect to
+    be called, not ZeRO-3's. What hangs on the model itself is no obstacle."""
+    return all(type(module) in PLAIN and "forward" not in vars(module)
+               and not module._forward_hooks and not module._forward_pre_hooks
+               and all(p.numel() for p in module.parameters(recurse=False))
+               for module in model.modules() if module is not model)
 
 
 class Decoder:

@@ -61,7 +61,7 @@ def generate(model: MemoryLM, prompts: Prompts, decoding: Decoding | None = None
         window: tokens of a window; the model's context length when None.
         state: what the streams carry over from an earlier call; the prompts then continue them, in a new window.
         use_cache: False reads the whole window again for every token: slow, the oracle of the cache. So it is for a model
-            whose layers are not plain and whole here, as under ZeRO-3 (`decode.steppable`).
+            with adapters or hooks in it, and under ZeRO-3 (`decode.steppable`).
         finish: read the last token and close the last windows, which are committed too, and return the state.
         commit: called with the output of every closed window (and rows of these streams only), to write what was read.
         on_token: called with the tokens int64 [B] of every step, those of ended streams being `eos_id`.
