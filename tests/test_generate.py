@@ -11,11 +11,12 @@ from ranks import run_on_ranks
 from lmcode import LMCODE
 from lmcode.config import LMCODEConfig, MemoryConfig
 from lmcode.dist import Group
-from lmcode.model import layout
+from lmcode.model import decode, layout
 from lmcode.model.decode import steppable
 from lmcode.model.generate import Generation, generate
 from lmcode.model.lm import MemoryLM
 from lmcode.model.sampling import Decoding
+from lmcode.model.shortlist import Shortlist
 
 CONFIG = LMCODEConfig(vocab_size=31, hidden_size=32, num_layers=2, num_heads=2, context_length=8, short_term_memory_size=4,
                       short_term_dim=8, short_term_segment=4, memory_layers=(1,), memory_head_dim=8,
@@ -79,6 +80,18 @@ def test_long_texts_are_written_with_copies_of_the_weights(model: LMCODE, prompt
     long = Decoding(max_new_tokens=40, temperature=0)
     cached, plain = (generate(model, prompts, long, use_cache=use_cache).tokens_BT for use_cache in (True, False))
     assert torch.equal(cached, plain)
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU does not multiply bf16")
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 2.0, "top_k": 5, "seed": 1}])
+def test_the_shortlist_of_the_head_changes_no_text(model: LMCODE, settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = Decoding(max_new_tokens=40, **settings)
+    plain = generate(model, PROMPTS[3:], long).tokens_BT
+    calls, call = [], Shortlist.__call__
+    monkeypatch.setattr(decode, "worthwhile", lambda weight_VC, rows: True)
+    monkeypatch.setattr(Shortlist, "__call__", lambda self, x_1C, k: (calls.append(k), call(self, x_1C, k))[1])
+    assert torch.equal(generate(model, PROMPTS[3:], long).tokens_BT, plain)
+    assert len(calls) > 30 and set(calls) == {long.best}
 
 
 class Negated(torch.nn.Module):

@@ -62,7 +62,7 @@ class Stack:
     empty_G: bool, groups without a row.
     has_empty: whether there are any.
     num_columns: over all groups.
-    longest: length of the longest key.
+    longest: length of the longest key. largest_addend: the largest size of one.
     """
 
     key_XEP: Tensor
@@ -71,6 +71,7 @@ class Stack:
     has_empty: bool
     num_columns: int
     longest: float
+    largest_addend: float
 
 
 def stack_rows(key_HME: Tensor, slots: Sequence[Tensor]) -> Stack:
@@ -81,10 +82,11 @@ def stack_rows(key_HME: Tensor, slots: Sequence[Tensor]) -> Stack:
     filler_P = NO_SCORE * (1 + torch.arange(P, device=device) / 8)
     key_HGPE[..., -1] = key_HGPE[..., -1].where(slot_GP >= 0, filler_P)
     longest = float(key_HGPE[..., :-1].norm(dim=-1).where(slot_GP >= 0, 0.0).max())
+    largest_addend = float(key_HGPE[..., -1].abs().where(slot_GP >= 0, 0.0).max())
     row_HGP = slot_GP.clamp(min=0) + torch.arange(H, device=device).view(-1, 1, 1) * M
     empty_G = (slot_GP < 0).all(dim=1)
     return Stack(key_HGPE.flatten(0, 1).transpose(1, 2).contiguous(), row_HGP.flatten(0, 1), empty_G,
-                 has_empty=bool(empty_G.any()), num_columns=slot_GP.numel(), longest=longest)
+                 has_empty=bool(empty_G.any()), num_columns=slot_GP.numel(), longest=longest, largest_addend=largest_addend)
 
 
 def attend_best(query_XQE: Tensor, stack: Stack, value_RD: Tensor, k: int, longest: float) -> tuple[Tensor, ...]:
@@ -99,9 +101,11 @@ def attend_best(query_XQE: Tensor, stack: Stack, value_RD: Tensor, k: int, longe
     score_XQL, column_XQL, gap_XQ = best_columns(torch.bmm(query_XQE, stack.key_XEP), k)
     row_XQL = stack.row_XP.unsqueeze(1).expand(-1, Q, -1).gather(-1, column_XQL)
     share_XQL = score_XQL.softmax(dim=-1)
-    mixed_XQD = (share_XQL.unsqueeze(-2) @ value_RD[row_XQL].float()).squeeze(-2)
+    # Indexing by a tensor would take ten times as long.
+    value_XQLD = value_RD.index_select(0, row_XQL.flatten()).float().view(*row_XQL.shape, -1)
+    mixed_XQD = (share_XQL.unsqueeze(-2) @ value_XQLD).squeeze(-2)
     lse_XQ = score_XQL.amax(dim=-1) - share_XQL.amax(dim=-1).log()  # the largest share is at least 1/k
-    return mixed_XQD, lse_XQ, gap_XQ <= 2 * ROUNDING * (longest * stack.longest + 10.0)
+    return mixed_XQD, lse_XQ, gap_XQ <= 2 * ROUNDING * (longest * stack.longest + stack.largest_addend)
 
 
 def best_columns(score_XQP: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

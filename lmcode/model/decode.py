@@ -23,6 +23,7 @@ from lmcode.model.lm import MemoryLM
 from lmcode.model.long_term import BEFORE_OWN, FOUND, LongTermRead
 from lmcode.model.rotary import rotary_table
 from lmcode.model.short_term import ShortTermMemory
+from lmcode.model.shortlist import Shortlist, worthwhile
 from lmcode.retrieval import NO_SCORE, look_up
 
 LEAST_LENGTH = 1e-12  # of what is divided by its length: F.normalize's
@@ -46,13 +47,17 @@ class Decoder:
         model: in eval mode, `steppable`.
         rows: number of streams.
         copies: keep copies of all weights that are faster for so few rows; see `Product`.
+        best: how many of the best logits must be right, while others may be -inf; None: all.
     """
 
-    def __init__(self, model: MemoryLM, *, rows: int, copies: bool) -> None:
+    def __init__(self, model: MemoryLM, *, rows: int, copies: bool, best: int | None = None) -> None:
         config = model.config
         self._model, self._rows = model, rows
         self._layers = [LayerDecoder(layer, model, rows, copies) for layer in model.layers]
-        self._head = Product(model.head.weight, norm=model.norm, rows=rows, copy=copies)
+        self._best, self._shortlist = best, None
+        if copies and best is not None and worthwhile(model.head.weight, rows):
+            self._shortlist = Shortlist(model.head.weight)
+        self._head = Product(model.head.weight, norm=model.norm, rows=rows, copy=copies and self._shortlist is None)
         self._rotation = None
         if model.positions is None:
             self._rotation = rotation_table(config.context_length, config.hidden_size // config.num_heads,
@@ -87,6 +92,8 @@ class Decoder:
             x_BC = decoder.use_short_term(x_BC, layer_cache, step)
             x_BC = decoder.use_long_term(x_BC, layer_cache, step, namespace_B)
             x_BC = decoder.feed_forward(x_BC)
+        if self._shortlist is not None:
+            return self._shortlist(self._head.normed(x_BC), self._best)
         return self._head(x_BC)
 
 

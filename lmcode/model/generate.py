@@ -79,7 +79,8 @@ def generate(model: MemoryLM, prompts: Prompts, decoding: Decoding | None = None
     num_new, eos_id = decoding.num_new_tokens(ids_BT.shape[1]), decoding.eos_id
     rows = [ids_T[valid_T].tolist() for ids_T, valid_T in zip(ids_BT, valid_BT, strict=True)]
     reader = Reader(model, rows, namespace_B=namespace_B, window=window or model.config.context_length, state=state,
-                    use_cache=use_cache, copies=num_new > FEW_TOKENS, commit=commit, device=ids_BT.device)
+                    use_cache=use_cache, copies=num_new > FEW_TOKENS, best=decoding.best, commit=commit,
+                    device=ids_BT.device)
     generator = None if decoding.seed is None else torch.Generator(ids_BT.device).manual_seed(decoding.seed)
     added: list[Tensor] = []  # tokens [B] of each step, and which streams were live then
     live: list[list[bool]] = []
@@ -114,7 +115,7 @@ class Reader:
     """
 
     def __init__(self, model: MemoryLM, rows: list[list[int]], *, namespace_B: Tensor | None, window: int,
-                 state: StreamState | None, use_cache: bool, copies: bool = False,
+                 state: StreamState | None, use_cache: bool, copies: bool = False, best: int | None = None,
                  commit: Callable[[LMCODEOutput], None] | None, device: torch.device) -> None:
         self.rows, self.live = rows, [True] * len(rows)
         self._model, self._window, self._commit, self._device = model, window, commit, device
@@ -123,7 +124,7 @@ class Reader:
         self._state = model.blank_state(len(rows), device=device) if state is None else state
         self._fresh_B = torch.full((len(rows),), state is None, device=device)
         self._cache = Cache(window) if use_cache and steppable(model) else None
-        self._decoder = None if self._cache is None else Decoder(model, rows=len(rows), copies=copies)
+        self._decoder = None if self._cache is None else Decoder(model, rows=len(rows), copies=copies, best=best)
 
     def append(self, tokens: Sequence[int], eos_id: int | None) -> None:
         """Adds one token to each live stream; a stream that takes `eos_id` has ended."""
@@ -133,7 +134,7 @@ class Reader:
                 self.live[stream] = token != eos_id
 
     def logits(self) -> Tensor:
-        """Logits [B, V] of each stream's next token; of ended streams, any numbers."""
+        """Logits [B, V] of each stream's next token, of which the best are right; of ended streams, any numbers."""
         self._close_full()
         if self._cache is not None and self._cache.lengths:
             last_B = torch.tensor([row[-1] for row in self.rows], device=self._device)

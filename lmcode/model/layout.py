@@ -42,13 +42,16 @@ class Product:
         self._weight = (torch.ops.mkldnn._reorder_linear_weight(weight_OI, rows) if self._packed
                         else weight_OI.t().contiguous())
 
-    def __call__(self, x_BI: Tensor) -> Tensor:
-        """The product, [B, O] in the dtype of x."""
+    def normed(self, x_BI: Tensor) -> Tensor:
+        """What is multiplied by the weight."""
         if self._floor is not None:
             length_B1 = torch.linalg.vector_norm(x_BI, dim=-1, keepdim=True, dtype=torch.float32)
             x_BI = (x_BI / torch.hypot(length_B1, self._floor)).to(x_BI.dtype)
-        if self._factor_I is not None:
-            x_BI = x_BI * self._factor_I
+        return x_BI if self._factor_I is None else x_BI * self._factor_I
+
+    def __call__(self, x_BI: Tensor) -> Tensor:
+        """The product, [B, O] in the dtype of x."""
+        x_BI = self.normed(x_BI)
         if self._packed:
             return torch.ops.mkldnn._linear_pointwise(x_BI, self._weight, self._bias_O, "none", [], "")
         return x_BI @ self._weight if self._bias_O is None else torch.addmm(self._bias_O, x_BI, self._weight)

@@ -58,6 +58,13 @@ class Decoding:
             if not fine:
                 raise ValueError(f"{name} must be {rule}: got {getattr(self, name)}")
 
+    @property
+    def best(self) -> int | None:
+        """How many of the best logits decide the next token; None if any might."""
+        if self.repetition_penalty != 1 or self.no_repeat_ngram_size:
+            return None
+        return 1 if self.temperature == 0 else self.top_k or None
+
     def num_new_tokens(self, prompt_length: int) -> int:
         """Most tokens that are added to a batch of prompts of this (padded) length.
 
