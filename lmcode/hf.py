@@ -30,12 +30,13 @@ from transformers.generation import GenerationMixin, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutput
 
 from lmcode.config import LMCODEConfig, MemoryConfig, build, near_match
+from lmcode.experience.experiences import Namespace, namespace_number
 from lmcode.lmcode import LMCODE
 from lmcode.saved.pretrained import MODEL_TYPE
 
-NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}  # no other value is possible
+NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, "min_length": 0}  # all we can do
 IGNORED = ("pad_token_id", "bos_token_id", "use_cache", "transformers_version", "_from_model_config", "cache_implementation",
-           "assistant_model", "assistant_tokenizer", "tokenizer", "min_length", "custom_generate")  # mean nothing here
+           "assistant_model", "assistant_tokenizer", "tokenizer", "custom_generate")  # mean nothing here
 PASSED_ON = ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size", "max_length", "max_new_tokens",
              "attention_mask", "seed", "namespace")
 
@@ -106,7 +107,7 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
         return self.lmcode.head
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
-                past_key_values: Any = None, inputs_embeds: Tensor | None = None, namespace: int = 0,
+                past_key_values: Any = None, inputs_embeds: Tensor | None = None, namespace: Namespace = 0,
                 **ignored: Any) -> CausalLMOutput:
         """Loss and logits [B, T, V] of one window; padding on either side is left out of both by `attention_mask`.
 
@@ -115,7 +116,7 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if past_key_values is not None or inputs_embeds is not None:
             raise ValueError("forward reads a whole window of input_ids: it has no past_key_values and no inputs_embeds")
-        namespace_B = torch.full((len(input_ids),), namespace, device=input_ids.device)
+        namespace_B = torch.full((len(input_ids),), namespace_number(namespace), device=input_ids.device)
         if attention_mask is None or bool(attention_mask.all()):
             output = self.lmcode(input_ids, labels, namespace_B=namespace_B)
             return CausalLMOutput(loss=output.loss, logits=output.logits)
@@ -160,8 +161,8 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
             if name not in known and value is not None:
                 raise ValueError(f"generate has no setting '{name}'.{near_match(name, known)}")
             if name in NEUTRAL and value not in (None, NEUTRAL[name]):
-                raise ValueError(f"generate returns one text for each prompt, as a tensor: {name} must be {NEUTRAL[name]}, "
-                                 f"got {value}")
+                raise ValueError("generate returns one text for each prompt, as a tensor, which may end at once: "
+                                 f"{name} must be {NEUTRAL[name]}, got {value}")
         ends = given.get("eos_token_id", self.config.eos_token_id)
         ends = ends if isinstance(ends, list) else [ends]
         if len(ends) != 1:

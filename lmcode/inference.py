@@ -15,6 +15,9 @@ from lmcode.config import ConfigError
 from lmcode.dist import Group, on_rank_0
 from lmcode.eval.documents import OTHER_CORPUS, held_out_documents
 from lmcode.eval.held_out import MODES, evaluate, held_out_sampler
+from lmcode.experience.experiences import Namespace
+from lmcode.lmcode import LMCODE
+from lmcode.saved.pretrained import is_saved_model
 from lmcode.train.checkpoint import find, load_model
 
 
@@ -44,22 +47,30 @@ def evaluate_run(run: Path, overrides: list[str], *, as_json: bool = False) -> s
 
 def generate_text(run: Path, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.8, top_k: int = 50,
                   top_p: float = 0.9, repetition_penalty: float = 1.0, no_repeat_ngram_size: int = 0, seed: int = 0,
-                  stop_at_end: bool = True, memory: bool = True) -> str:
-    """Continues `prompt` with a run's newest checkpoint; returns prompt and continuation. A collective.
+                  namespace: Namespace = 0, stop_at_end: bool = True, memory: bool = True) -> str:
+    """Continues `prompt` with a run's newest checkpoint, or a saved model; returns prompt and continuation. A collective.
 
     Args:
+        namespace: what is read of the banks; experiences are in 0 unless they were stored under another.
         stop_at_end: stop where the model ends the document, and not only after `max_new_tokens`.
         memory: read the run's banks.
 
     Raises:
-        ConfigError: for an empty prompt, or if there is no checkpoint.
+        ConfigError: for an empty prompt, a name of a namespace in which there is nothing, or if there is no checkpoint.
     """
     if not prompt:
         raise ConfigError("the prompt must not be empty")
-    model, _, tokenizer, _ = load_model(run, [], group=Group.world(), device=dist.device(), memory=memory)
+    group, device = Group.world(), dist.device()
+    if is_saved_model(run):
+        model = LMCODE.from_pretrained(run, include_memory=memory, group=group, device=device)
+    else:
+        model, *_ = load_model(run, [], group=group, device=device, memory=memory)
+    if (tokenizer := model.tokenizer) is None:
+        raise ConfigError(f"the model in '{run}' has no tokenizer for the prompt")
     ids = torch.tensor([[tokenizer.end_id, *tokenizer.encode(prompt)]], device=dist.device())
     with model.reading_from(model.banks if memory else {}):
-        written = model.generate(ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                                 repetition_penalty=repetition_penalty, no_repeat_ngram_size=no_repeat_ngram_size,
-                                 eos_id=tokenizer.end_id if stop_at_end else None, seed=seed)
+        written = model.generate(ids, namespace=namespace if memory else None, max_new_tokens=max_new_tokens,
+                                 temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
+                                 no_repeat_ngram_size=no_repeat_ngram_size, seed=seed,
+                                 eos_id=tokenizer.end_id if stop_at_end else None)
     return tokenizer.decode(written[0, 1:].tolist())

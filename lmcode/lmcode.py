@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from lmcode.experience.experiences import (
     Namespace,
     Retrieved,
     delete_token_entries,
+    is_number_of_a_name,
     live_token_entries,
     namespace_number,
     write_token_entries,
@@ -106,7 +108,8 @@ class LMCODE(MemoryLM, Pretrained):
             temperature, top_k, top_p, repetition_penalty, no_repeat_ngram_size, eos_id, seed: see `Decoding`.
             attention_mask: bool or 0/1 [B, T], 0 at padding, which must lead.
             namespace: the document that the streams, all of them or each, read (with the memory scope "document") and
-                write, as a number or as the name that experiences were stored under; stream b's is b when None.
+                write, as a number or as the name that experiences were stored under; stream b's is b when None. A number
+                under which nothing is stored finds nothing.
             write_memory: store in the banks, under `namespace`, what is read and produced: each window of `context_length`
                 tokens when it is full, the last ones at the end. Reading alone changes nothing in a bank.
             step: recorded as the step in which these entries were written.
@@ -120,16 +123,20 @@ class LMCODE(MemoryLM, Pretrained):
             `Generation` with these tokens, the mask of padding and the state.
 
         Raises:
-            ValueError: for arguments out of range; `write_memory` without a namespace or without a bank; ranks that were
-                given different prompts.
+            ValueError: for arguments out of range; a name under which nothing is stored; `write_memory` without a namespace
+                or without a bank; ranks that were given different prompts.
         """
         decoding = Decoding(max_length=max_length, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
                             top_p=top_p, repetition_penalty=repetition_penalty, eos_id=eos_id, seed=seed,
                             no_repeat_ngram_size=no_repeat_ngram_size)
+        if not isinstance(input_ids, Tensor | Sequence) or isinstance(input_ids, Tensor) and input_ids.dim() == 0:
+            raise ValueError(f"prompts must be integer ids [B, T] or a list of lists of ids: got {input_ids!r:.60}")
         namespace_B = self._namespaces(namespace, len(input_ids))
-        if write_memory and (not self.banks or namespace_B is None or bool((namespace_B < 0).any())):
-            raise ValueError("write_memory needs a bank and a namespace >= 0 to write under: got "
+        if write_memory and (not self.banks or namespace_B is None):
+            raise ValueError("write_memory needs a bank and a namespace to write under: got "
                              f"{len(self.banks)} banks and namespace={namespace}")
+        if self.banks and not write_memory:
+            self._check_known(namespace)
         self._check_same_everywhere(input_ids, decoding)
 
         def commit(output: LMCODEOutput) -> None:
@@ -150,7 +157,8 @@ class LMCODE(MemoryLM, Pretrained):
         """Remembers one text or many: for `query_memory`, verbatim, and in every layer's bank, for generation. Collective.
 
         Each text is read by itself, window by window if it is longer than the context, and its token entries are
-        written under its namespace. When `memory.experience_slots` is full, older experiences make way, whole.
+        written under its namespace. When `memory.experience_slots` is full, older experiences make way, whole; ids are
+        spread over virtual shards, each of which holds its share of the slots, so the first ones go a little before that.
 
         Args:
             text: text or a row of token ids, or a list of those; a tensor of ids [T] or [B, T].
@@ -217,10 +225,11 @@ class LMCODE(MemoryLM, Pretrained):
         """Removes, for good and with all their token entries, the experiences that meet all given conditions. Collective.
 
         Args:
+            ids: of experiences that are stored, at least one.
             older_than: seconds; those stored longer ago than that.
 
         Returns:
-            How many there were; 0 is possible for `older_than` only.
+            How many there were; 0 is possible where conditions exclude each other, or nothing is as old.
 
         Raises:
             ValueError: for no condition, an id or a namespace that is not stored, a negative age.
@@ -232,6 +241,8 @@ class LMCODE(MemoryLM, Pretrained):
         if older_than is not None and not older_than >= 0:
             raise ValueError(f"older_than is an age in seconds, 0 or more: got {older_than}")
         before = None if older_than is None else math.ceil(self._now() - older_than)
+        if ids is not None and not len(ids):
+            raise ValueError("ids must name at least one experience: got none")
         chosen = self.experiences.all(ids=ids, namespace=namespace, before=before)
         delete_token_entries(self.banks, self.experiences.remove(chosen))
         return len(chosen)
@@ -287,12 +298,22 @@ class LMCODE(MemoryLM, Pretrained):
         """A namespace for each stream, on the model's device."""
         if namespace is None:
             return None
-        if isinstance(namespace, str):
-            namespace = namespace_number(namespace)
-        elif isinstance(namespace, Sequence):
-            namespace = [namespace_number(one) if isinstance(one, str) else one for one in namespace]
-        namespace_B = torch.as_tensor(namespace, dtype=torch.int64, device=self.embedding.weight.device)
-        return namespace_B.expand(num_streams) if namespace_B.dim() == 0 else namespace_B
+        if isinstance(namespace, Tensor):
+            namespace = namespace.tolist()
+        alone = isinstance(namespace, str) or not isinstance(namespace, Sequence)
+        numbers = [one if is_number_of_a_name(one) else namespace_number(one)
+                   for one in ([namespace] if alone else namespace)]
+        namespace_B = torch.tensor(numbers, dtype=torch.int64, device=self.embedding.weight.device)
+        return namespace_B.expand(num_streams) if alone else namespace_B
+
+    def _check_known(self, namespace: Namespace | Sequence[Namespace] | Tensor | None) -> None:
+        """Refuses the name of a namespace in which there is nothing. A collective."""
+        for name in [namespace] if isinstance(namespace, str) else namespace if isinstance(namespace, Sequence) else ():
+            if isinstance(name, str):
+                number = np.array([namespace_number(name)])
+                here = sum(len(bank.shard.slots_of(number)) for bank in self.banks.values())
+                if not any(self.group.all_gather_object(here)):  # what `generate` wrote is no experience
+                    self.experiences.check_known(name)
 
     def _check_same_everywhere(self, input_ids: Prompts, decoding: Decoding) -> None:
         """Refuses, on all ranks, what would let ranks make different passes and wait for each other for ever."""

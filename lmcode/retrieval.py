@@ -84,8 +84,28 @@ def look_up(retriever: Retriever, query_HND: Tensor, namespace_N: Tensor) -> tup
         return retriever.attend(query_HND, retriever.search(query_HND, namespace_N))
 
 
+class ConsolidationReport(NamedTuple):
+    """What one consolidation did over all ranks: live entries `before` it, and how many were `merged` into another."""
+
+    threshold: float
+    before: int
+    merged: int
+
+    @property
+    def after(self) -> int:
+        """Live entries that are left."""
+        return self.before - self.merged
+
+
+def check_threshold(threshold: float) -> None:
+    """Raises ValueError for a distance that is not in (0, 2]."""
+    if not 0.0 < threshold <= 2.0:
+        raise ValueError(f"a consolidation threshold is a cosine distance in (0, 2]: got {threshold}")
+
+
 class NullRetriever:
-    """A retriever that finds nothing: the model without a bank, with equal parameters."""
+    """A retriever that finds nothing: the model without a bank, with equal parameters; and what stands at a layer without
+    a long-term memory, so that all layers can be asked to consolidate theirs."""
 
     def __init__(self, top_k: int = 1) -> None:
         self.top_k = top_k
@@ -98,3 +118,8 @@ class NullRetriever:
     def attend(self, query_HND: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
         H, N, _ = query_HND.shape
         return torch.zeros_like(query_HND), torch.full((H, N), NO_SCORE, dtype=torch.float32, device=query_HND.device)
+
+    def consolidate_memories(self, threshold: float = 0.1) -> ConsolidationReport:
+        """There is nothing to merge. ValueError for a threshold that is not in (0, 2]."""
+        check_threshold(threshold)
+        return ConsolidationReport(threshold, 0, 0)

@@ -141,7 +141,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     file = path / TOKENIZER_FILE if path.is_dir() else path
     values = _read_json(file)
-    if values == {"lmcode": "bytes"} or _is_bytes(file.with_name(CONFIG_FILE)):
+    if values == {"lmcode": "bytes"} or file.name == TOKENIZER_FILE and _is_bytes(file.with_name(CONFIG_FILE)):
         return ByteTokenizer()
     from tokenizers import Tokenizer as Inner
 
@@ -171,6 +171,13 @@ def as_tokenizer(tokenizer: Any) -> Tokenizer:
     from tokenizers import Tokenizer as Inner
 
     return BPETokenizer(Inner.from_str(inner.to_str()), end_token=getattr(tokenizer, "eos_token", None))
+
+
+def same_tokenizer(one: Tokenizer, other: Tokenizer | None) -> bool:
+    """Whether both give the same ids, as far as can be told from what they are."""
+    if isinstance(one, BPETokenizer) and isinstance(other, BPETokenizer):
+        return (one.end_token, one._inner.to_str()) == (other.end_token, other._inner.to_str())
+    return one is other or isinstance(one, ByteTokenizer) and isinstance(other, ByteTokenizer)
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:

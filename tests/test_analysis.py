@@ -176,7 +176,7 @@ def test_flows_that_are_refused() -> None:
                               (7, "got int")):
         with pytest.raises(ValueError, match=message):
             memory_flow(model, sequence)
-    with pytest.raises(ValueError, match="namespace must be 0 or more: got -1"):
+    with pytest.raises(ValueError, match="a namespace is a number from 0 .*got -1"):
         memory_flow(model, [1, 2], namespace=-1)
     with pytest.raises(ValueError, match="no memory layer"):
         memory_flow(small_model(memory_layers=()), [1, 2])

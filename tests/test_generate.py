@@ -256,11 +256,39 @@ def _enough(token_B: torch.Tensor) -> None:
     ({"eos_id": 31}, "eos_id must lie in"),
     ({"namespace": [1, 2]}, "one for each prompt"),
     ({"write_memory": True}, "needs a bank and a namespace"),
-    ({"write_memory": True, "namespace": -1}, "namespace=-1"),
+    ({"namespace": "nowhere"}, "nothing is stored under the namespace 'nowhere'"),
+    ({"namespace": 1.5}, "a namespace is a number"),
+    ({"namespace": True}, "a namespace is a number"),
+    ({"namespace": torch.tensor([1.7])}, "a namespace is a number"),
+    ({"namespace": 2**62}, "a namespace is a number"),
+    ({"namespace": [None]}, "a namespace is a number"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer: got 2.5"),
+    ({"max_new_tokens": True}, "max_new_tokens must be an integer"),
+    ({"top_k": None}, "top_k must be an integer: got None"),
+    ({"top_p": None}, "top_p must be a number: got None"),
+    ({"temperature": "hot"}, "temperature must be a number: got 'hot'"),
+    ({"eos_id": 1.5}, "eos_id must be an integer"),
+    ({"seed": "a"}, "seed must be an integer"),
+    ({"no_repeat_ngram_size": 1.5}, "no_repeat_ngram_size must be an integer"),
+    ({"attention_mask": [[1, 1]]}, "attention_mask must be a tensor"),
+    ({"state": 3}, "the state must be that of an output or of a Generation"),
+    ({"input_ids": None}, "prompts must be"),
+    ({"input_ids": torch.tensor(3)}, "prompts must be"),
+    ({"write_memory": True, "namespace": -1}, "got -1"),
 ])
 def test_what_cannot_be_is_refused(model: LMCODE, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model.generate(**({"input_ids": torch.tensor([[1, 2]])} | arguments))
+
+
+def test_a_name_under_which_only_generation_has_written_is_known(model: LMCODE) -> None:
+    model.generate([[1, 2, 3]], max_new_tokens=4, seed=0, write_memory=True, namespace="diary")
+    assert model.generate([[1, 2, 3]], max_new_tokens=4, seed=0, namespace=["diary"]).shape == (1, 7)
+
+
+def test_the_smallest_temperature_is_greedy(model: LMCODE) -> None:
+    cold, greedy = (model.generate(PROMPTS, max_new_tokens=9, temperature=t, top_k=0) for t in (1e-45, 0.0))
+    assert torch.equal(cold, greedy)
 
 
 def test_a_state_or_window_that_does_not_fit_is_refused(model: LMCODE) -> None:

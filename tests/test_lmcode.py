@@ -19,7 +19,7 @@ CONFIG = LMCODEConfig(vocab_size=40, hidden_size=32, num_layers=3, num_heads=2, 
 def test_every_memory_layer_has_a_bank_of_its_own() -> None:
     model = LMCODE(CONFIG, memory=MemoryConfig(virtual_shards=4))
     assert list(model.banks) == [0, 2] and model.banks[0] is not model.banks[2]
-    assert model.layers[1].long_term_memory is None
+    assert model.layers[1].long_term_memory.consolidate_memories(threshold=0.2) == (0.2, 0, 0)
     for layer, bank in model.banks.items():
         assert model.layers[layer].long_term_memory is bank
 

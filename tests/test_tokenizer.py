@@ -14,7 +14,15 @@ from tokenizers import models, pre_tokenizers, processors, trainers
 
 from lmcode import LMCODE, LMCODEConfig, MemoryDataset
 from lmcode.config import ConfigError
-from lmcode.tokenizer import BPETokenizer, ByteTokenizer, as_tokenizer, check_vocab, load_tokenizer
+from lmcode.tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    as_tokenizer,
+    check_vocab,
+    load_tokenizer,
+    same_tokenizer,
+    save_for_transformers,
+)
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 20, "the cat sat on the mat, the dog on the log " * 20, "naïve 😀 日本語"]
 BPE = BPETokenizer.train(TEXTS, 300)
@@ -193,3 +201,18 @@ def test_bytes_do_not_need_the_tokenizers_package(tmp_path):
                "from lmcode.tokenizer import load_tokenizer\n"
                f"assert load_tokenizer({str(tmp_path)!r}).vocab_size == 257")
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_only_a_tokenizer_file_is_taken_for_bytes(tmp_path):
+    ByteTokenizer().save(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    save_for_transformers(ByteTokenizer(), tmp_path, max_length=8)
+    assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)
+    with pytest.raises(ConfigError, match="config.json' is not a tokenizers JSON file"):
+        load_tokenizer(tmp_path / "config.json")
+
+
+def test_tokenizers_are_compared_by_what_they_are():
+    assert same_tokenizer(BPE, BPETokenizer.train(TEXTS, 300)) and same_tokenizer(ByteTokenizer(), ByteTokenizer())
+    assert not same_tokenizer(BPE, BPETokenizer.train(TEXTS, 280)) and not same_tokenizer(BPE, ByteTokenizer())
+    assert not same_tokenizer(ByteTokenizer(), None)

@@ -16,6 +16,7 @@ from ranks import run_on_ranks
 from lmcode import LMCODE, LMCODEConfig, MemoryAwareTrainer, MemoryDataset, create_synthetic_dataset
 from lmcode.cli import command as cli
 from lmcode.config import ConfigError, MemoryConfig
+from lmcode.tokenizer import BPETokenizer, same_tokenizer
 from lmcode.train import checkpoint, path_checkpoint
 from lmcode.train.commit import SaveFailed
 
@@ -256,7 +257,7 @@ def test_what_cannot_work_is_refused() -> None:
     expected = ["unknown key 'learning_rte' in TrainConfig. Did you mean 'learning_rate'?", "learning_rate",
                 "must be an LMCODE", "save_every needs run_dir", "streams = 8 and the call 4",
                 "memory_sample_ratio = 0.5 and the call 0.2", "vocab_size, 256: the dataset has 256",
-                "num_epochs must be at least 1", "at least one sample"]
+                "num_epochs must be an integer of at least 1", "at least one sample"]
     for message, part in zip(run_on_ranks(refusals, 1)[0], expected, strict=True):
         assert message.startswith(ConfigError.__name__) and part in message
 
@@ -282,3 +283,28 @@ def test_a_checkpoint_at_a_path_is_used_from_the_command_line_and_nothing_is_add
     assert cli.main(["eval", "best.pt", "data.path=text-*.txt", "data.held_out_share=0.5", "eval.streams=2"]) == 0
     printed = capsys.readouterr().out
     assert f"step {STEPS}" in printed and "memory shuffled" in printed and "not the one that this run was" in printed
+
+
+def take_over(folder: Path) -> dict[str, Any]:
+    """A model with a past of its own loads a checkpoint of another one, which has a tokenizer and no experiences."""
+    texts = ["the cat sat on the mat", "a dog ran by the cat"] * 6
+    bpe = BPETokenizer.train(texts, 257)
+    config = make_model().config.model_copy(update={"vocab_size": 300})
+    models = [LMCODE(config, memory=MemoryConfig(virtual_shards=4)) for _ in range(2)]
+    models[0].tokenizer = bpe
+    first = trainer_of(models[0])
+    first.train(MemoryDataset(texts, tokenizer=bpe), num_epochs=1, batch_size=4)
+    first.save_checkpoint(folder / "first")
+    refused = message_of(lambda: trainer_of(models[1]).train(MemoryDataset(texts, tokenizer=bpe), batch_size=4))
+    models[1].store_experience("stale words")
+    second = trainer_of(models[1])
+    second.load_checkpoint(folder / "first")
+    losses = [one.evaluate(texts, batch_size=4)["loss"] for one in (first, second)]
+    return {"refused": refused, "same": same_tokenizer(models[1].tokenizer, bpe), "losses": losses,
+            "experiences": [one.text for one in models[1].experiences.all()]}
+
+
+def test_loading_brings_tokenizer_and_experiences_of_the_checkpoint(tmp_path: Path) -> None:
+    (facts,) = run_on_ranks(take_over, 1, tmp_path)
+    assert facts["same"] and facts["experiences"] == [] and facts["losses"][0] == facts["losses"][1]
+    assert "set model.tokenizer to the dataset's, of 257 ids; the model has another one" in facts["refused"]

@@ -46,11 +46,10 @@ def open_checkpoint(path: Path) -> tuple[Path, LMCODE]:
 
 
 def is_saved_model(path: Path) -> bool:
-    """Whether `save_pretrained` wrote what is there, or what a kill has left beside it."""
-    from lmcode.saved.pretrained import CONFIG
-    from lmcode.saved.replace import left_by_a_kill
+    """See `saved.pretrained.is_saved_model`, which takes seconds to import."""
+    from lmcode.saved import pretrained
 
-    return ((left_by_a_kill(path.absolute()) or path) / CONFIG).is_file()
+    return pretrained.is_saved_model(path)
 
 
 def is_lone_checkpoint(path: Path) -> bool:

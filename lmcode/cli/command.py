@@ -161,8 +161,9 @@ def _add_generate(commands: Any) -> None:
         commands, "generate", generate, overrides=False, help="continue a text with a trained model",
         usage="lmcode generate RUN --prompt TEXT [options]",
         examples="  lmcode generate runs/books --prompt 'Call me'\n"
-                 "  lmcode generate runs/books --prompt 'def main(' --temperature 0 --no-memory")
-    parser.add_argument("path", metavar="RUN", type=Path, help="a run folder, or one checkpoint in it")
+                 "  lmcode generate runs/books --prompt 'def main(' --temperature 0 --no-memory\n"
+                 "  lmcode generate my_model --prompt 'The key is' --namespace house")
+    parser.add_argument("path", metavar="RUN", type=Path, help="a run folder, one checkpoint in it, or a saved model")
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="what comes before; at least one token")
     parser.add_argument("--max-new-tokens", metavar="N", type=_number(int, lowest=1), default=128,
                         help="tokens to add (%(default)s)")
@@ -174,6 +175,8 @@ def _add_generate(commands: Any) -> None:
                         help="draw from the fewest tokens that reach probability P (%(default)s)")
     parser.add_argument("--seed", metavar="N", type=_number(int, lowest=0), default=0,
                         help="of the draws (%(default)s)")
+    parser.add_argument("--namespace", metavar="N", type=memory_commands.namespace, default=0,
+                        help="a number or a name: what is read of the memory (%(default)s)")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="switch the long-term memory off")
 
 
@@ -265,7 +268,7 @@ def generate(arguments: argparse.Namespace) -> int:
     with dist.running() as me:
         text = generate_text(arguments.path, arguments.prompt, max_new_tokens=arguments.max_new_tokens,
                              temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
-                             seed=arguments.seed, memory=arguments.memory)
+                             seed=arguments.seed, namespace=arguments.namespace, memory=arguments.memory)
     if me.rank == 0:
         print(text)
     return DONE

@@ -59,8 +59,8 @@ def _kind(kinds: Any, command: Command, name: str, answer: Callable[[argparse.Na
                      examples="\n".join(f"  lmcode memory {name} {example}" for example in examples))
     parser.set_defaults(answer=answer)
     parser.add_argument("path", metavar="RUN", type=Path,
-                        help="a run folder, or one checkpoint in it (for search, stats, inspect, export and reshard also a "
-                             "saved model)")
+                        help="a run folder, one checkpoint in it (of which only the newest can be changed), a saved model, "
+                             "or a trainer's checkpoint")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -134,10 +134,10 @@ def _add_writers(kinds: Any, command: Command, number: Number) -> None:
 
 
 def _add_namespace(parser: argparse.ArgumentParser, help: str) -> None:
-    parser.add_argument("--namespace", metavar="N", type=_namespace, help=f"a number or a name: {help}")
+    parser.add_argument("--namespace", metavar="N", type=namespace, help=f"a number or a name: {help}")
 
 
-def _namespace(text: str) -> int | str:
+def namespace(text: str) -> int | str:
     """An argparse type: figures are a number, everything else is a name."""
     return int(text) if re.fullmatch(r"[0-9]+", text) else text
 
@@ -291,7 +291,7 @@ def _forget(arguments: argparse.Namespace, **conditions: Any) -> Answer:
 
 def consolidate(arguments: argparse.Namespace) -> Answer:
     """`lmcode memory consolidate`."""
-    from lmcode.memory.consolidate import ConsolidationReport
+    from lmcode.retrieval import ConsolidationReport
 
     def merged(draft: Draft, threshold: float) -> dict[str, Any]:
         reports: dict[str, ConsolidationReport] = {

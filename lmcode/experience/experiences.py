@@ -20,7 +20,7 @@ from typing import Any, Union
 import numpy as np
 import torch
 
-from lmcode.config import LMCODEConfig, MemoryConfig, near_match
+from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, near_match
 from lmcode.dist import Group
 from lmcode.memory.bank import LongTermMemory
 from lmcode.memory.entry import MAX_IMPORTANCE, choose, importance_of
@@ -94,6 +94,11 @@ def namespace_number(namespace: Namespace) -> int:
     if isinstance(namespace, bool) or not isinstance(namespace, int | np.integer) or not 0 <= namespace < 2**61:
         raise ValueError(f"a namespace is a number from 0 to 2^61 - 1, or a name that is no number: got {namespace!r}")
     return int(namespace)
+
+
+def is_number_of_a_name(namespace: Any) -> bool:
+    """Whether it is what `namespace_number` makes of names."""
+    return isinstance(namespace, int) and 2**61 <= namespace < 2**62
 
 
 def check_importance(importance: float) -> float:
@@ -173,8 +178,8 @@ class Experiences:
         number, known = namespace_number(namespace), self.namespaces()
         if number not in {namespace_number(one) for one in known}:
             names = ", ".join(map(str, list(known)[:8])) + (", ..." if len(known) > 8 else "")
-            raise ValueError(f"nothing is stored under the namespace {namespace!r}: expected one of {names or 'none yet'}."
-                             f"{near_match(str(namespace), map(str, known))}")
+            raise ConfigError(f"nothing is stored under the namespace {namespace!r}: expected one of {names or 'none yet'}."
+                              f"{near_match(str(namespace), map(str, known))}")
         return number
 
     def namespaces(self) -> dict[Namespace, int]:
@@ -183,6 +188,10 @@ class Experiences:
         for part in self.bank.inside.all_gather_object(Counter(one.namespace for one in self.held.values())):
             counts.update(part)
         return dict(sorted(counts.items(), key=lambda item: (isinstance(item[0], str), item[0])))
+
+    def check_known(self, namespace: Namespace) -> None:
+        """Raises ValueError, with near matches, for a namespace in which there is no experience. Collective."""
+        self._known(namespace)
 
     def all(self, *, ids: Sequence[int] | None = None, namespace: Namespace | None = None,
             before: int | None = None) -> list[Experience]:

@@ -23,14 +23,13 @@ from torch.nn import functional as F
 from lmcode.config import ConfigError, MemoryConfig
 from lmcode.dist import Group
 from lmcode.memory import entry
-from lmcode.memory.consolidate import ConsolidationReport, check_threshold
 from lmcode.memory.faiss_index import TIERS, check_top_k, choose_tier
 from lmcode.memory.merge import logsumexp_of, merge_lists, pack_cuts, unpack_cuts, winners
 from lmcode.memory.placement import holder_of, shards_of
 from lmcode.memory.read import SCOPES, SumsOverShards, align_rows, attend_rows, check_search, exchange_mode, pad, spread
 from lmcode.memory.rounds import consolidate_shards
 from lmcode.memory.shard import Predicate, Scope, Shard, Ticket, digest_of
-from lmcode.retrieval import Candidates, Hits
+from lmcode.retrieval import Candidates, ConsolidationReport, Hits, check_threshold
 
 LOOKED_UP = 64  # most queries of a `look_up` that takes the short way
 MAX_QUERY = 1e15  # a longer component could overflow a score; such a query finds nothing and is counted

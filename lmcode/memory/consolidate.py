@@ -27,25 +27,6 @@ BLOCK = 1024  # entries of a rank that look for their neighbours at once, and pa
 MERGED = ("count", "hit_mass", "last_hit", "importance", "chance")  # columns of `entry.METADATA` that merging changes
 
 
-class ConsolidationReport(NamedTuple):
-    """What one consolidation did over all ranks: live entries `before` it, and how many were `merged` into another."""
-
-    threshold: float
-    before: int
-    merged: int
-
-    @property
-    def after(self) -> int:
-        """Live entries that are left."""
-        return self.before - self.merged
-
-
-def check_threshold(threshold: float) -> None:
-    """Raises ValueError for a distance that is not in (0, 2]."""
-    if not 0.0 < threshold <= 2.0:
-        raise ValueError(f"a consolidation threshold is a cosine distance in (0, 2]: got {threshold}")
-
-
 def sum_last(table: Tensor) -> Tensor:
     """Sum over the last dim by halving it: the order of additions depends on its length alone."""
     while table.shape[-1] > 1:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lmcode.dist import Group
 from lmcode.memory import consolidate
-from lmcode.memory.consolidate import ConsolidationReport
 from lmcode.memory.merge import merge_lists
 from lmcode.memory.read import pad
 from lmcode.memory.shard import Shard
+from lmcode.retrieval import ConsolidationReport
 
 
 @torch.no_grad()

@@ -73,6 +73,8 @@ def generate(model: MemoryLM, prompts: Prompts, decoding: Decoding | None = None
             that leaves no room.
     """
     decoding = decoding or Decoding()
+    if not isinstance(prompts, Tensor | Sequence):
+        raise ValueError(f"prompts must be a tensor of ids [B, T] or a list of lists of ids: got {prompts!r:.60}")
     ids_BT, valid_BT = padded_prompts(prompts, attention_mask, decoding, device=model.embedding.weight.device)
     _check(model, ids_BT, valid_BT, decoding, window)
     _check_streams(model, len(ids_BT), namespace_B, state)
@@ -231,6 +233,8 @@ def padded_prompts(prompts: Prompts, attention_mask: Tensor | None, decoding: De
                          f"got {prompts.dtype} {list(prompts.shape)}")
     valid_BT = torch.ones_like(prompts, dtype=torch.bool)
     if attention_mask is not None:
+        if not isinstance(attention_mask, Tensor):
+            raise ValueError(f"attention_mask must be a tensor, bool or of 0 and 1: got {type(attention_mask).__name__}")
         if attention_mask.shape != prompts.shape or bool(((attention_mask != 0) & (attention_mask != 1)).any()):
             raise ValueError(f"attention_mask must hold 0 and 1 for each id, {list(prompts.shape)}: "
                              f"got {list(attention_mask.shape)}")
@@ -259,4 +263,7 @@ def _check_streams(model: MemoryLM, num_streams: int, namespace_B: Tensor | None
         raise ValueError(f"namespaces must be torch.int64 [{num_streams}], one for each prompt: "
                          f"got {namespace_B.dtype} {list(namespace_B.shape)}")
     if state is not None:
+        if not isinstance(state, StreamState):
+            raise ValueError("the state must be that of an output or of a Generation, `.state`: got "
+                             f"{type(state).__name__}")
         model.check_state(state, num_streams)

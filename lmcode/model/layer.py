@@ -39,10 +39,10 @@ class FeedForward(nn.Module):
 class MemoryAugmentedLayer(nn.Module):
     """Layer number `index` of the model.
 
-    long_term_memory: the retriever this layer reads, never a submodule; None if the layer is no memory layer.
+    long_term_memory: the retriever this layer reads, never a submodule; one that finds nothing if there is no bank.
     """
 
-    long_term_memory: Retriever | None
+    long_term_memory: Retriever
 
     def __init__(self, config: LMCODEConfig, index: int) -> None:
         super().__init__()
@@ -55,9 +55,9 @@ class MemoryAugmentedLayer(nn.Module):
         self.long_term_norm = norm(C) if has_read else None
         self.long_term_read = LongTermRead(config) if has_read else None
         self.feed_forward_norm, self.feed_forward = norm(C), FeedForward(config)
-        self.read_from(NullRetriever() if has_read else None)
+        self.read_from(NullRetriever())
 
-    def read_from(self, retriever: Retriever | None) -> None:
+    def read_from(self, retriever: Retriever) -> None:
         """Sets `long_term_memory`, past nn.Module's own bookkeeping: even a module stays outside."""
         object.__setattr__(self, "long_term_memory", retriever)
 

@@ -159,14 +159,14 @@ class MemoryLM(nn.Module):
         finally:
             self.set_retrievers(former)
 
-    def forward(self, input_ids_BT: Tensor, labels_BT: Tensor | None = None, *, targets_BT: Tensor | None = None,
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, *, targets_BT: Tensor | None = None,
                 state: StreamState | None = None, reset_B: Tensor | None = None, namespace_B: Tensor | None = None,
                 valid_BT: Tensor | None = None, cache: Cache | None = None) -> LMCODEOutput:
         """Runs one window of B streams.
 
         Args:
-            input_ids_BT: integer token ids.
-            labels_BT: int64, the ids themselves in the manner of Hugging Face, shifted in here; -100 is ignored.
+            input_ids: integer token ids [B, T].
+            labels: int64 [B, T], the ids themselves in the manner of Hugging Face, shifted in here; -100 is ignored.
             targets_BT: int64, the next token of each position, already aligned; -100 is ignored.
             state: the streams' state after their last window; None: they start here.
             reset_B: bool, streams that start a new document here: initial slots, nothing pending.
@@ -179,7 +179,8 @@ class MemoryLM(nn.Module):
             ValueError: wrong shape, dtype or range of an argument; a state of other streams or another model; both
                 labels and targets; padding that does not trail; a cache that is not empty.
         """
-        self._check(input_ids_BT, labels_BT, targets_BT, state, reset_B, namespace_B, valid_BT)
+        self._check(input_ids, labels, targets_BT, state, reset_B, namespace_B, valid_BT)
+        input_ids_BT, labels_BT = input_ids, labels
         window = self._window(input_ids_BT, state, reset_B, namespace_B, valid_BT)
         if cache is not None:
             self._begin(cache, input_ids_BT, valid_BT)
@@ -264,6 +265,8 @@ class MemoryLM(nn.Module):
                valid_BT: Tensor | None) -> None:
         """Refuses what `forward` cannot run, before anything is computed."""
         V, longest = self.config.vocab_size, self.config.context_length
+        if not isinstance(input_ids_BT, Tensor):
+            raise ValueError(f"input_ids must be an integer tensor [B, T]: got {type(input_ids_BT).__name__}")
         if input_ids_BT.dim() != 2 or 0 in input_ids_BT.shape or input_ids_BT.dtype not in (torch.int64, torch.int32):
             raise ValueError("input_ids must be integer [B, T] with at least one token: "
                              f"got {input_ids_BT.dtype} {list(input_ids_BT.shape)}")

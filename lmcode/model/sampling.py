@@ -47,6 +47,14 @@ class Decoding:
         if self.max_length is not None and self.max_new_tokens is not None:
             raise ValueError("give max_length (prompt included) or max_new_tokens, not both: "
                              f"got {self.max_length} and {self.max_new_tokens}")
+        for name in ("max_length", "max_new_tokens", "top_k", "no_repeat_ngram_size", "eos_id", "seed"):
+            value, optional = getattr(self, name), name not in ("top_k", "no_repeat_ngram_size")
+            if not (optional and value is None) and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{name} must be an integer: got {value!r}")
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name} must be a number: got {value!r}")
         for name, rule, fine in (
             ("max_new_tokens", ">= 1", self.max_new_tokens is None or self.max_new_tokens >= 1),
             ("temperature", "finite and >= 0", 0 <= self.temperature < float("inf")),
@@ -96,7 +104,8 @@ def next_token(logits_BV: Tensor, rows: Sequence[Sequence[int]], decoding: Decod
         logits_BV = forbid_repeats(logits_BV, rows, decoding.no_repeat_ngram_size)
     if decoding.temperature == 0:
         return logits_BV.argmax(-1)
-    return draw(logits_BV / decoding.temperature, top_k=decoding.top_k, top_p=decoding.top_p, generator=generator)
+    scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / decoding.temperature  # however small, no inf - inf
+    return draw(scaled_BV, top_k=decoding.top_k, top_p=decoding.top_p, generator=generator)
 
 
 def penalise_repetition(logits_BV: Tensor, rows: Sequence[Sequence[int]], penalty: float) -> Tensor:

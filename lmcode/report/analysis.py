@@ -211,7 +211,7 @@ def analyze_memory_capacity(model: LMCODE, test_sequences: Iterable[Any], *, siz
     sizes = default_sizes(total) if sizes is None else sorted(set(sizes))
     if not sizes or sizes[0] < 1 or sizes[-1] > total:
         raise ValueError(f"sizes must lie in 1..{total}, the number of items in these sequences: got {list(sizes)}")
-    return {"top_k": bank.top_k, "slots": slots or bank.slots,
+    return {"top_k": bank.top_k, "slots": bank.slots if slots is None else slots,
             "layers": {layer: _curve(model.banks[layer], one, sizes, slots) for layer, one in items.items()}}
 
 

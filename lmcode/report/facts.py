@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lmcode.experience.experiences import namespace_number
 from lmcode.lmcode import LMCODE
 from lmcode.memory.placement import capacity_of, rank_of, virtual_shard_of
 from lmcode.report.analysis import analyze_memory_capacity, attention_received, compute_memory_efficiency, entry_columns
@@ -26,7 +27,7 @@ READ_DOCUMENTS, READ_TOKENS = 4, 4096  # what is read for examples: documents, t
 @dataclass(frozen=True)
 class BankFacts:
     """One bank. age_E, received_E, importance_E: of every live entry, in id order: steps since it was written, units of
-    attention, importance. shard_live_S, shard_slots_S, shard_rank_S: of every virtual shard. namespaces: number and entries
+    attention, importance. shard_live_S, shard_slots_S, shard_rank_S: of every virtual shard. namespaces: name and entries
     of the largest. most_read: the entries read most. temperature_H, bias_H, null_H: learned numbers of the read by head,
     empty where they are not at hand (ZeRO-3)."""
 
@@ -39,7 +40,7 @@ class BankFacts:
     shard_live_S: list[int]
     shard_slots_S: list[int]
     shard_rank_S: list[int]
-    namespaces: list[tuple[int, int]]
+    namespaces: list[tuple[str, int]]
     most_read: list[dict[str, float]]
     temperature_H: list[float]
     bias_H: list[float]
@@ -137,27 +138,30 @@ def bank_facts(model: LMCODE, layer: int, efficiency: dict[str, Any], step: int 
     """The facts of one bank. A collective."""
     bank, read = model.banks[layer], model.layers[layer].long_term_read
     columns, shards = entry_columns(bank), bank.config.virtual_shards
+    names = {namespace_number(one): str(one) for one in model.experiences.namespaces()} if model.has_experiences else {}
     now = step if step is not None else int(columns["step"].max(initial=0))
     live_S = np.bincount(virtual_shard_of(columns["id"], shards), minlength=shards)
     return BankFacts(
         layer=layer, stats=bank.stats(), efficiency=efficiency, age_E=now - columns["step"],
         received_E=attention_received(columns), importance_E=columns["importance"], shard_live_S=live_S.tolist(),
         shard_slots_S=[capacity_of(shard, bank.slots, shards) for shard in range(shards)],
-        shard_rank_S=rank_of(np.arange(shards), ranks).tolist(), namespaces=largest_namespaces(columns),
-        most_read=most_read(columns, now), temperature_H=read.log_temperature_H.detach().exp().tolist(),
+        shard_rank_S=rank_of(np.arange(shards), ranks).tolist(), namespaces=largest_namespaces(columns, names),
+        most_read=most_read(columns, now, names), temperature_H=read.log_temperature_H.detach().exp().tolist(),
         bias_H=read.retrieved_bias_H.detach().tolist(), null_H=read.null_logit_H.detach().tolist())
 
 
-def largest_namespaces(columns: Mapping[str, np.ndarray]) -> list[tuple[int, int]]:
-    """Number and entries of the namespaces with most entries, the lower number first among equals."""
-    names, counts = np.unique(columns["namespace"], return_counts=True)
-    return [(int(names[one]), int(counts[one])) for one in np.lexsort((names, -counts))[:LISTED]]
+def largest_namespaces(columns: Mapping[str, np.ndarray], names: Mapping[int, str]) -> list[tuple[str, int]]:
+    """Name (or number) and entries of the namespaces with most entries, the lower number first among equals."""
+    numbers, counts = np.unique(columns["namespace"], return_counts=True)
+    return [(names.get(int(numbers[one]), str(numbers[one])), int(counts[one]))
+            for one in np.lexsort((numbers, -counts))[:LISTED]]
 
 
-def most_read(columns: Mapping[str, np.ndarray], now: int) -> list[dict[str, float]]:
+def most_read(columns: Mapping[str, np.ndarray], now: int, names: Mapping[int, str]) -> list[dict[str, Any]]:
     """The entries that received most attention, the smaller id first among equals; those never hit are left out."""
     received = attention_received(columns)
     order = [one for one in np.lexsort((columns["id"], -received))[:LISTED] if received[one] > 0]
-    return [{"id": int(columns["id"][one]), "namespace": int(columns["namespace"][one]), "received": float(received[one]),
+    return [{"id": int(columns["id"][one]), "received": float(received[one]),
+             "namespace": names.get(int(columns["namespace"][one]), str(columns["namespace"][one])),
              "importance": float(columns["importance"][one]), "age": now - int(columns["step"][one]),
              "last_hit": now - int(columns["last_hit"][one]), "count": int(columns["count"][one])} for one in order]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmcode.experience.experiences import Namespace, namespace_number
 from lmcode.lmcode import LMCODE
 from lmcode.memory.bank import LongTermMemory
 from lmcode.report.analysis import quietly
@@ -46,13 +47,13 @@ class Flow(NamedTuple):
     null_LT: np.ndarray
 
 
-def memory_flow(model: LMCODE, input_sequence: Any, *, namespace: int | None = None,
+def memory_flow(model: LMCODE, input_sequence: Any, *, namespace: Namespace | None = None,
                 tokenizer: Tokenizer | None = None) -> Flow:
     """Reads one sequence and returns where its tokens looked. A collective; changes nothing.
 
     Args:
         input_sequence: a text, or token ids as a list or a tensor [T] or [1, T]; at most `context_length` tokens.
-        namespace: the document to read; None reads all entries of the banks, whatever their scope.
+        namespace: the document to read, a number or a name; None reads all entries of the banks, whatever their scope.
         tokenizer: for texts and labels; the model's own when None.
 
     Raises:
@@ -62,8 +63,7 @@ def memory_flow(model: LMCODE, input_sequence: Any, *, namespace: int | None = N
     layers = model.config.memory_layer_indices
     if not layers:
         raise ValueError("the model has no memory layer whose reads could be shown: memory_layers is empty")
-    if namespace is not None and namespace < 0:
-        raise ValueError(f"namespace must be 0 or more: got {namespace}")
+    number = 0 if namespace is None else namespace_number(namespace)
     if isinstance(input_sequence, Tensor) and input_sequence.ndim == 2 and len(input_sequence) == 1:
         input_sequence = input_sequence[0]
     ids = token_sequences(model, [input_sequence], tokenizer=tokenizer, shortest=1)[0]
@@ -74,7 +74,7 @@ def memory_flow(model: LMCODE, input_sequence: Any, *, namespace: int | None = N
     retrievers: dict[int, Retriever] = {layer: NullRetriever() for layer in layers}
     retrievers.update({layer: Everything(bank) if namespace is None else bank for layer, bank in model.banks.items()})
     with quietly(model), model.reading_from(retrievers):
-        output = model(torch.tensor([ids], device=device), namespace_B=torch.tensor([namespace or 0], device=device))
+        output = model(torch.tensor([ids], device=device), namespace_B=torch.tensor([number], device=device))
     words = tuple(as_text(tokenizer_of(model, tokenizer), [one]) for one in ids)
     bank_LT, null_LT = (_per_token([part(output.memory[layer]) for layer in layers], model.config.retrieval_stride, len(ids))
                         for part in (lambda one: one.share_HN, lambda one: one.null_share_HN))

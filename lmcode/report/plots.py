@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmcode.config import near_match
+from lmcode.experience.experiences import Namespace
 from lmcode.report.history import Curves, curves_of
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def label_of(name: str) -> str:
                      *(f"({one})" for one in place if one in ("train", "eval") and last == "loss")])
 
 
-def visualize_memory_flow(model: LMCODE, input_sequence: Any, *, namespace: int | None = None,
+def visualize_memory_flow(model: LMCODE, input_sequence: Any, *, namespace: Namespace | None = None,
                           tokenizer: Tokenizer | None = None, path: str | Path | None = None) -> Figure:
     """Draws where the tokens of one sequence look: for each memory layer the gate and the shares of the read's softmax.
 

@@ -68,9 +68,10 @@ def load_memory(folder: Path, model: LMCODE) -> None:
     try:
         for layer, bank in model.banks.items():
             load_bank(folder / bank_folder(layer), bank)
-        if model.banks and model.group.all_gather_object((folder / EXPERIENCES).is_dir())[0]:
-            experiences = model.new_experiences()
-            load_experiences(folder / EXPERIENCES, experiences)
+        if model.banks:
+            experiences = model.new_experiences()  # those that the model had do not go with these banks
+            if model.group.all_gather_object((folder / EXPERIENCES).is_dir())[0]:
+                load_experiences(folder / EXPERIENCES, experiences)
             model.experiences = experiences
     except ValueError as error:
         raise ConfigError(str(error)) from None

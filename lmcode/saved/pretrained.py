@@ -101,6 +101,11 @@ class Pretrained(ModelHubMixin):
                 shutil.rmtree(place)
 
 
+def is_saved_model(path: Path) -> bool:
+    """Whether `save_pretrained` wrote what is there, or what a kill has left beside it."""
+    return ((replace.left_by_a_kill(path.absolute()) or path) / CONFIG).is_file()
+
+
 def download(name: str, **settings: Any) -> Path:
     """The folder of a repository of the hub, in its cache. ConfigError if it cannot be had."""
     from huggingface_hub import snapshot_download
@@ -281,7 +286,7 @@ def settings(folder: Path) -> tuple[LMCODEConfig, MemoryConfig, bool]:
     """
     file = folder / CONFIG
     if not file.is_file():
-        names = [one.name for one in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        names = [one.name for one in folder.parent.glob('*') if one.name != folder.name]
         raise ConfigError(f"'{folder}' is no saved model: it has no {CONFIG}.{near_match(folder.name, names)}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ from lmcode.eval.held_out import EvalResult, evaluate
 from lmcode.lmcode import LMCODE
 from lmcode.memory.bank import LongTermMemory
 from lmcode.presets import load_run_config
-from lmcode.tokenizer import ByteTokenizer
+from lmcode.tokenizer import ByteTokenizer, same_tokenizer
 from lmcode.train import checkpoint, loop, observe, path_checkpoint, start
 from lmcode.train.corpus import Corpus
 from lmcode.train.data import Pass, StreamSampler
@@ -128,8 +128,8 @@ class MemoryAwareTrainer:
             ConfigError: a batch size that ranks do not divide or that the config contradicts, ids outside the model's
                 vocabulary, ranks with different samples.
         """
-        if num_epochs < 1:
-            raise ConfigError(f"num_epochs must be at least 1: got {num_epochs}")
+        if isinstance(num_epochs, bool) or not isinstance(num_epochs, int) or num_epochs < 1:
+            raise ConfigError(f"num_epochs must be an integer of at least 1: got {num_epochs!r}")
         data = self._dataset(dataset)
         held_out = None if eval_dataset is None else self._dataset(eval_dataset)
         config = self._run_config(data, batch_size)
@@ -195,11 +195,17 @@ class MemoryAwareTrainer:
         trainer, corpus = path_checkpoint.corpus_of(folder)
         session = self._make_session(config, corpus, make_replay(config), Pass(**trainer.get("pass", {})), None)
         checkpoint.load_into(session, folder, trainer)
+        if corpus.tokenizer.vocab_size <= self.model.config.vocab_size:
+            self.model.tokenizer = corpus.tokenizer
         self._session = session
 
     def _dataset(self, data: Any) -> MemoryDataset:
         tokenizer = getattr(self.model, "tokenizer", None)
         made = as_dataset(data, memory_sample_ratio=self.config.memory_sample_ratio, tokenizer=tokenizer)
+        if made.tokenizer is not None and not same_tokenizer(made.tokenizer, tokenizer):
+            has = "none" if tokenizer is None else f"another one, of {tokenizer.vocab_size} ids"
+            raise ConfigError("the dataset's texts must be in the model's tokens, since its tokenizer is saved with it: set "
+                              f"model.tokenizer to the dataset's, of {made.tokenizer.vocab_size} ids; the model has {has}")
         if made.largest_id >= self.model.config.vocab_size:
             raise ConfigError(f"ids must be below the model's vocab_size, {self.model.config.vocab_size}: "
                               f"the dataset has {made.largest_id}")
