@@ -387,7 +387,8 @@ def test_generation_reads_the_namespace_it_is_told(run: Path, said: Callable[...
     model, *_ = checkpoint.load_model(run, [], group=dist.Group(), device=torch.device("cpu"))
     model.save_pretrained(tmp_path / "model")
     asked, call = [], LMCODE.generate
-    monkeypatch.setattr(LMCODE, "generate", lambda *args, **words: (asked.append(words["namespace"]), call(*args, **words))[1])
+    monkeypatch.setattr(LMCODE, "generate", lambda *given, **words: (asked.append(words["namespace"]),
+                                                                     call(*given, **words))[1])
     texts = []
     for place in (run, tmp_path / "model"):
         for namespace in ("house", "999"):
