@@ -135,9 +135,9 @@ class LMCODE(MemoryLM, Pretrained):
         if write_memory and (not self.banks or namespace_B is None):
             raise ValueError("write_memory needs a bank and a namespace to write under: got "
                              f"{len(self.banks)} banks and namespace={namespace}")
+        self._check_same_everywhere(input_ids, decoding, namespace)
         if self.banks and not write_memory:
             self._check_known(namespace)
-        self._check_same_everywhere(input_ids, decoding)
 
         def commit(output: LMCODEOutput) -> None:
             for layer, bank in self.banks.items():
@@ -315,8 +315,9 @@ class LMCODE(MemoryLM, Pretrained):
                 if not any(self.group.all_gather_object(here)):  # what `generate` wrote is no experience
                     self.experiences.check_known(name)
 
-    def _check_same_everywhere(self, input_ids: Prompts, decoding: Decoding) -> None:
+    def _check_same_everywhere(self, input_ids: Prompts, decoding: Decoding, namespace: Any) -> None:
         """Refuses, on all ranks, what would let ranks make different passes and wait for each other for ever."""
         ids = input_ids.tolist() if isinstance(input_ids, Tensor) else input_ids
-        if any(other != (ids, decoding) for other in self.group.all_gather_object((ids, decoding))):
-            raise ValueError("generate is a collective: all ranks must pass the same prompts and settings")
+        mine = ids, decoding, comparable(namespace)
+        if any(other != mine for other in self.group.all_gather_object(mine)):
+            raise ValueError("generate is a collective: all ranks must pass the same prompts, namespaces and settings")

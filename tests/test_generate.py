@@ -320,12 +320,13 @@ def _on_ranks() -> tuple[Any, ...]:
     drawn = model.generate(PROMPTS, max_new_tokens=12, eos_id=3)
     torch.manual_seed(0)
     tokens = model.generate(PROMPTS, max_new_tokens=12, seed=2, write_memory=True, namespace=[4, 5, 6, 7], eos_id=3)
-    refused = ""
-    if group.size > 1:
+    refused = []
+    for words in ({"input_ids": [[group.rank]]}, {"input_ids": [[0]], "namespace": ["house", None, 5][group.rank]},
+                  {"input_ids": [[0]], "namespace": "nowhere"}):
         try:
-            model.generate([[group.rank]], max_new_tokens=1)
+            model.generate(**words, max_new_tokens=1)
         except ValueError as error:
-            refused = str(error)
+            refused.append(str(error))
     stats = {name: count for name, count in model.banks[1].stats().items() if name != "live_by_rank"}
     return drawn.tolist(), tokens.tolist(), stats, searches, refused
 
@@ -336,4 +337,5 @@ def test_all_ranks_take_the_same_tokens_and_write_them_once() -> None:
         assert (drawn, tokens, stats) == alone[:3] and stats["live"] > 40
         assert searches == ranks[0][3]
         assert [call for call in searches if call[0] == "look_up"] == [call for call in alone[3] if call[0] == "look_up"]
-        assert "all ranks must pass the same prompts" in refused
+        assert all("all ranks must pass the same prompts, namespaces" in one for one in refused[:2])
+        assert "nothing is stored under the namespace 'nowhere'" in refused[2]
