@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -299,17 +299,17 @@ def test_a_saved_model_is_looked_at_and_resharded_into_another_folder(run: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "new", "old", "run", "without"]
 
 
-def test_a_change_that_breaks_off_leaves_the_old_memory_or_the_new(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call that changes the file system is in turn the last one before a kill."""
-    class Killed(BaseException):
-        pass
+class Killed(BaseException):
+    """Passes every handler, as a kill does."""
 
-    assert cli.main(["memory", "add", str(run), TEXTS[0]]) == 0
-    before, outcomes, last = memory_of(run), set(), 0
-    names = ("rename", "link", "mkdir", "fsync", "open")
-    while True:
-        copy, calls = run.with_name(f"killed-{last}"), 0
-        shutil.copytree(run, copy)
+
+def broken_off(source: Path, *argv: str) -> Iterator[tuple[Path, int | None]]:
+    """Copies of a folder after a command of which every call that changes the file system was in turn the last one; its
+    exit code, which is None but for the last copy."""
+    code, last = None, 0
+    while code is None:
+        copy, calls = source.with_name(f"killed-{last}"), 0
+        shutil.copytree(source, copy)
 
         def counted(real: Callable[..., Any], last: int = last) -> Callable[..., Any]:
             def call(*args: Any, **more: Any) -> Any:
@@ -320,23 +320,29 @@ def test_a_change_that_breaks_off_leaves_the_old_memory_or_the_new(run: Path, mo
                 return real(*args, **more)
             return call
 
-        with monkeypatch.context() as patch:
-            for name in names:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("rename", "link", "mkdir", "fsync", "open"):
                 patch.setattr(os, name, counted(getattr(os, name)))
             try:
-                code = cli.main(["memory", "delete", str(copy), "--id", "0"])
+                code = cli.main(["memory", argv[0], str(copy), *argv[1:]])
             except Killed:
                 code = None
+        yield copy, code
+        shutil.rmtree(copy, ignore_errors=True)
+        last += 1 + last // 8
+    assert last > 20 and code == 0
+
+
+def test_a_change_that_breaks_off_leaves_the_old_memory_or_the_new(run: Path) -> None:
+    assert cli.main(["memory", "add", str(run), TEXTS[0]]) == 0
+    before, outcomes = memory_of(run), set()
+    for copy, _ in broken_off(run, "delete", "--id", "0"):
         found, skipped = durable.newest_verified(copy / "checkpoints")
         assert skipped == [] and durable.step_of(found)[0] == 4
         outcomes.add((durable.step_of(found)[1], len(memory_of(found)[0])))
         if durable.step_of(found)[1] == 1:
             assert memory_of(found) == before
-        shutil.rmtree(copy)
-        if code == 0:
-            break
-        last += 1 + last // 8
-    assert outcomes == {(1, 1), (2, 0)} and last > 20
+    assert outcomes == {(1, 1), (2, 0)}
 
 
 def test_a_full_disk_is_said_in_one_line(run: Path, said: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,7 +413,7 @@ def test_consolidation_says_what_it_does_to_held_out_loss(run: Path, said: Calla
     assert done["held_out_loss_before"] == before and done["count"] > 0
     assert before != done["held_out_loss"] == pytest.approx(before, rel=0.1)
     assert "held-out loss" in said("consolidate", run, "--measure")
-    assert "is a saved model and has none" in said("consolidate", tmp_path / "model", "--measure", code=2)
+    assert "is a saved model without any" in said("consolidate", tmp_path / "model", "--measure", code=2)
 
 
 @pytest.fixture(params=["saved model", "checkpoint"])
@@ -481,6 +487,21 @@ def test_a_lone_folder_is_changed_whole_or_not_at_all(lone: Path, said: Callable
     assert said("verify", lone) == "lone: ok\n" and not lone.exists()
     assert "stored 1 experiences" in said("add", lone, "x")
     assert [row["text"] for row in remembered(lone)[0]] == ["x"] and not (tmp_path / ".lone.saving").exists()
+
+
+def test_a_change_of_a_lone_folder_that_breaks_off_leaves_the_old_memory_or_the_new(
+        lone: Path, said: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The next command sees one of them, whole, and leaves nothing beside it."""
+    said("add", lone, TEXTS[0])
+    outcomes = set()
+    for copy, code in broken_off(lone, "delete", "--id", "0"):
+        capsys.readouterr()
+        texts = [json.loads(line)["text"] for line in said("export", copy).splitlines()]
+        outcomes.add((tuple(texts), code))
+        said("add", copy, "another one")
+        assert [row["text"] for row in remembered(copy)[0]] == [*texts, "another one"]
+        assert not (copy.parent / f".{copy.name}.saving").exists()
+    assert outcomes >= {((TEXTS[0],), None), ((), 0)}
 
 
 def test_a_bad_line_changes_nothing(run: Path, said: Callable[..., str], tmp_path: Path) -> None:

@@ -320,9 +320,11 @@ def _held_out_loss(draft: Draft) -> Callable[[float | None], float]:
     from lmcode.eval.held_out import held_out_sampler
     from lmcode.presets import load_run_config
 
-    if draft.facts is None:
-        raise ConfigError(f"--measure reads the held-out documents of a run: '{draft.folder}' is a saved model and has none")
-    config, model = load_run_config(draft.folder / "config.yaml"), draft.model
+    config = None if draft.facts is None else load_run_config(draft.folder / "config.yaml")
+    if config is None or config.preset == "trainer":
+        raise ConfigError("--measure reads the held-out documents of a run: "
+                          f"'{draft.folder}' is a {'saved model' if config is None else 'checkpoint'} without any")
+    model = draft.model
     sampler = held_out_sampler(held_out_documents(draft.folder, config)[0], config)
     return lambda threshold: held_out_loss(model, sampler, config.eval, model.banks, threshold).result.loss
 
@@ -395,8 +397,10 @@ def _replace(arguments: argparse.Namespace, change: Callable[[Draft], dict[str, 
     path, saved_model = arguments.path.resolve(), is_saved_model(arguments.path)
 
     def whole() -> dict[str, Any]:
-        make_way(path)
+        if not path.exists():
+            make_way(path)  # a kill has left it beside its place
         with held(path / (CONFIG if saved_model else "config.yaml")):
+            make_way(path)
             folder, model = look(path)
             if not saved_model:
                 return amend(folder, model, change).result
