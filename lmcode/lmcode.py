@@ -313,7 +313,7 @@ class LMCODE(MemoryLM, Pretrained):
                 number = np.array([namespace_number(name)])
                 here = sum(len(bank.shard.slots_of(number)) for bank in self.banks.values())
                 if not any(self.group.all_gather_object(here)):  # what `generate` wrote is no experience
-                    self.experiences.check_known(name)
+                    self.experiences.known(name)
 
     def _check_same_everywhere(self, input_ids: Prompts, decoding: Decoding, namespace: Any) -> None:
         """Refuses, on all ranks, what would let ranks make different passes and wait for each other for ever."""

@@ -55,10 +55,10 @@ def is_saved_model(path: Path) -> bool:
 def is_lone_checkpoint(path: Path) -> bool:
     """Whether it is a checkpoint that lies in no run, or what a kill has left beside it."""
     from lmcode.saved.replace import left_by_a_kill
-    from lmcode.train import amend, durable
+    from lmcode.train import checkpoint, durable
 
     path = path.absolute()
-    return amend.at_path(path.resolve()) and ((left_by_a_kill(path) or path) / durable.MANIFEST).is_file()
+    return not checkpoint.lies_in_run(path.resolve()) and ((left_by_a_kill(path) or path) / durable.MANIFEST).is_file()
 
 
 def open_model(path: Path) -> LMCODE:

@@ -309,7 +309,7 @@ def consolidate(arguments: argparse.Namespace) -> Answer:
 
     sentence = "merged {count:,} of {before:,} entries within {threshold:g} of another"
     if arguments.measure:
-        sentence += "; held-out loss {held_out_loss_before:.4f}, with consolidation every 4 windows {held_out_loss:.4f}"
+        sentence += "; held-out loss {held_out_loss_before:.4f}, consolidated every few windows {held_out_loss:.4f}"
     return _amend(arguments, change, sentence)
 
 

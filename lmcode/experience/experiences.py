@@ -164,7 +164,7 @@ class Experiences:
         """
         scope: str | list[int] = "global"
         if namespace is not None:
-            scope = [self._known(namespace)]
+            scope = [self.known(namespace)]
         query_1ND = torch.from_numpy(text_key(text, KEY_DIM)).view(1, 1, -1).to(self.bank.device)
         hits = self.bank.search(query_1ND, torch.zeros(1, dtype=torch.int64, device=self.bank.device), scope=scope,
                                 top_k=top_k)
@@ -174,7 +174,8 @@ class Experiences:
         everyones = {id: one for part in self.bank.inside.all_gather_object(mine) for id, one in part.items()}
         return [_retrieved(everyones[id], score, now) for id, score in found]
 
-    def _known(self, namespace: Namespace) -> int:
+    def known(self, namespace: Namespace) -> int:
+        """The number of a namespace; ConfigError, with near matches, if there is no experience in it. Collective."""
         number, known = namespace_number(namespace), self.namespaces()
         if number not in {namespace_number(one) for one in known}:
             names = ", ".join(map(str, list(known)[:8])) + (", ..." if len(known) > 8 else "")
@@ -188,10 +189,6 @@ class Experiences:
         for part in self.bank.inside.all_gather_object(Counter(one.namespace for one in self.held.values())):
             counts.update(part)
         return dict(sorted(counts.items(), key=lambda item: (isinstance(item[0], str), item[0])))
-
-    def check_known(self, namespace: Namespace) -> None:
-        """Raises ValueError, with near matches, for a namespace in which there is no experience. Collective."""
-        self._known(namespace)
 
     def all(self, *, ids: Sequence[int] | None = None, namespace: Namespace | None = None,
             before: int | None = None) -> list[Experience]:
@@ -208,7 +205,7 @@ class Experiences:
         if unknown := sorted(wanted - everyones.keys()):
             raise ValueError(f"there is no experience with the id {', '.join(map(str, unknown[:8]))}; "
                              f"{len(everyones)} are stored")
-        number = None if namespace is None else self._known(namespace)
+        number = None if namespace is None else self.known(namespace)
         return [one for id, one in sorted(everyones.items())
                 if id in wanted and (number is None or namespace_number(one.namespace) == number)
                 and (before is None or one.stored_at < before)]

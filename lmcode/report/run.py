@@ -18,7 +18,7 @@ from lmcode.report.page import render
 from lmcode.report.sequences import token_sequences
 from lmcode.tokenizer import Tokenizer
 from lmcode.train import durable
-from lmcode.train.checkpoint import find, load_model
+from lmcode.train.checkpoint import find, lies_in_run, load_model
 from lmcode.train.metrics import flatten
 
 log = logging.getLogger("lmcode")
@@ -71,7 +71,7 @@ def report_run(run: Path, overrides: list[str], *, out: Path | None = None) -> P
     checkpoint = Path(on_rank_0(group, lambda: str(find(run).resolve())))  # found once: a run may be saving newer ones
     model, config, tokenizer, step = load_model(checkpoint, overrides, group=group, device=dist.device())
     ranks = config.memory.ranks_per_group(durable.read_manifest(checkpoint).facts.world_size)
-    in_run = checkpoint.parent.name == "checkpoints"
+    in_run = lies_in_run(checkpoint)
     folder = checkpoint.parents[1] if in_run else checkpoint
     sequences, names, notes = held_out_text(config, checkpoint)
     rows = read_metrics(folder / "metrics.jsonl")

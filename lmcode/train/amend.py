@@ -27,7 +27,7 @@ from lmcode.resharding import reshard_memory
 from lmcode.saved.memory import BANKS, EXPERIENCES, Parts, make_folders, save_memory
 from lmcode.saved.replace import beside, link, take_place
 from lmcode.train import durable, replay
-from lmcode.train.checkpoint import stored_sizes, write_json
+from lmcode.train.checkpoint import lies_in_run, stored_sizes, write_json
 
 log = logging.getLogger("lmcode")
 
@@ -84,7 +84,7 @@ def amend(folder: Path, model: LMCODE, change: Callable[[Draft], Any]) -> Amende
     draft = Draft(folder, model, manifest.facts)
     result = change(draft)
     durable.check_space(folder.parent, manifest.total_bytes)
-    if at_path(folder):
+    if not lies_in_run(folder):
         try:
             _commit(beside(folder) / "new", draft, manifest)
         except Exception:
@@ -114,11 +114,6 @@ def _commit(final: Path, draft: Draft, manifest: durable.Manifest) -> None:
             write(place / name)
         make_folders(place, draft.model)
         save_memory(place, draft.model)
-
-
-def at_path(folder: Path) -> bool:
-    """Whether a checkpoint lies in no run."""
-    return folder.absolute().parent.name != "checkpoints"
 
 
 # Changes

@@ -52,9 +52,14 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     if not _is_checkpoint(path):
         return path, None
     path = path.resolve()
-    if path.parent.name != "checkpoints":
+    if not lies_in_run(path):
         raise ConfigError(f"a checkpoint to resume from must lie in the 'checkpoints' folder of its run: got '{path}'")
     return path.parents[1], path
+
+
+def lies_in_run(checkpoint: Path) -> bool:
+    """Whether a checkpoint is one of a run, and not at a path of its own."""
+    return checkpoint.absolute().parent.name == "checkpoints"
 
 
 def _is_checkpoint(path: Path) -> bool:
