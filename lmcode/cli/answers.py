@@ -65,13 +65,13 @@ def open_model(path: Path) -> LMCODE:
     """A saved model with everything that it remembers."""
     alone()
     from lmcode.lmcode import LMCODE
+    from lmcode.saved.files import whole
     from lmcode.saved.pretrained import settings
-    from lmcode.saved.replace import left_by_a_kill
 
     model = LMCODE.from_pretrained(path)
     if not model.banks:
         raise ConfigError(f"the model in '{path}' has no long-term memory: model.long_term_memory_slots = 0")
-    if not settings(left_by_a_kill(path.absolute()) or path)[2]:
+    if not settings(whole(path))[2]:
         raise ConfigError(f"the model in '{path}' was saved without its memory")
     return model
 

@@ -389,7 +389,8 @@ def _amend(arguments: argparse.Namespace, change: Callable[[Draft], dict[str, An
 
 def _replace(arguments: argparse.Namespace, change: Callable[[Draft], dict[str, Any]], sentence: str) -> Answer:
     """The same with a saved model or a checkpoint that lies in no run, which keeps its path."""
-    from lmcode.saved.pretrained import CONFIG, rewrite_memory
+    from lmcode.saved.files import replacing
+    from lmcode.saved.pretrained import rewrite_memory
     from lmcode.saved.replace import make_way
     from lmcode.train.amend import Draft, amend
     from lmcode.train.durable import held
@@ -397,14 +398,15 @@ def _replace(arguments: argparse.Namespace, change: Callable[[Draft], dict[str, 
     path, saved_model = arguments.path.resolve(), is_saved_model(arguments.path)
 
     def whole() -> dict[str, Any]:
+        if saved_model:
+            with replacing(path):
+                folder, model = look(path)
+                return rewrite_memory(model, folder, lambda: change(Draft(folder, model)))
         if not path.exists():
             make_way(path)  # a kill has left it beside its place
-        with held(path / (CONFIG if saved_model else "config.yaml")):
+        with held(path / "config.yaml"):
             make_way(path)
-            folder, model = look(path)
-            if not saved_model:
-                return amend(folder, model, change).result
-            return rewrite_memory(model, folder, lambda: change(Draft(folder, model)))
+            return amend(*look(path), change).result
 
     result = said(whole)
     return as_json({**result, "folder": str(path)}) if arguments.json else (f"{sentence.format(**result)}: {path}\n", 0)

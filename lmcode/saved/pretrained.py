@@ -10,18 +10,21 @@ there is no pickle and no program that is run. A folder holds
     README.md              the model card, which says what the memory holds
     modeling_lmcode.py     two lines for transformers' `trust_remote_code`; never run from here
 
-It appears whole or not at all, and takes the place of an older one as `saved.replace` describes. Files may be links only
-into the folder, or into the blobs of the hub's cache. Flipped bits in the numbers are not found: hash what must not change.
+    lmcode_files.json      which of the files in the folder these are, with size and hash
+
+Other files may lie among them and stay as they are: `saved.files` says how ours are replaced, all of them or none. They may
+be links only into the folder, or into the blobs of the hub's cache. Flipped bits in the numbers are not found: hash what
+must not change.
 `LMCODE` takes both ways from `Pretrained`, a `huggingface_hub.ModelHubMixin`; any number of ranks loads what any wrote.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,29 +36,33 @@ from lmcode import __version__
 from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, build, near_match
 from lmcode.dist import Group, on_rank_0, raise_together
 from lmcode.model.lm import MemoryLM
-from lmcode.saved import replace
+from lmcode.saved import files
+from lmcode.saved.files import CARD, CONFIG, MODEL_TYPE
+from lmcode.saved.replace import link
 from lmcode.tokenizer import CONFIG_FILE, TOKENIZER_FILE, load_tokenizer, save_for_transformers
 
 if TYPE_CHECKING:
     from lmcode.lmcode import LMCODE
 
-CONFIG, WEIGHTS, CARD, PROGRAM = "config.json", "model.safetensors", "README.md", "modeling_lmcode.py"
-MODEL_TYPE = "lmcode"
+WEIGHTS, PROGRAM = "model.safetensors", "modeling_lmcode.py"
 
 
 class Pretrained(ModelHubMixin):
     """`save_pretrained`, `from_pretrained`, `push_to_hub`. Collectives: every rank of the model's group calls them."""
 
     def save_pretrained(self, save_directory: str | Path, *, include_memory: bool = True) -> None:
-        """Writes the model as a folder, which appears whole or not at all; one of the same kind is replaced.
+        """Writes the model's files into a folder, all of them or none; those of the model that was saved there before are
+        replaced, and all other files stay as they are.
 
         Args:
-            save_directory: the same on every rank, on a file system that all ranks share.
+            save_directory: the same on every rank, on a file system that all ranks share. A link to a folder is followed.
             include_memory: banks and experiences too. They can hold what the model has read, word for word.
 
         Raises:
-            ConfigError: on every rank, if the folder holds something else, a weight is not finite or not there (ZeRO-3
-                keeps it elsewhere), or the file system refuses; what was there is as it was.
+            ConfigError: on every rank, if the folder has another program's config.json, or a file under another of the names
+                in `saved.pretrained` that was not saved here or has been changed since (a README.md is kept instead); if a
+                weight is not finite or not there (ZeRO-3 keeps it elsewhere); if the file system refuses. What was there is
+                as it was.
         """
         write(self, Path(save_directory).absolute(), include_memory=include_memory)
 
@@ -77,7 +84,7 @@ class Pretrained(ModelHubMixin):
             ConfigError: on every rank: what is missing, damaged, or does not fit; the message names the file.
         """
         group, place = group or Group(), Path(pretrained_model_name_or_path)
-        problem, folder = None, replace.left_by_a_kill(place.absolute()) or place
+        problem, folder = None, files.whole(place)
         if not folder.is_dir():
             try:
                 folder = download(str(pretrained_model_name_or_path), revision=revision, cache_dir=cache_dir, token=token,
@@ -102,8 +109,8 @@ class Pretrained(ModelHubMixin):
 
 
 def is_saved_model(path: Path) -> bool:
-    """Whether `save_pretrained` wrote what is there, or what a kill has left beside it."""
-    return ((replace.left_by_a_kill(path.absolute()) or path) / CONFIG).is_file()
+    """Whether there is a model that `save_pretrained` wrote."""
+    return (files.whole(path) / CONFIG).is_file()
 
 
 def download(name: str, **settings: Any) -> Path:
@@ -135,87 +142,72 @@ def write(model: LMCODE, place: Path, *, include_memory: bool) -> None:
 
     from lmcode.saved.memory import save_memory
 
-    temporary = replace.beside(place) / ".new.tmp"
-    try:
-        on_rank_0(model.group, lambda: _begin(model, place, temporary, include_memory))
+    with ExitStack() as stack:  # on rank 0 it holds the right to change the folder
+        on_rank_0(model.group, lambda: _begin(stack, model, place, include_memory))
         problem = None
         try:
             if include_memory:
-                save_memory(temporary, model)
+                save_memory(files.draft(place), model)
         except (OSError, ValueError, SafetensorError) as error:
             problem = f"'{place}' was not written: {error}"
         raise_together(model.group, problem)
         text = card(model, include_memory)
-        on_rank_0(model.group, lambda: _finish(place, temporary, text))
-    except ConfigError:
-        if model.group.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        on_rank_0(model.group, lambda: _finish(stack, place, text))
 
 
 def rewrite_memory(model: LMCODE, place: Path, change: Callable[[], Any]) -> Any:
-    """Changes the memory of a model that was read from `place`, and replaces that folder by one with the new memory, all of
-    it or none; returns what `change` does. One process alone.
+    """Changes the memory of a model that was read from `place`, and replaces its files there, all of them or none; returns
+    what `change` does. One process alone, which holds the right to (`files.replacing`).
 
     All other files stay as they are, but for a model card that nobody has edited.
 
     Raises:
-        ConfigError: if the file system refuses; what was there is as it was.
+        ConfigError: if the file system refuses, or a file of the memory has been changed by somebody else; what was there is
+            as it was.
     """
-    from lmcode.saved.memory import BANKS, EXPERIENCES, make_folders, save_memory
+    from lmcode.saved.memory import make_folders, save_memory
 
-    former_card, file = card(model, include_memory=True), place / CARD
-    result = change()
-    replace.make_way(place)
-    temporary, anew = replace.beside(place) / ".new.tmp", {BANKS, EXPERIENCES}
-    if file.is_file() and file.read_text(encoding="utf-8") == former_card:
-        anew.add(CARD)
+    result, draft = change(), files.draft(place)
     try:
-        shutil.copytree(place, temporary, copy_function=replace.link,
-                        ignore=lambda folder, names: anew.intersection(names) if Path(folder) == place else ())
-        make_folders(temporary, model)
-        save_memory(temporary, model)
-        if CARD in anew:
-            (temporary / CARD).write_text(card(model, include_memory=True), encoding="utf-8")
-        replace.complete(temporary, replace.beside(place) / "new")
-    except OSError as error:  # shutil.Error too
-        shutil.rmtree(replace.beside(place), ignore_errors=True)
+        for name in (CONFIG, WEIGHTS, TOKENIZER_FILE, CONFIG_FILE, PROGRAM):
+            if (place / name).is_file():
+                link((place / name).resolve(), draft / name)
+        make_folders(draft, model)
+        save_memory(draft, model)
+        files.put_in_place(place, card(model, include_memory=True) if (place / CARD).is_file() else None)
+    except OSError as error:
         raise ConfigError(f"'{place}' was not changed: {error}") from None
-    replace.take_place(place)
     return result
 
 
-def _begin(model: LMCODE, place: Path, temporary: Path, include_memory: bool) -> None:
+def _begin(stack: ExitStack, model: LMCODE, place: Path, include_memory: bool) -> None:
+    """Takes the right to change the folder for the length of `stack`, and writes all but the memory and the card."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from lmcode.saved.memory import make_folders
 
-    if os.path.lexists(place) and not (place.is_dir() and (not any(place.iterdir()) or (place / CONFIG).is_file())):
-        raise ConfigError(f"'{place}' exists and is no saved model: give another folder")
     weights = {name: p.detach().float().cpu().contiguous() for name, p in model.named_parameters()}
     check_weights("the model", weights, model.config)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    replace.make_way(place)
-    temporary.mkdir(parents=True)
+    stack.enter_context(files.replacing(place))
+    draft = files.draft(place)
     if include_memory:
-        make_folders(temporary, model)
+        make_folders(draft, model)
     try:
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        save_file(weights, draft / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"'{place}' was not written: {error}") from None
-    _write_json(temporary / CONFIG, config_json(model, include_memory))
+    _write_json(draft / CONFIG, config_json(model, include_memory))
     if model.tokenizer is not None:
-        save_for_transformers(model.tokenizer, temporary, max_length=model.config.context_length)
-    (temporary / PROGRAM).write_text("# For transformers' trust_remote_code; needs lmcode to be installed.\n"
-                                     "from lmcode.hf import LMCODEForCausalLM, LMCODEHFConfig  # noqa: F401\n",
-                                     encoding="utf-8")
+        save_for_transformers(model.tokenizer, draft, max_length=model.config.context_length)
+    (draft / PROGRAM).write_text("# For transformers' trust_remote_code; needs lmcode to be installed.\n"
+                                 "from lmcode.hf import LMCODEForCausalLM, LMCODEHFConfig  # noqa: F401\n",
+                                 encoding="utf-8")
 
 
-def _finish(place: Path, temporary: Path, text: str) -> None:
-    (temporary / CARD).write_text(text, encoding="utf-8")
-    replace.complete(temporary, replace.beside(place) / "new")
-    replace.take_place(place)
+def _finish(stack: ExitStack, place: Path, text: str) -> None:
+    files.put_in_place(place, text)
+    stack.close()  # before any rank goes on
 
 
 def config_json(model: LMCODE, holds_memory: bool) -> dict[str, Any]:
@@ -229,7 +221,7 @@ def config_json(model: LMCODE, holds_memory: bool) -> dict[str, Any]:
             "num_attention_heads": config.num_heads, "max_position_embeddings": config.context_length,
             "tie_word_embeddings": True, "bos_token_id": end, "eos_token_id": end, "dtype": "float32",
             "lmcode_model": config.model_dump(mode="json"), "lmcode_memory": model.memory_config.model_dump(mode="json"),
-            "lmcode_holds_memory": holds_memory and bool(model.banks)}
+            "lmcode_holds_memory": holds_memory and bool(model.banks), "lmcode_tokenizer": model.tokenizer is not None}
 
 
 def card(model: LMCODE, include_memory: bool) -> str:
@@ -304,10 +296,16 @@ def settings(folder: Path) -> tuple[LMCODEConfig, MemoryConfig, bool]:
         raise ConfigError(f"'{file}': {error}") from None
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the tokenizer in the folder of a saved model belongs to it (somebody else's may lie there)."""
+    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    return content.get("lmcode_tokenizer") is not False and (folder / TOKENIZER_FILE).is_file()
+
+
 def read(folder: Path, *, include_memory: bool, group: Group, device: torch.device | str) -> LMCODE:
     """See `Pretrained.from_pretrained`."""
     from lmcode.lmcode import LMCODE
-    from lmcode.saved.memory import BANKS, load_memory
+    from lmcode.saved.memory import load_memory
 
     model, problem, with_memory = None, None, False
     try:
@@ -324,9 +322,9 @@ def read(folder: Path, *, include_memory: bool, group: Group, device: torch.devi
             raise ConfigError(f"'{folder / CONFIG}': there is no memory for banks of long_term_memory_slots = "
                               f"{config.long_term_memory_slots}: {' '.join(str(error).split())[:80]}") from None
         model.load_state_dict(weights, strict=False)
-        if (folder / TOKENIZER_FILE).is_file():
+        if has_tokenizer(folder):
             model.tokenizer = load_tokenizer(folder)
-        with_memory = include_memory and bool(model.banks) and (holds_memory or (folder / BANKS).is_dir())
+        with_memory = include_memory and bool(model.banks) and holds_memory
     except ConfigError as error:
         problem = str(error)
     raise_together(group, problem)

@@ -311,7 +311,7 @@ def _judge(path: Path, content: Any) -> Manifest:
     require(_is_dict_of(content["versions"], str), "versions must map names to text")
     require(_is_dict_of(content["files"], dict), "files must map paths to objects")
     for name, facts in content["files"].items():
-        require(_stays_inside(name), f"the path {name[:200]!r} must stay inside the folder and name a file in it")
+        require(stays_inside(name), f"the path {name[:200]!r} must stay inside the folder and name a file in it")
         fine = {*facts} == {"bytes", "blake2b"} and type(facts["bytes"]) is int and _is_digest(facts["blake2b"])
         require(fine, f"{name[:200]!r} must have its bytes and its blake2b")
     named = STEP_NAME.fullmatch(path.parent.name)
@@ -328,7 +328,7 @@ def _is_dict_of(value: Any, kind: type) -> bool:
     return isinstance(value, dict) and all(isinstance(one, kind) for one in value.values())
 
 
-def _stays_inside(name: str) -> bool:
+def stays_inside(name: str) -> bool:
     """Whether a path is relative, in its only spelling, and leads down: no '..', '.', '//', NUL, backslash or drive."""
     parts = name.split("/")
     plain = not any(part in ("", ".", "..") for part in parts) and not any(char in name for char in "\0\\:")
