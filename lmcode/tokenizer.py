@@ -11,6 +11,7 @@ first of `END_TOKENS` in its vocabulary; else '<|endoftext|>' is added to it as 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,7 +67,7 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < self.end_id).decode("utf-8", errors="replace")
 
     def save(self, folder: str | Path) -> None:
-        _write_json(Path(folder), TOKENIZER_FILE, {"lmcode": "bytes"})
+        _save(Path(folder), {TOKENIZER_FILE: {"lmcode": "bytes"}})
 
 
 class BPETokenizer:
@@ -128,8 +129,7 @@ class BPETokenizer:
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def save(self, folder: str | Path) -> None:
-        _write_json(Path(folder), TOKENIZER_FILE, json.loads(self._inner.to_str()))
-        _write_json(Path(folder), CONFIG_FILE, {"eos_token": self.end_token})
+        _save(Path(folder), {TOKENIZER_FILE: json.loads(self._inner.to_str()), CONFIG_FILE: {"eos_token": self.end_token}})
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -258,6 +258,16 @@ def _read_json(file: Path) -> Any:
         raise ConfigError(f"there is no tokenizer file '{file}'") from None
     except (OSError, ValueError, RecursionError) as error:  # json and UTF-8 errors are ValueErrors
         raise ConfigError(f"'{file}' cannot be read as JSON: {error}") from None
+
+
+def _save(folder: Path, contents: dict[str, Any]) -> None:
+    """Writes files that are not there yet, or have this content already."""
+    for name, values in contents.items():
+        if os.path.lexists(folder / name) and _read_json(folder / name) != values:
+            raise ConfigError(f"'{folder / name}' exists, with another content, and is not replaced: give another folder")
+    for name, values in contents.items():
+        if not os.path.lexists(folder / name):
+            _write_json(folder, name, values)
 
 
 def _write_json(folder: Path, name: str, values: Any) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from lmcode.train import durable
+from lmcode.train.commit import drop_old
 from lmcode.train.durable import DamagedCheckpoint, Facts, Lock, Locked
 
 STEPPING = ("open", "write", "fsync", "mkdir", "rename", "close")  # what a commit asks of the operating system
@@ -174,6 +175,28 @@ def test_a_commit_is_never_written_over(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="never written over"):
         commit(tmp_path, 1)
     assert read(tmp_path / "step-00000001") == content_of(1)
+
+
+def test_nothing_but_what_a_commit_has_written_is_removed(tmp_path: Path) -> None:
+    """A folder made by hand, a commit that somebody has put a file into, other temporary files, a lock that is none."""
+    mine = {"step-00000003/notes": b"mine", ".cache.tmp/x": b"mine", "step-00000002/notes": b"mine", "writer.lock": b"mine"}
+    for step in (1, 2):
+        commit(tmp_path, step)
+    for name, content in mine.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    for step in (2, 3):
+        with pytest.raises(DamagedCheckpoint):
+            durable.discard(tmp_path / f"step-{step:08d}")
+    with pytest.raises(ValueError, match="was not written by this program"):
+        Lock(tmp_path)
+    for step in (4, 5):
+        commit(tmp_path, step)
+    drop_old(tmp_path, keep=1)
+    assert [path.name for path in durable.steps(tmp_path)] == [f"step-{step:08d}" for step in (2, 3, 5)]
+    assert {name: (tmp_path / name).read_bytes() for name in mine} == mine
+    assert content_of(2).items() <= {str(path.relative_to(tmp_path / "step-00000002")): path.read_bytes()
+                                     for path in (tmp_path / "step-00000002").rglob("*") if path.is_file()}.items()
 
 
 def test_a_set_aside_commit_is_kept_and_not_found(tmp_path: Path) -> None:

@@ -207,6 +207,35 @@ def test_a_finished_environment_is_reused_and_a_changed_one_not(tmp_path: Path, 
     assert "failed" in done.stderr and "pip was called" in done.stderr
 
 
+@pytest.mark.parametrize("theirs", ["thesis.tex", "bin/python", ".git/HEAD"])
+def test_a_folder_that_is_no_environment_of_ours_is_not_touched(tmp_path: Path, stand_ins: dict[str, str],
+                                                                theirs: str) -> None:
+    make_ready(tmp_path, stand_ins)
+    venv = tmp_path / "other"
+    (venv / theirs).parent.mkdir(parents=True)
+    (venv / theirs).write_text("years of work", encoding="utf-8")
+    done = start(tmp_path, {**stand_ins, "LMCODE_SKIP_INSTALL": "0"}, "launch/environment.sh", PYTHON=sys.executable,
+                 LMCODE_VENV=str(venv))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "new or empty folder" in done.stderr
+    assert [path for path in venv.rglob("*") if path.is_file()] == [venv / theirs]
+
+
+def test_starting_over_removes_what_an_installation_made_and_nothing_else(tmp_path: Path, stand_ins: dict[str, str]) -> None:
+    make_ready(tmp_path, stand_ins)
+    venv = tmp_path / "venv"
+    (venv / "lmcode.unfinished").touch()
+    (venv / "lmcode.stamp").unlink()
+    (venv / "notes.txt").write_text("mine", encoding="utf-8")
+    (venv / "lib").mkdir()
+    failing = tmp_path / "python"
+    failing.write_text(f'#!/usr/bin/env bash\n[ "$2" = venv ] && exit 1\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
+    failing.chmod(0o755)
+    done = start(tmp_path, {**stand_ins, "LMCODE_SKIP_INSTALL": "0"}, "launch/environment.sh", PYTHON=str(failing))
+    assert done.returncode == 1 and "starting over" in done.stderr
+    assert not (venv / "lib").exists() and not (venv / "bin").exists()
+    assert (venv / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
 @pytest.mark.parametrize("stage", ["*torch==*", "*uninstall*", "*--editable*"])
 def test_a_failed_installation_does_not_look_finished(tmp_path: Path, stand_ins: dict[str, str], stage: str) -> None:
     make_ready(tmp_path, stand_ins)

@@ -299,6 +299,8 @@ def test_settings_that_cannot_be_are_refused(saved: Path, change: Callable[[dict
 
 
 def test_a_tokenizer_that_is_too_large_is_refused(saved: Path) -> None:
+    for name in (TOKENIZER_FILE, CONFIG_FILE):
+        (saved / name).unlink()
     BPETokenizer.train([f"{one} and {one}" for one in range(200)], 400).save(saved)
     assert "at least the tokenizer's vocabulary" in message_of(lambda: LMCODE.from_pretrained(saved))
 

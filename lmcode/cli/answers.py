@@ -57,8 +57,8 @@ def is_lone_checkpoint(path: Path) -> bool:
     from lmcode.saved.replace import left_by_a_kill
     from lmcode.train import checkpoint, durable
 
-    path = path.absolute()
-    return not checkpoint.lies_in_run(path.resolve()) and ((left_by_a_kill(path) or path) / durable.MANIFEST).is_file()
+    path = path.resolve()
+    return not checkpoint.lies_in_run(path) and ((left_by_a_kill(path) or path) / durable.MANIFEST).is_file()
 
 
 def open_model(path: Path) -> LMCODE:
@@ -80,7 +80,7 @@ def look(path: Path) -> tuple[Path, LMCODE]:
     """What a run, a checkpoint or a saved model remembers, to be looked at: its folder and the model."""
     from lmcode.saved.replace import left_by_a_kill
 
-    return (path, open_model(path)) if is_saved_model(path) else open_checkpoint(left_by_a_kill(path.absolute()) or path)
+    return (path, open_model(path)) if is_saved_model(path) else open_checkpoint(left_by_a_kill(path.resolve()) or path)
 
 
 def said(action: Callable[[], Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lmcode.eval.documents import OTHER_CORPUS, held_out_documents
 from lmcode.lmcode import LMCODE
 from lmcode.report.facts import gather
 from lmcode.report.history import curves_of, read_metrics, tagged
-from lmcode.report.page import render
+from lmcode.report.page import MADE_BY, render
 from lmcode.report.sequences import token_sequences
 from lmcode.tokenizer import Tokenizer
 from lmcode.train import durable
@@ -99,12 +100,15 @@ def held_out_text(config: RunConfig, checkpoint: Path) -> tuple[list[list[int]],
 
 
 def write_page(path: Path, page: str) -> None:
-    """Writes the page whole or not at all.
+    """Writes the page whole or not at all; in the place of an older one, if any.
 
     Raises:
-        ConfigError: if the file system refuses.
+        ConfigError: if something else is there, or the file system refuses.
     """
+    path = path.resolve()
     try:
+        if os.path.lexists(path) and MADE_BY.encode() not in path.read_bytes():
+            raise ConfigError(f"'{path}' exists and is no report of this program: give another file")
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.replace_text(path, page)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Folders that take the place of another one, so that a kill leaves one of the two whole.
+"""Checkpoints that take the place of another one, so that a kill leaves one of the two whole.
 
 The one thing to know: a folder is made ready under another name and has its own only when all of it is on disk. Two renames
 put it in place, and a kill between them leaves both beside the path, where `left_by_a_kill` looks:
@@ -34,8 +34,16 @@ def make_way(path: Path) -> None:
     """Finishes or removes what a kill has left at `path` and beside it."""
     if (left := left_by_a_kill(path)) is not None:
         os.rename(left, path)
-    if beside(path).exists():
-        shutil.rmtree(beside(path))
+    clear(path)
+
+
+def clear(path: Path) -> None:
+    """Removes what was made ready beside `path`, and what was kept of the former one."""
+    for name in (".new.tmp", "new", "former"):
+        if (beside(path) / name).is_dir():
+            shutil.rmtree(beside(path) / name)
+    if beside(path).is_dir() and not any(beside(path).iterdir()):
+        beside(path).rmdir()
 
 
 def link(source: str | Path, target: str | Path) -> None:
@@ -46,20 +54,10 @@ def link(source: str | Path, target: str | Path) -> None:
         shutil.copyfile(source, target)
 
 
-def complete(temporary: Path, final: Path) -> None:
-    """Forces all that is in a folder to disk, then gives it its name."""
-    for folder, _, files in os.walk(temporary, topdown=False):
-        for name in files:
-            sync(Path(folder, name))
-        sync(Path(folder))
-    os.rename(temporary, final)
-    sync(final.parent)
-
-
 def take_place(path: Path) -> None:
     """Puts what was made ready at its path; what was there before is gone after it."""
     if path.exists():
         os.rename(path, beside(path) / "former")
     os.rename(beside(path) / "new", path)
     sync(path.parent)
-    shutil.rmtree(beside(path))
+    clear(path)

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,7 +24,7 @@ from lmcode.lmcode import LMCODE
 from lmcode.presets import load_run_config
 from lmcode.resharding import reshard_memory
 from lmcode.saved.memory import BANKS, EXPERIENCES, Parts, make_folders, save_memory
-from lmcode.saved.replace import beside, link, take_place
+from lmcode.saved.replace import beside, clear, link, take_place
 from lmcode.train import durable, replay
 from lmcode.train.checkpoint import lies_in_run, stored_sizes, write_json
 
@@ -88,7 +87,7 @@ def amend(folder: Path, model: LMCODE, change: Callable[[Draft], Any]) -> Amende
         try:
             _commit(beside(folder) / "new", draft, manifest)
         except Exception:
-            shutil.rmtree(beside(folder), ignore_errors=True)
+            clear(folder)
             raise
         take_place(folder)
         return Amended(result, folder, [])
@@ -97,7 +96,7 @@ def amend(folder: Path, model: LMCODE, change: Callable[[Draft], Any]) -> Amende
     _commit(final, draft, manifest)
     try:
         durable.discard(folder)
-    except OSError as error:
+    except (OSError, durable.DamagedCheckpoint) as error:
         log.warning("'%s' was not removed, though '%s' takes its place: %s", folder, final.name, error)
     set_aside = sorted(folder.parent.glob("set-aside-*"))
     return Amended(result, final, [*(path for path in durable.steps(folder.parent) if path != final), *set_aside])

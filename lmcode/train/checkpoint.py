@@ -195,7 +195,8 @@ def _set_random_state(session: Session, file: Path) -> None:
 def _forget_the_future(session: Session) -> None:
     """Sets checkpoints beyond the current step aside: this run is about to write its own, and 'auto' must not mix them."""
     for path in durable.steps(session.run_folder / "checkpoints"):
-        if durable.step_of(path) > max(durable.step_of(session.saved), (session.step, 0)):
+        beyond = durable.step_of(path) > max(durable.step_of(session.saved), (session.step, 0))
+        if beyond and (path / durable.MANIFEST).is_file():  # else somebody has made it by hand
             log.warning("%s is beyond the step to resume from: kept as %s", path, durable.set_aside(path).name)
     (session.run_folder / "summary.txt").unlink(missing_ok=True)
 

@@ -120,7 +120,7 @@ def _failing_alike(group: Group) -> Iterator[None]:
 
 
 def drop_old(folder: Path, *, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, unless none of those verifies."""
+    """Removes all but the newest `keep` checkpoints, unless none of those verifies; what holds other files stays."""
     found = durable.steps(folder)
     old, kept = found[:-keep], found[-keep:]
     try:
@@ -128,6 +128,13 @@ def drop_old(folder: Path, *, keep: int) -> None:
             log.warning("kept %d old checkpoint(s): none of the newer ones verifies", len(old))
             return
         for path in old:
-            durable.discard(path)
+            _drop(path)
     except OSError as error:
         log.warning("an old checkpoint was not removed: %s", error)
+
+
+def _drop(path: Path) -> None:
+    try:
+        durable.discard(path)
+    except durable.DamagedCheckpoint as error:
+        log.warning("kept '%s', which is not (only) a checkpoint of this program: %s", path, error)

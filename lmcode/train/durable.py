@@ -166,9 +166,10 @@ def begin(final: Path) -> Path:
     if os.path.lexists(final):
         raise FileExistsError(errno.EEXIST, "a checkpoint is never written over", str(final))
     make_folder(final.parent)
-    for leftover in final.parent.glob(".*.tmp"):
-        shutil.rmtree(leftover)
     temporary = temporary_of(final)
+    for leftover in final.parent.glob(".*.tmp"):
+        if leftover == temporary or STEP_NAME.fullmatch(leftover.name[1:-len(".tmp")]):
+            shutil.rmtree(leftover)
     os.mkdir(temporary)
     return temporary
 
@@ -205,7 +206,12 @@ def commit(final: Path, facts: Facts) -> Iterator[Path]:
 
 
 def discard(folder: Path) -> None:
-    """Removes a commit; a kill in between leaves a temporary folder and never half a commit."""
+    """Removes a commit; a kill in between leaves a temporary folder and never half a commit.
+
+    Raises:
+        DamagedCheckpoint: if the folder holds anything but a commit's own files; nothing is removed then.
+    """
+    survey(folder)
     temporary = temporary_of(folder)
     os.rename(folder, temporary)
     shutil.rmtree(temporary)
@@ -248,6 +254,22 @@ def verify(folder: Path) -> Manifest:
             folder; a file that is missing, additional, a link or no file; a wrong size or hash; a folder named for
             another step.
     """
+    manifest = survey(folder)
+    try:
+        for name, expected in manifest.files.items():
+            if digest(folder / name) != expected["blake2b"]:
+                raise DamagedCheckpoint(f"{folder / name}: the content does not have the hash of the manifest")
+    except OSError as error:
+        raise DamagedCheckpoint(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
+    return manifest
+
+
+def survey(folder: Path) -> Manifest:
+    """Compares the names and sizes of a commit's files with its manifest; a cut file is found without reading others.
+
+    Raises:
+        DamagedCheckpoint: as `verify`, but for hashes.
+    """
     manifest = read_manifest(folder)
     links, names, _ = _walk(folder)
     for link in sorted(links):
@@ -257,12 +279,9 @@ def verify(folder: Path) -> Manifest:
     for name in sorted(names - {*manifest.files, MANIFEST}):
         raise DamagedCheckpoint(f"{folder}: {name!r} is in the folder and missing from the manifest")
     try:
-        for name, expected in manifest.files.items():  # sizes of all first: a cut file is found without reading others
+        for name, expected in manifest.files.items():
             if (size := os.stat(folder / name).st_size) != expected["bytes"]:
                 raise DamagedCheckpoint(f"{folder / name}: expected {expected['bytes']} bytes, got {size}")
-        for name, expected in manifest.files.items():
-            if digest(folder / name) != expected["blake2b"]:
-                raise DamagedCheckpoint(f"{folder / name}: the content does not have the hash of the manifest")
     except OSError as error:
         raise DamagedCheckpoint(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
     return manifest
@@ -361,6 +380,7 @@ class Lock:
 
     Raises:
         Locked: if another process holds it; the message names its host and process number.
+        ValueError: if a file of that name is none of these; it stays as it is.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -374,6 +394,9 @@ class Lock:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
             raise Locked(f"'{folder}' is being written by {holder}; stop that, or give another train.run_dir") from None
+        if re.fullmatch(rb"(process \d+ on host .*\n)?", os.pread(self._handle, 300, 0)) is None:
+            self.close()
+            raise ValueError(f"'{self.path}' was not written by this program: give another train.run_dir")
         os.ftruncate(self._handle, 0)
         os.pwrite(self._handle, f"process {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
 

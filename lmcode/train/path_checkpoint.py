@@ -26,10 +26,10 @@ def save(session: Session, path: Path) -> None:
     """Commits the checkpoint of the current step as `path`; what was there stays until the new one is whole. A collective.
 
     Raises:
-        ConfigError: if something is there that is no checkpoint.
+        ConfigError: if something is there that is no checkpoint, or holds a file that is not of it.
         SaveFailed: if the file system refuses; the old checkpoint is as it was.
     """
-    path = path.absolute()
+    path = path.resolve()
     on_rank_0(session.group, lambda: _make_way(path))
     saving.commit(session, beside(path) / "new")
     on_rank_0(session.group, lambda: take_place(path))
@@ -38,8 +38,11 @@ def save(session: Session, path: Path) -> None:
 
 def _make_way(path: Path) -> None:
     """Refuses a place that is taken by something else, and finishes or removes what a kill has left."""
-    if os.path.lexists(path) and not (path / durable.MANIFEST).is_file():
-        raise ConfigError(f"'{path}' exists and is no checkpoint of this program: give another path")
+    if os.path.lexists(path):
+        try:
+            durable.verify(path)
+        except durable.DamagedCheckpoint as error:
+            raise ConfigError(f"'{path}' exists and is no checkpoint of this program: give another path ({error})") from None
     make_way(path)
 
 
@@ -49,7 +52,7 @@ def find(path: Path, group: Group) -> Path:
     Raises:
         ConfigError: if there is none, or it does not verify.
     """
-    return on_rank_0(group, lambda: _find(path.absolute()))
+    return on_rank_0(group, lambda: _find(path.resolve()))
 
 
 def _find(path: Path) -> Path:

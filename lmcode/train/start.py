@@ -6,6 +6,7 @@ Whatever is wrong is found here, before the first step, and reported alike on ev
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -82,6 +83,7 @@ def _open(config: RunConfig, world_size: int, resume: str | None, held: list[Loc
         run, chosen = checkpoint.locate(Path(resume))
         if name is not None and Path(name).resolve() != run.resolve():
             log.warning("going on in '%s', where the checkpoint is; train.run_dir says '%s'", run, name)
+    _check_ours(run)
     durable.make_folder(run)
     held.append(Lock(run))
     if resume is None and (run / "config.yaml").exists():
@@ -101,6 +103,33 @@ def _open(config: RunConfig, world_size: int, resume: str | None, held: list[Loc
             return run, chosen, True, resharded
     log.info("'%s': %s", run, f"resuming from {chosen.name}" if chosen else "starting at step 0")
     return run, chosen, False, resharded
+
+
+def _check_ours(run: Path) -> None:
+    """Refuses a folder in which a run would write over files that no run has written.
+
+    Raises:
+        ConfigError: for a config.yaml that is not as a run leaves it, and without one for any other of a run's files.
+    """
+    settings = run / "config.yaml"
+    if not settings.exists():
+        theirs = [name for name in ("ds_config.json", "metrics.jsonl", "summary.txt") if os.path.lexists(run / name)]
+    else:
+        theirs = [] if settings.read_bytes() == _as_dumped(settings) else [settings.name]
+    if theirs:
+        raise ConfigError(f"'{run / theirs[0]}' was not written by a run and is not replaced: give another train.run_dir")
+
+
+def _as_dumped(path: Path) -> bytes | None:
+    """What `config.to_yaml` makes of the mapping in a YAML file, whatever settings this version has; None if it is none."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+    known = isinstance(values, dict) and {"preset", "model", "train"} <= values.keys()
+    return yaml.safe_dump(values, sort_keys=False).encode() if known else None
 
 
 def set_up(config: RunConfig, me: Rank, *, start: Start | None = None, watch: NullWatch | None = None,
