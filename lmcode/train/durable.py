@@ -385,6 +385,7 @@ class Lock:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "writer.lock"
+        self._made = not os.path.lexists(self.path)
         self._handle: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -394,6 +395,9 @@ class Lock:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
             raise Locked(f"'{folder}' is being written by {holder}; stop that, or give another train.run_dir") from None
+        if not (self.path.exists() and os.path.samestat(os.stat(self.path), os.fstat(self._handle))):
+            self.close()
+            raise Locked(f"'{folder}' has just been given back by another process: try again")
         if re.fullmatch(rb"(process \d+ on host .*\n)?", os.pread(self._handle, 300, 0)) is None:
             self.close()
             raise ValueError(f"'{self.path}' was not written by this program: give another train.run_dir")
@@ -405,6 +409,12 @@ class Lock:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+    def withdraw(self) -> None:
+        """Gives the right back before anything was written: the file goes, too, if it was made for this."""
+        if self._made and self._handle is not None:
+            self.path.unlink(missing_ok=True)
+        self.close()
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def open_run(config: RunConfig, group: Group, resume: str | None = None) -> Star
         found = on_rank_0(group, lambda: _open(config, group.size, None if resume == "none" else resume, held))
     except ConfigError:
         for lock in held:
-            lock.close()
+            lock.withdraw()
         raise
     return Start(*found, lock=held[0] if held else None)
 
