@@ -150,7 +150,7 @@ def test_what_we_wrote_ourselves_is_replaced(model: LMCODE, tmp_path: Path) -> N
             plot_training_history([{"step": 1, "loss": loss}, {"step": 2, "loss": loss}], path=tmp_path / f"figure.{kind}")
     assert "2.0" in (tmp_path / "index.html").read_text()
     with pytest.raises(ValueError, match="was not drawn by this program"):
-        for _ in range(2 if other is None else 1):
+        for _ in range(2):
             plot_training_history([{"step": 1, "loss": 1.0}], path=tmp_path / "figure.jpg")
 
 

@@ -177,7 +177,11 @@ if [ "$status" -eq 75 ] || [ "$asked" = 1 ]; then back_into_the_queue "asked to 
 
 mkdir -p "$run"
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-printf "%s slots=$((SLURM_NTASKS / SLURM_NNODES))\\n" "${hosts[@]}" >"$run/hostfile"
+written="# Written by lmcode: the hosts of the job."
+if [ -e "$run/hostfile" ] && ! grep -qsxF "$written" "$run/hostfile"; then
+    fail "'$run/hostfile' is not that of a job of lmcode, and is not replaced: give another train.run_dir"
+fi
+{ echo "$written"; printf "%s slots=$((SLURM_NTASKS / SLURM_NNODES))\\n" "${hosts[@]}"; } >"$run/hostfile"
 export MASTER_ADDR="${hosts[0]}"
 # From the job's id, so that two jobs on one node do not meet; below the ports that the kernel hands out itself.
 export MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))
