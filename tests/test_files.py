@@ -172,6 +172,12 @@ def test_a_file_that_comes_into_the_way_after_a_kill_stays(tmp_path: Path, monke
         save(tmp_path, OLD)
     assert everything(tmp_path) == before
     (tmp_path / "texts" / "c").unlink()
+    (tmp_path / "texts").rmdir()
+    (tmp_path / "texts").symlink_to(tmp_path / "banks")
+    with pytest.raises(ConfigError, match=r"texts' was not written"):
+        save(tmp_path, OLD)
+    assert not (tmp_path / "banks" / "c").exists()
+    (tmp_path / "texts").unlink()
     save(tmp_path, NEW)
     assert content_of(tmp_path).items() >= NEW.items() and not (tmp_path / files.WORK).exists()
 
