@@ -10,9 +10,9 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -44,6 +44,22 @@ log = logging.getLogger("lmcode")
 STORED_AT_ONCE = 256  # experiences whose token entries are in memory at the same time
 
 
+class Spans(Protocol):
+    """Texts that are kept to be trained on again."""
+
+    def forget(self, namespaces: Collection[int]) -> int:
+        """Removes those of these namespaces, for good, on every rank; returns how many there were."""
+        ...
+
+
+class Deleted(NamedTuple):
+    """What a deletion removed: experiences, entries of the layers' banks (theirs and others), and spans kept for replay."""
+
+    experiences: int
+    entries: int
+    spans: int
+
+
 class LMCODE(MemoryLM, Pretrained):
     """A `MemoryLM` that owns one bank per memory layer, sliced over the ranks of `group`.
 
@@ -55,6 +71,9 @@ class LMCODE(MemoryLM, Pretrained):
         device: where the banks' rows live; the CPU by default.
 
     The banks are plain attributes, neither parameters nor buffers: `state_dict`, casts and ZeRO leave them alone.
+
+    Attributes:
+        replay: what whoever trains the model keeps of its texts; deletion goes there, too.
     """
 
     def __init__(self, config: LMCODEConfig, *, memory: MemoryConfig | None = None, group: Group | None = None,
@@ -76,6 +95,7 @@ class LMCODE(MemoryLM, Pretrained):
         self._tokenizer: Tokenizer | None = ByteTokenizer() if config.vocab_size >= MIN_BPE_VOCAB else None
         self._device = torch.device(device)
         self._experiences: Experiences | None = None
+        self.replay: Spans | None = None
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -163,7 +183,7 @@ class LMCODE(MemoryLM, Pretrained):
         Args:
             text: text or a row of token ids, or a list of those; a tensor of ids [T] or [B, T].
             namespace: a number or a name; one for all, or one for each. Generation reads what is in its namespace: 0 for
-                a single prompt. Documents that the model was trained on have numbers, too.
+                a single prompt. What the model was trained on is in others: see `namespace_number`.
             importance: in (0, 10]; raises the score, and delays eviction from `memory.second_chance_importance` on.
             stored_at: Unix second from which the age counts; now when None.
             step: recorded in the layers' banks as the step in which the token entries were written.
@@ -221,8 +241,16 @@ class LMCODE(MemoryLM, Pretrained):
         return found, torch.tensor([one.id for one in found], dtype=torch.int64)
 
     def delete_experiences(self, *, ids: Sequence[int] | None = None, namespace: Namespace | None = None,
-                           older_than: float | None = None) -> int:
+                           older_than: float | None = None) -> Deleted:
         """Removes, for good and with all their token entries, the experiences that meet all given conditions. Collective.
+
+        A namespace alone goes as a whole: also what was generated or trained on in it ("visit:N" for the N-th document that
+        training read), experiences or not. Spans that are kept for replay (`replay`) have neither an experience's id nor a
+        time of day: all go that are in a namespace in which something was removed.
+
+        Consolidation keeps the entries of one experience apart from all others, so nothing of a deleted text is left in the
+        means of another. Entries that a former version has merged cannot be told apart any more: those go whose ids are
+        those of the experience.
 
         Args:
             ids: of experiences that are stored, at least one.
@@ -240,12 +268,29 @@ class LMCODE(MemoryLM, Pretrained):
             raise ValueError("delete_experiences needs at least one of ids, namespace, older_than: got none")
         if older_than is not None and not older_than >= 0:
             raise ValueError(f"older_than is an age in seconds, 0 or more: got {older_than}")
-        before = None if older_than is None else math.ceil(self._now() - older_than)
         if ids is not None and not len(ids):
             raise ValueError("ids must name at least one experience: got none")
-        chosen = self.experiences.all(ids=ids, namespace=namespace, before=before)
-        delete_token_entries(self.banks, self.experiences.remove(chosen))
-        return len(chosen)
+        if ids is None and older_than is None:
+            return self._delete_namespace(namespace)
+        before = None if older_than is None else math.ceil(self._now() - older_than)
+        return self._delete(self.experiences.all(ids=ids, namespace=namespace, before=before))
+
+    def _delete_namespace(self, namespace: Namespace) -> Deleted:
+        number = namespace_number(namespace)
+        gone = self._delete([one for one in self.experiences.all() if namespace_number(one.namespace) == number])
+        others = sum(bank.delete(namespace=number) for bank in self.banks.values())
+        spans = self._forget_spans({number})
+        gone = Deleted(gone.experiences, gone.entries + others, gone.spans + spans)
+        if not any(gone):
+            self.experiences.known(namespace)  # says that there is nothing, and what there is
+        return gone
+
+    def _delete(self, chosen: Sequence[Experience]) -> Deleted:
+        entries = delete_token_entries(self.banks, self.experiences.remove(chosen))
+        return Deleted(len(chosen), entries, self._forget_spans({namespace_number(one.namespace) for one in chosen}))
+
+    def _forget_spans(self, namespaces: Collection[int]) -> int:
+        return self.replay.forget(namespaces) if self.replay is not None and namespaces else 0
 
     def inspect_experience(self, id: int) -> dict[str, Any]:
         """Everything about one experience, as JSON values: `Experience.row` with id, age, virtual shard, and, by layer, the

@@ -25,6 +25,7 @@ from test_reshard import plain, states_of
 from lmcode import LMCODE, dist
 from lmcode.cli import command as cli
 from lmcode.config import ConfigError, RunConfig, build
+from lmcode.experience.experiences import VISITS, spelled
 from lmcode.inference import evaluate_run
 from lmcode.memory import LongTermMemory
 from lmcode.presets import load_run_config
@@ -179,8 +180,9 @@ def test_training_goes_on_without_what_was_deleted_and_resharded(folder: Path, r
     reshard goes on with what that made, again and again."""
     folders = run / "checkpoints"
     said("add", run, *TEXTS[:2])
-    namespace = next(name for name, mine in spans_of(folders / "step-00000004.1").items() if name and len(mine) > 1)
-    said("add", run, TEXTS[2], "--namespace", namespace)
+    namespace = next(name for name, mine in spans_of(folders / "step-00000004.1").items() if len(mine) > 1)
+    assert namespace >= VISITS
+    said("add", run, TEXTS[2], "--namespace", spelled(namespace))
     before = folders / "step-00000004.2"
     spans, gone = spans_of(before).pop(namespace), [b"A whale is no fish", *secrets_of(before, namespace)]
     kept = [span for name, some in spans_of(before).items() if name != namespace for span in some]
@@ -188,7 +190,7 @@ def test_training_goes_on_without_what_was_deleted_and_resharded(folder: Path, r
     content = content_of(before)
     assert all(secret in content for secret in [*gone, *kept])
 
-    done = json.loads(said("delete", run, "--namespace", namespace, "--json"))
+    done = json.loads(said("delete", run, "--namespace", spelled(namespace), "--json"))
     assert (done["count"], done["entries"], done["replay_spans"]) == (1, entries, len(spans))
     assert "slots are the fewest that hold everything" in said("reshard", run, "--virtual-shards", 5, "--slots", 5, code=2)
     assert "from 12 to 5 virtual shards, 600 slots a layer" in said("reshard", run, "--virtual-shards", 5, "--slots", 600)
@@ -256,25 +258,25 @@ def test_a_reshard_changes_where_things_lie_and_nothing_else(run: Path, said: Ca
 def test_spans_go_with_the_namespace_of_what_is_deleted(run: Path, said: Callable[..., str], tmp_path: Path) -> None:
     """By id, by age, by namespace; and only those: a text that is older than its neighbours takes theirs along."""
     spans = spans_of(run / "checkpoints" / "step-00000004")
-    first, second, third, *_ = (name for name in spans if name)
-    rows = [{"text": f"text {name}", "namespace": name, "stored_at": moment}
+    first, second, third, *_ = spans
+    rows = [{"text": f"text {name}", "namespace": spelled(name) if name in spans else name, "stored_at": moment}
             for name, moment in ((first, 5), (first, int(time.time())), (second, 5), ("house", 5))]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     said("import", run, file)
     assert "deleted 1 experiences, 9 entries of layers' banks and 0 replay spans" in said("delete", run, "--id", 3)
-    done = json.loads(said("expire", run, "--older-than", "1h", "--namespace", first, "--json"))
+    done = json.loads(said("expire", run, "--older-than", "1h", "--namespace", spelled(first), "--json"))
     assert (done["count"], done["replay_spans"]) == (1, len(spans.pop(first)))
     assert spans_of(run / "checkpoints" / done["checkpoint"]) == spans
     done = json.loads(said("expire", run, "--older-than", "1h", "--json"))
     assert (done["count"], done["replay_spans"]) == (1, len(spans.pop(second)))
     live = loaded_bank(run / "checkpoints" / done["checkpoint"]).shard.columns["namespace"]
     assert (live == second).any() and (live == third).any(), "a document's entries have no time of day"
-    done = json.loads(said("delete", run, "--namespace", third, "--json"))
+    done = json.loads(said("delete", run, "--namespace", spelled(third), "--json"))
     assert (done["count"], done["entries"]) == (0, int((live == third).sum()))
     assert done["replay_spans"] == len(spans.pop(third))
     assert spans_of(run / "checkpoints" / done["checkpoint"]) == spans
-    assert "nothing is stored under the namespace" in said("delete", run, "--namespace", third, code=2)
+    assert "nothing is stored under the namespace" in said("delete", run, "--namespace", spelled(third), code=2)
 
 
 def test_a_saved_model_is_looked_at_and_resharded_into_another_folder(run: Path, said: Callable[..., str], tmp_path: Path

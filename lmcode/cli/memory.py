@@ -101,8 +101,8 @@ def _add_writers(kinds: Any, command: Command, number: Number) -> None:
     one.add_argument("file", metavar="FILE", help="JSONL; - is standard input")
     one = _kind(kinds, command, "delete", delete, words="[--id N ...] [--namespace N] [--json]",
                 help="forget experiences, for good: their texts, their entries in every layer, and all spans that are kept\n"
-                     "for replay in their namespaces. A namespace without ids goes as a whole, with what was trained on or\n"
-                     "generated under its number",
+                     "for replay in their namespaces. A namespace without ids goes as a whole, with what was generated in\n"
+                     "it; visit:N is that of the N-th document, from 0 on, that was trained on",
                 examples=["runs/books --id 17 18", "runs/books --namespace house"])
     one.add_argument("--id", metavar="N", type=number(int, lowest=0), nargs="+", dest="ids", help="of experiences")
     _add_namespace(one, "everything in it; with --id those only")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lmcode.experience.experiences import namespace_number
+from lmcode.experience.experiences import namespace_number, spelled
 from lmcode.lmcode import LMCODE
 from lmcode.memory.placement import capacity_of, rank_of, virtual_shard_of
 from lmcode.report.analysis import analyze_memory_capacity, attention_received, compute_memory_efficiency, entry_columns
@@ -153,7 +153,7 @@ def bank_facts(model: LMCODE, layer: int, efficiency: dict[str, Any], step: int 
 def largest_namespaces(columns: Mapping[str, np.ndarray], names: Mapping[int, str]) -> list[tuple[str, int]]:
     """Name (or number) and entries of the namespaces with most entries, the lower number first among equals."""
     numbers, counts = np.unique(columns["namespace"], return_counts=True)
-    return [(names.get(int(numbers[one]), str(numbers[one])), int(counts[one]))
+    return [(names.get(int(numbers[one]), spelled(int(numbers[one]))), int(counts[one]))
             for one in np.lexsort((numbers, -counts))[:LISTED]]
 
 
@@ -162,6 +162,6 @@ def most_read(columns: Mapping[str, np.ndarray], now: int, names: Mapping[int, s
     received = attention_received(columns)
     order = [one for one in np.lexsort((columns["id"], -received))[:LISTED] if received[one] > 0]
     return [{"id": int(columns["id"][one]), "received": float(received[one]),
-             "namespace": names.get(int(columns["namespace"][one]), str(columns["namespace"][one])),
+             "namespace": names.get(int(columns["namespace"][one]), spelled(int(columns["namespace"][one]))),
              "importance": float(columns["importance"][one]), "age": now - int(columns["step"][one]),
              "last_hit": now - int(columns["last_hit"][one]), "count": int(columns["count"][one])} for one in order]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmcode.config import ConfigError, RunConfig, build, to_yaml
-from lmcode.experience.experiences import Namespace, namespace_number
+from lmcode.experience.experiences import Namespace
 from lmcode.lmcode import LMCODE
 from lmcode.presets import load_run_config
 from lmcode.resharding import reshard_memory
@@ -121,56 +121,28 @@ def _commit(final: Path, draft: Draft, manifest: durable.Manifest) -> None:
 
 def forget(draft: Draft, *, ids: Collection[int] | None = None, namespace: Namespace | None = None,
            older_than: float | None = None) -> dict[str, int]:
-    """Removes experiences that meet all given conditions (as `LMCODE.delete_experiences`), and all spans that are kept for
-    replay in their namespaces: a span has neither an experience's id nor a time of day, so when in doubt it goes.
-
-    With a namespace alone everything in it goes, experiences or not: the layers' entries of texts that were trained on or
-    generated under that number, and their spans.
+    """`LMCODE.delete_experiences` of a model and of the spans that its run replays.
 
     Returns:
         count (of experiences), entries (of the layers' banks) and replay_spans that were removed.
 
     Raises:
-        ValueError: for an id that is not stored, or a namespace in which there is nothing.
+        ValueError: as there.
     """
-    model = draft.model
-    before = _live_entries(model)
-    if ids is None and older_than is None:
-        count, numbers = _forget_namespace(model, namespace), {namespace_number(namespace)}
-    else:
-        held = {one.id: namespace_number(one.namespace) for one in model.experiences.all()}
-        count = model.delete_experiences(ids=ids, namespace=namespace, older_than=older_than)
-        numbers = {held[id] for id in held.keys() - {one.id for one in model.experiences.all()}}
-    gone = {"count": count, "entries": before - _live_entries(model), "replay_spans": forget_spans(draft, numbers)}
-    if not any(gone.values()) and older_than is None:
-        model.experiences.all(namespace=namespace)  # says that there is nothing, and what there is
-    return gone
+    draft.model.replay = kept = load_spans(draft.folder)
+    gone = draft.model.delete_experiences(ids=ids, namespace=namespace, older_than=older_than)
+    if gone.spans:
+        draft.parts[replay.FILE] = replay.replay_part(kept)
+    return {"count": gone.experiences, "entries": gone.entries, "replay_spans": gone.spans}
 
 
-def _forget_namespace(model: LMCODE, namespace: Namespace) -> int:
-    """Removes everything in a namespace from the model's memory; returns how many experiences there were."""
-    number = namespace_number(namespace)
-    known = number in map(namespace_number, model.experiences.namespaces())
-    count = model.delete_experiences(namespace=namespace) if known else 0
-    for bank in model.banks.values():
-        bank.delete(namespace=number)
-    return count
-
-
-def _live_entries(model: LMCODE) -> int:
-    return sum(bank.stats()["live"] for bank in model.banks.values())
-
-
-def forget_spans(draft: Draft, namespaces: Collection[int]) -> int:
-    """Removes the spans of these namespaces from what a run replays; returns how many there were."""
-    file = draft.folder / replay.FILE
-    if not file.exists() or not namespaces:
-        return 0
-    kept = replay.make_replay(load_run_config(draft.folder / "config.yaml"))
-    replay.load_replay(file, kept)
-    count = kept.forget(namespaces)
-    draft.parts[replay.FILE] = replay.replay_part(kept)
-    return count
+def load_spans(folder: Path) -> replay.Replay | None:
+    """What the run of a checkpoint replays; None if that is nothing."""
+    if not (folder / replay.FILE).exists():
+        return None
+    kept = replay.make_replay(load_run_config(folder / "config.yaml"))
+    replay.load_replay(folder / replay.FILE, kept)
+    return kept
 
 
 def reshard(draft: Draft, virtual_shards: int, *, slots: int | None = None,

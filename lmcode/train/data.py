@@ -61,7 +61,7 @@ class Pass:
     """Where the current reading of a dataset began. A job from the command line has one; a trainer may have several.
 
     first_step: the step of its first batch.
-    first_namespace: that of its first visit; the smaller ones belong to what was written before.
+    first_namespace: that of its first visit; 0 in runs from before `experiences.VISITS`, which numbers them now.
     first_pause: steps into the pass before which no stream pauses, since nothing was stored to replay.
     over: whether it has ended because its epochs were read.
     """

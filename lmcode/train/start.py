@@ -18,6 +18,7 @@ from lmcode import dist
 from lmcode.config import ConfigError, RunConfig, to_yaml
 from lmcode.dist import Group, Rank, on_rank_0
 from lmcode.eval.held_out import held_out_sampler
+from lmcode.experience.experiences import VISITS
 from lmcode.lmcode import LMCODE
 from lmcode.train import checkpoint, durable, observe
 from lmcode.train.clock import Clock
@@ -124,7 +125,7 @@ def set_up(config: RunConfig, me: Rank, *, start: Start | None = None, watch: Nu
     model.tokenizer = corpus.tokenizer
     engine = Engine(model, config, world_size=me.world_size)
     agreed(request, group)
-    replay, data_pass = make_replay(config), Pass()
+    replay, data_pass = make_replay(config), Pass(first_namespace=VISITS)
     session = Session(config=config, me=me, group=group, run_folder=start.run_folder, corpus=corpus, model=model,
                       engine=engine, sampler=make_sampler(config, corpus.train, replay, data_pass=data_pass),
                       held_out=held_out_sampler(corpus.held_out, config), metrics=NullMetrics(), replay=replay,

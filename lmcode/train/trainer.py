@@ -21,6 +21,7 @@ from lmcode.cluster import network
 from lmcode.config import ConfigError, RunConfig, TrainConfig, build
 from lmcode.dist import Group
 from lmcode.eval.held_out import EvalResult, evaluate
+from lmcode.experience.experiences import VISITS
 from lmcode.lmcode import LMCODE
 from lmcode.memory.bank import LongTermMemory
 from lmcode.presets import load_run_config
@@ -36,7 +37,6 @@ from lmcode.train.session import Session
 
 log = logging.getLogger("lmcode")
 
-NAMED = 2**61  # from here on namespaces are those of names, which no pass of a dataset takes
 HISTORY = {"train/loss": "loss", "train/learning_rate": "learning_rate", "train/grad_norm": "grad_norm",
            "perf/tokens_per_s": "tokens_per_s", "train/replay_share": "replay_share", "train/replay_loss": "replay_loss"}
 
@@ -197,7 +197,7 @@ class MemoryAwareTrainer:
         checkpoint.load_into(session, folder, trainer)
         if corpus.tokenizer.vocab_size <= self.model.config.vocab_size:
             self.model.tokenizer = corpus.tokenizer
-        self._session = session
+        self._session, self.model.replay = session, session.replay
 
     def _dataset(self, data: Any) -> MemoryDataset:
         tokenizer = getattr(self.model, "tokenizer", None)
@@ -268,7 +268,7 @@ class MemoryAwareTrainer:
             session.config = config.model_copy(update={"eval": evaluation})
         session.metrics = History(self._record(session))
         start.announce(session)
-        self._session = session
+        self._session, self.model.replay = session, session.replay
         return session
 
     def _make_session(self, config: RunConfig, corpus: Corpus, replay: Replay | None, data_pass: Pass,
@@ -335,12 +335,11 @@ def _moved(bank: LongTermMemory, group: Group, device: torch.device) -> LongTerm
 
 
 def _free_namespace(model: LMCODE) -> int:
-    """The first number beyond those of all entries. A collective."""
-    mine = 0
+    """The first of `VISITS` beyond those of all entries. A collective."""
+    mine = VISITS
     for bank in model.banks.values():
         columns = bank.shard.columns
-        used = columns["namespace"][(columns["id"] >= 0) & (columns["namespace"] < NAMED)]
-        mine = max(mine, 1 + int(used.max(initial=-1)))
+        mine = max(mine, 1 + int(columns["namespace"][columns["id"] >= 0].max(initial=-1)))
     return max(model.group.all_gather_object(mine))
 
 
