@@ -206,7 +206,8 @@ class LMCODE(MemoryLM, Pretrained):
         for start in range(0, len(batch), STORED_AT_ONCE):
             part = slice(start, start + STORED_AT_ONCE)
             offered = read_texts(self, rows[part])
-            entries = write_token_entries(self.banks, batch[part], offered, step=step)
+            entries = write_token_entries(self.banks, batch[part], offered, first_id=self.experiences.bank.next_id,
+                                          step=step)
             stored, gone = self.experiences.store(
                 [replace(one, entries=ranges) for one, ranges in zip(batch[part], entries, strict=True)])
             delete_token_entries(self.banks, gone)

@@ -260,7 +260,7 @@ def _enough(token_B: torch.Tensor) -> None:
     ({"namespace": 1.5}, "a namespace is a number"),
     ({"namespace": True}, "a namespace is a number"),
     ({"namespace": torch.tensor([1.7])}, "a namespace is a number"),
-    ({"namespace": 2**62}, "a namespace is a number"),
+    ({"namespace": 2**63}, "a namespace is a number"),
     ({"namespace": [None]}, "a namespace is a number"),
     ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer: got 2.5"),
     ({"max_new_tokens": True}, "max_new_tokens must be an integer"),

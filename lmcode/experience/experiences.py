@@ -12,6 +12,7 @@ collectives: every rank passes the same arguments and gets the same answer.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ import torch
 from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, near_match
 from lmcode.dist import Group
 from lmcode.memory.bank import LongTermMemory
-from lmcode.memory.entry import MAX_IMPORTANCE, choose, importance_of
+from lmcode.memory.entry import MAX_IMPORTANCE, UNKNOWN, choose, importance_of
 from lmcode.memory.lexical import text_key
 from lmcode.memory.placement import virtual_shard_of
 from lmcode.retrieval import Candidates
@@ -111,6 +112,12 @@ def is_number_of_a_name(namespace: Any) -> bool:
     return isinstance(namespace, int) and NAMES <= namespace < 2**63
 
 
+def document_of(id: int) -> int:
+    """What entries of an experience have in the column `document`, apart from `UNKNOWN` and from the documents of texts that
+    are trained on: consolidation keeps the entries of one document apart from all others."""
+    return UNKNOWN - 1 - id
+
+
 def spelled(number: int) -> str:
     """A namespace's number as users write it; that of a name, which cannot be told from its hash, in figures."""
     return f"visit:{number - VISITS}" if number >= VISITS else str(number)
@@ -156,7 +163,8 @@ class Experiences:
         key_1ED = torch.from_numpy(np.stack([text_key(one.searchable, KEY_DIM) for one in batch])).unsqueeze(0)
         namespace_E = torch.tensor([namespace_number(one.namespace) for one in batch])
         importance_E = torch.tensor([one.importance for one in batch], dtype=torch.float32)
-        ids = self.bank.write(key_1ED, torch.zeros_like(key_1ED), namespace_E, importance_E,
+        document_E = torch.tensor([document_of(self.bank.next_id + place) for place in range(len(batch))])
+        ids = self.bank.write(key_1ED, torch.zeros_like(key_1ED), namespace_E, importance_E, document_E=document_E,
                               step=batch[0].stored_at).tolist()
         mine = set(self.bank.owned)
         shard_E = virtual_shard_of(np.array(ids), self.bank.config.virtual_shards).tolist()
@@ -241,16 +249,19 @@ def _retrieved(one: Experience, score: float, now: int) -> Retrieved:
 
 
 def write_token_entries(banks: Mapping[int, LongTermMemory], batch: Sequence[Experience],
-                        offered: Sequence[Mapping[int, Candidates]], *, step: int) -> list[Ranges]:
+                        offered: Sequence[Mapping[int, Candidates]], *, first_id: int, step: int) -> list[Ranges]:
     """Writes what the texts offer into the layers' banks; returns each text's ids. Collective.
 
     The write policy chooses within each text. An entry's importance is its initial one (from surprise) times its
     experience's.
+
+    Args:
+        first_id: of the experiences, which are about to be stored in this order.
     """
     ranges: list[Ranges] = [{} for _ in batch]
     for layer, bank in banks.items():
-        keys, values, namespaces, importances = [], [], [], []
-        for one, offers, places in zip(batch, offered, ranges, strict=True):
+        keys, values, namespaces, importances, documents = [], [], [], [], []
+        for id, (one, offers, places) in enumerate(zip(batch, offered, ranges, strict=True), start=first_id):
             candidates = offers[layer]
             surprise_N = candidates.surprise_N.float().cpu().numpy()
             chosen = choose(surprise_N, bank.config)
@@ -261,9 +272,27 @@ def write_token_entries(banks: Mapping[int, LongTermMemory], batch: Sequence[Exp
             values.append(candidates.value_HND[:, on_device])
             namespaces.append(np.full(chosen.sum(), namespace_number(one.namespace), np.int64))
             importances.append(importance_of(surprise_N[chosen]) * np.float32(one.importance))
-        bank.write(torch.cat(keys, dim=1).float(), torch.cat(values, dim=1).float(),
-                   torch.from_numpy(np.concatenate(namespaces)), torch.from_numpy(np.concatenate(importances)), step=step)
+            documents.append(np.full(chosen.sum(), document_of(id), np.int64))
+        vectors = (torch.cat(parts, dim=1).float() for parts in (keys, values))
+        facts = (torch.from_numpy(np.concatenate(parts)) for parts in (namespaces, importances))
+        bank.write(*vectors, *facts, document_E=torch.from_numpy(np.concatenate(documents)), step=step)
     return ranges
+
+
+def name_documents(banks: Mapping[int, LongTermMemory], experiences: Experiences) -> None:
+    """Tells entries from before there was a column `document` of which experience they are. Collective.
+
+    What had been merged across experiences stays so: an entry is then its survivor's.
+    """
+    parts = experiences.group.all_gather_object([(one.id, one.entries or {}) for one in experiences.held.values()])
+    everyones = dict(itertools.chain(*parts))  # memory groups hold the same
+    for layer, bank in banks.items():
+        _name(bank, sorted((*ranges[layer], document_of(id)) for id, ranges in everyones.items() if layer in ranges))
+    _name(experiences.bank, [(id, id + 1, document_of(id)) for id in sorted(everyones)])
+
+
+def _name(bank: LongTermMemory, ranges: Sequence[tuple[int, int, int]]) -> None:
+    bank.shard.name_documents(*np.array(ranges, np.int64).reshape(-1, 3).T)
 
 
 def delete_token_entries(banks: Mapping[int, LongTermMemory], gone: Sequence[Ranges]) -> int:

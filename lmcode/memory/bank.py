@@ -269,7 +269,7 @@ class LongTermMemory:
         Args:
             namespace_E: int64; rows with a negative one are rejected.
             importance_E: fp32, cut off at 10; rows where it is not positive are rejected; 1 when None.
-            document_E: int64, the text that each entry was written from; negative, or None: unknown.
+            document_E: int64, the text that each entry was written from; -1, or None: unknown.
         """
         E = key_HED.shape[1]
         importance_E = torch.ones(E) if importance_E is None else importance_E
@@ -306,7 +306,11 @@ class LongTermMemory:
         return self._totals(self.inside, self.shard.delete(chosen_M))[0]
 
     def consolidate(self, threshold: float = 0.1) -> ConsolidationReport:
-        """Merges pairs of entries of one namespace whose keys are less than a cosine distance apart. Collective.
+        """Merges pairs of entries of one text whose keys are less than a cosine distance apart. Collective.
+
+        A text is a document in a namespace; entries of unknown document are one text of their namespace. So no entry is a
+        mean of what two documents say, and deleting one of them leaves nothing of it. The price is that texts which say the
+        same, in one namespace, keep an entry each.
 
         One call is one round: every entry looks up its nearest other one over all shards, pairs are chosen greedily in
         id order (`choose_pairs`), and nobody is in two; the rest is left to the next call. The survivor is the smaller

@@ -49,8 +49,8 @@ class Entries(NamedTuple):
     key_EHD, value_EHD: fp32; the bank stores them in its own dtype.
     id_E: int64, global, never reused.
     namespace_E: int64, at least 0.
-    document_E: int64, the text that the entry was written from, whatever the namespace it was read under; `UNKNOWN`, or at
-        least 0.
+    document_E: int64, the text that the entry was written from, whatever the namespace it was read under; `UNKNOWN`; below
+        it those of experiences (`experiences.document_of`), above it those of documents.
     importance_E: fp32 in (0, `MAX_IMPORTANCE`].
     step_E: int64, the step that wrote the entry; also its last hit until it has one.
     """
@@ -167,7 +167,7 @@ def admit(key_EHD: Tensor, value_EHD: Tensor, namespace_E: np.ndarray, importanc
           step: int, max_norm: float, document_E: np.ndarray | None = None) -> tuple[Entries, np.ndarray, int]:
     """Turns a batch into entries with consecutive ids: those acceptable, which rows they are, how many were clipped.
 
-    Without documents, and where they are negative, they are `UNKNOWN`.
+    Without documents they are `UNKNOWN`.
     """
     accepted_E = acceptable(key_EHD, value_EHD, namespace_E, importance_E)
     key_EHD, long_key_E = clip_norm(key_EHD, max_norm)
@@ -175,7 +175,7 @@ def admit(key_EHD: Tensor, value_EHD: Tensor, namespace_E: np.ndarray, importanc
     clipped = int(((long_key_E | long_value_E).cpu().numpy() & accepted_E).sum())
     id_E = first_id + np.arange(len(namespace_E), dtype=np.int64)
     importance_E = np.minimum(importance_E, np.float32(MAX_IMPORTANCE))
-    document_E = np.full_like(id_E, UNKNOWN) if document_E is None else np.maximum(document_E, UNKNOWN)
+    document_E = np.full_like(id_E, UNKNOWN) if document_E is None else document_E
     entries = Entries(key_EHD, value_EHD, id_E, namespace_E, document_E, importance_E, np.full_like(id_E, step))
     return entries.take(np.flatnonzero(accepted_E)), accepted_E, clipped
 
@@ -184,8 +184,8 @@ def check_content(state: Mapping[str, Tensor], virtual_shards: int) -> None:
     """Raises ValueError for a state that no sequence of writes can lead to.
 
     Refused: a number that is not finite; a hand outside the ring; a negative counter; an id that is not below next_id,
-    occurs twice or hashes to another virtual shard; a live entry with importance outside (0, `MAX_IMPORTANCE`], a
-    negative namespace or a document below `UNKNOWN`.
+    occurs twice or hashes to another virtual shard; a live entry with importance outside (0, `MAX_IMPORTANCE`] or a
+    negative namespace.
     """
     shard, id_C = int(state["shard"]), state["id"].numpy()
     where = f"virtual shard {shard}"
@@ -205,8 +205,6 @@ def check_content(state: Mapping[str, Tensor], virtual_shards: int) -> None:
     importance_C, namespace_C = state["importance"].numpy()[live_C], state["namespace"].numpy()[live_C]
     if (importance_C <= 0).any() or (importance_C > MAX_IMPORTANCE).any() or (namespace_C < 0).any():
         raise ValueError(f"{where}: importance must lie in (0, {MAX_IMPORTANCE}] and namespaces at or above 0")
-    if (state["document"].numpy()[live_C] < UNKNOWN).any():
-        raise ValueError(f"{where}: documents must lie at or above {UNKNOWN}")
 
 
 def check_moments(outcomes: Sequence[tuple[str | None, set[tuple[int, ...]]]]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lmcode.config import ConfigError
+from lmcode.experience.experiences import name_documents
 from lmcode.experience.files import experience_parts, load_experiences
 from lmcode.lmcode import LMCODE
 from lmcode.memory.store import load_bank, save_shard, shard_file
@@ -72,6 +73,7 @@ def load_memory(folder: Path, model: LMCODE) -> None:
             experiences = model.new_experiences()  # those that the model had do not go with these banks
             if model.group.all_gather_object((folder / EXPERIENCES).is_dir())[0]:
                 load_experiences(folder / EXPERIENCES, experiences)
+                name_documents(model.banks, experiences)
             model.experiences = experiences
     except ValueError as error:
         raise ConfigError(str(error)) from None
