@@ -128,8 +128,8 @@ class LMCODE(MemoryLM, Pretrained):
             temperature, top_k, top_p, repetition_penalty, no_repeat_ngram_size, eos_id, seed: see `Decoding`.
             attention_mask: bool or 0/1 [B, T], 0 at padding, which must lead.
             namespace: the document that the streams, all of them or each, read (with the memory scope "document") and
-                write, as a number or as the name that experiences were stored under; stream b's is b when None. A number
-                under which nothing is stored finds nothing.
+                write, as a number or as the name that experiences were stored under ("visit:N" for what training read, see
+                `namespace_number`); stream b's is b when None. A number under which nothing is stored finds nothing.
             write_memory: store in the banks, under `namespace`, what is read and produced: each window of `context_length`
                 tokens when it is full, the last ones at the end. Reading alone changes nothing in a bank.
             step: recorded as the step in which these entries were written.
