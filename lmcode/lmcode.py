@@ -271,7 +271,7 @@ class LMCODE(MemoryLM, Pretrained):
             raise ValueError(f"older_than is an age in seconds, 0 or more: got {older_than}")
         if ids is not None and not len(ids):
             raise ValueError("ids must name at least one experience: got none")
-        if ids is None and older_than is None:
+        if namespace is not None and ids is None and older_than is None:
             return self._delete_namespace(namespace)
         before = None if older_than is None else math.ceil(self._now() - older_than)
         return self._delete(self.experiences.all(ids=ids, namespace=namespace, before=before))

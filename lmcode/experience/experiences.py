@@ -273,9 +273,10 @@ def write_token_entries(banks: Mapping[int, LongTermMemory], batch: Sequence[Exp
             namespaces.append(np.full(chosen.sum(), namespace_number(one.namespace), np.int64))
             importances.append(importance_of(surprise_N[chosen]) * np.float32(one.importance))
             documents.append(np.full(chosen.sum(), document_of(id), np.int64))
-        vectors = (torch.cat(parts, dim=1).float() for parts in (keys, values))
-        facts = (torch.from_numpy(np.concatenate(parts)) for parts in (namespaces, importances))
-        bank.write(*vectors, *facts, document_E=torch.from_numpy(np.concatenate(documents)), step=step)
+        namespace_E, importance_E, document_E = (torch.from_numpy(np.concatenate(parts))
+                                                 for parts in (namespaces, importances, documents))
+        bank.write(torch.cat(keys, dim=1).float(), torch.cat(values, dim=1).float(), namespace_E, importance_E,
+                   document_E=document_E, step=step)
     return ranges
 
 

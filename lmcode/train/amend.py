@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -119,7 +119,7 @@ def _commit(final: Path, draft: Draft, manifest: durable.Manifest) -> None:
 # Changes
 
 
-def forget(draft: Draft, *, ids: Collection[int] | None = None, namespace: Namespace | None = None,
+def forget(draft: Draft, *, ids: Sequence[int] | None = None, namespace: Namespace | None = None,
            older_than: float | None = None) -> dict[str, int]:
     """`LMCODE.delete_experiences` of a model and of the spans that its run replays.
 
@@ -131,7 +131,7 @@ def forget(draft: Draft, *, ids: Collection[int] | None = None, namespace: Names
     """
     draft.model.replay = kept = load_spans(draft.folder)
     gone = draft.model.delete_experiences(ids=ids, namespace=namespace, older_than=older_than)
-    if gone.spans:
+    if kept is not None and gone.spans:
         draft.parts[replay.FILE] = replay.replay_part(kept)
     return {"count": gone.experiences, "entries": gone.entries, "replay_spans": gone.spans}
 
