@@ -694,8 +694,8 @@ def test_a_failing_rank_is_named_with_its_traceback() -> None:
 
 
 def test_a_hanging_rank_is_named_with_its_stack() -> None:
-    with pytest.raises(RankError, match=r"ranks \[0\] of 1 did not finish in time:\nrank 0:"):
-        run_on_ranks(hang, 1, timeout_s=6)
+    with pytest.raises(RankError, match=r"ranks \[0\] of 1 did not finish in time:\nrank 0:(.|\n)* in hang\n"):
+        run_on_ranks(hang, 1, timeout_s=1)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

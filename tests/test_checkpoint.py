@@ -227,7 +227,7 @@ def test_resume_falls_back_drops_what_lies_beyond_and_refuses_what_does_not_fit(
             (ruined, str(run / "ruined" / "checkpoints" / "step-00000003")), (empty, "auto"),
             (empty, str(run / "nowhere")), (longer, "none")]
     before = (run / "done" / "metrics.jsonl").read_bytes()
-    first, second = run_on_ranks(resume_all, 2, jobs, timeout_s=280)
+    first, second = run_on_ranks(resume_all, 2, jobs)
     assert first == second
     *codes, ruin, wide, chosen, fresh, nowhere, again = first
     assert codes == [0, 0, 0, 0] and fresh == 0

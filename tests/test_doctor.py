@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from lmcode import estimate
 from lmcode.config import RunConfig
@@ -166,7 +167,7 @@ def test_a_search_that_returns_wrong_hits_fails(monkeypatch: pytest.MonkeyPatch)
 def test_the_command_prints_json_and_ends_with_the_state(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run([sys.executable, "-m", "lmcode", "doctor", "--json", "--run-dir", str(tmp_path)],
-                          cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=120)
+                          cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     report = json.loads(done.stdout)
     assert done.returncode == (0 if report["ok"] else 1)
     found = {check["name"]: check for check in report["checks"]}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -103,7 +104,7 @@ tokenizer = AutoTokenizer.from_pretrained({str(folder)!r}, trust_remote_code=Tru
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True, dtype="auto", device_map={{"": "cpu"}})
 print(model.generate(**tokenizer("the quick", return_tensors="pt"), max_new_tokens=3).shape[1])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250,
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S,
                           cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-2000:]
     refused, length = done.stdout.split()

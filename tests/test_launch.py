@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 CHECKOUT = Path(__file__).parents[1]
 SCRIPTS = [CHECKOUT / name for name in ("launch/environment.sh", "launch/local.sh", "launch/mpi.sh", "launch/multinode.sh",
@@ -23,7 +24,7 @@ Done = subprocess.CompletedProcess
 RUNNER = """import os, sys, time
 print("runner", *sys.argv[1:], "threads=" + os.environ["OMP_NUM_THREADS"], flush=True)
 if "train.seed=99" in sys.argv:
-    time.sleep(60)
+    time.sleep(1000)
 sys.exit(int(os.environ.get("STAND_IN_EXIT", "0")))
 """
 STUB = """#!/usr/bin/env bash
@@ -64,7 +65,7 @@ def stand_ins(tmp_path: Path, corpora: Path) -> dict[str, str]:
 
 def start(tmp_path: Path, env: dict[str, str], script: str, *arguments: str, **more: str) -> Done:
     return subprocess.run(["bash", str(tmp_path / script), *arguments], env={**env, **more}, cwd=tmp_path,
-                          capture_output=True, text=True, timeout=60)
+                          capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -150,7 +151,7 @@ def test_a_signal_ends_the_launcher_too(tmp_path: Path, stand_ins: dict[str, str
     while not job.stdout.readline().startswith("runner"):
         assert job.poll() is None
     job.send_signal(number)
-    rest, _ = job.communicate(timeout=30)  # ends only when every process that holds our pipe has ended
+    rest, _ = job.communicate(timeout=PATIENCE_S)  # ends only when every process that holds our pipe has ended
     assert (job.returncode, rest) == (code, "")
 
 

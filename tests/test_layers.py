@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 CHECKOUT = Path(__file__).parents[1]
 PACKAGE = CHECKOUT / "lmcode"
@@ -143,5 +144,5 @@ def test_no_handler_is_bare(file: str) -> None:
 @pytest.mark.parametrize("module", ["lmcode", "lmcode.cli", "lmcode.doctor.host", "lmcode.train.ds_config"])
 def test_importing_it_needs_torch_at_most(module: str) -> None:
     code = f"import sys, {module}\nsys.exit(', '.join(name for name in {LAZY!r} if name in sys.modules) or 0)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert (done.returncode, done.stderr.strip()) == (0, "")

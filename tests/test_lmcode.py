@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from torch import nn
 
 import lmcode
@@ -70,5 +71,5 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_the_package_imports_without_torch() -> None:
-    done = subprocess.run([sys.executable, "-c", "import lmcode, sys; sys.exit('torch' in sys.modules)"], timeout=60)
+    done = subprocess.run([sys.executable, "-c", "import lmcode, sys; sys.exit('torch' in sys.modules)"], timeout=PATIENCE_S)
     assert done.returncode == 0

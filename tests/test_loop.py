@@ -128,7 +128,7 @@ def test_losses_do_not_depend_on_how_the_job_is_spread(folder: Path, reference: 
         "faiss": {"memory": {"tier": "faiss-flat"}},
     }
     jobs = [settings(folder, name, **changes) for name, changes in variants.items()]
-    results = run_on_ranks(train_all, 2, jobs, timeout_s=240)[0]
+    results = run_on_ranks(train_all, 2, jobs)[0]
     for name, result in zip(variants, results, strict=True):
         try:
             assert_same(result, reference)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from lmcode.cli import command as cli
 from lmcode.dist import free_port
@@ -97,7 +98,7 @@ def test_all_python_runs_in_order_as_it_stands(tmp_path: Path, ranks: int) -> No
     launcher = ["-m", "deepspeed.launcher.runner", "--hostfile", "/dev/null", "--log_level", "error", "--master_port",
                 str(free_port()), "--num_gpus", str(ranks)] if ranks > 1 else []
     done = subprocess.run([sys.executable, *launcher, "program.py"], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=280)
+                          timeout=PATIENCE_S)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert {"best_model.pt", "my_model", "memory_stats.png"} <= {path.name for path in tmp_path.iterdir()}
     answers = [(tmp_path / f"rank-{rank}.json").read_text(encoding="utf-8") for rank in range(ranks)]

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from lmcode import dist
 from lmcode.cli import command as cli
@@ -91,7 +92,7 @@ def run_script(folder: Path, *, srun: str, python: str = "",
                  "SLURM_SUBMIT_DIR": str(folder), "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "a[1-2]",
                  "SLURM_JOB_NAME": "lmcode"}
     return subprocess.run(["bash", "-c", render(Job()), "script", "train.seed=3"], env=variables, capture_output=True,
-                          text=True, timeout=30)
+                          text=True, timeout=PATIENCE_S)
 
 
 def test_the_script_checks_first_and_goes_on_where_the_job_was(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 GO = "go"
-WAIT_S = 60.0
+WAIT_S = 900.0
 STEP = 3  # steps behind a rank that is met while it trains, and before it raises
 
 
