@@ -16,7 +16,7 @@ from lmcode.model.decode import steppable
 from lmcode.model.generate import Generation, generate
 from lmcode.model.lm import MemoryLM
 from lmcode.model.sampling import Decoding
-from lmcode.model.shortlist import Shortlist
+from lmcode.model.shortlist import Shortlist, multiplies_bf16
 
 CONFIG = LMCODEConfig(vocab_size=31, hidden_size=32, num_layers=2, num_heads=2, context_length=8, short_term_memory_size=4,
                       short_term_dim=8, short_term_segment=4, memory_layers=(1,), memory_head_dim=8,
@@ -82,7 +82,7 @@ def test_long_texts_are_written_with_copies_of_the_weights(model: LMCODE, prompt
     assert torch.equal(cached, plain)
 
 
-@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU does not multiply bf16")
+@pytest.mark.skipif(not multiplies_bf16(), reason="this CPU does not multiply bf16")
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 2.0, "top_k": 5, "seed": 1}])
 def test_the_shortlist_of_the_head_changes_no_text(model: LMCODE, settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     long = Decoding(max_new_tokens=40, **settings)

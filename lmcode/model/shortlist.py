@@ -16,10 +16,16 @@ ROUGHNESS = 3 * 2**-9 + 2**-12
 MOST = 4096  # rows for which reading them one by one is still faster than reading all
 
 
+def multiplies_bf16() -> bool:
+    """Whether this CPU multiplies bf16 fast, and oneDNN, which the environment may restrict to older instructions, can."""
+    return (torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def worthwhile(weight_VC: Tensor, rows: int) -> bool:
     """Whether the shortlist is faster than the product: one stream, fp32 on a CPU that multiplies bf16, many words."""
     return (rows == 1 and weight_VC.device.type == "cpu" and weight_VC.dtype == torch.float32 and len(weight_VC) > 4 * MOST
-            and torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported())
+            and multiplies_bf16())
 
 
 class Shortlist:
