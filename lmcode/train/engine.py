@@ -76,6 +76,11 @@ class Engine:
         """Accumulates the gradient of `loss` / accumulation steps, averaged over ranks."""
         self._engine.backward(loss)
 
+    @property
+    def learning_rate(self) -> float:
+        """The rate that the optimizer has now."""
+        return float(self._engine.optimizer.param_groups[0]["lr"])
+
     def set_learning_rate(self, rate: float) -> None:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate

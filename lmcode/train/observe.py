@@ -18,7 +18,6 @@ from lmcode.lmcode import LMCODE
 from lmcode.train.clock import PHASES
 from lmcode.train.engine import count_parameters
 from lmcode.train.replay import ReplaySampler
-from lmcode.train.schedule import learning_rate
 from lmcode.train.session import Session, StepResult
 
 log = logging.getLogger("lmcode")
@@ -46,7 +45,7 @@ def log_step(session: Session, result: StepResult) -> None:
     values = {
         "train/loss": result.loss,
         "train/grad_norm": session.engine.gradient_norm(),
-        "train/learning_rate": learning_rate(session.config.train, session.step - 1),
+        "train/learning_rate": session.engine.learning_rate,
         "train/skipped_steps": float(session.engine.skipped_steps),
         "perf/tokens_per_s": result.tokens / max(timings["step"] / steps, 1e-9),
     }
