@@ -69,22 +69,22 @@ def test_scores_and_order_of_faiss_do_not_matter(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_rounding_may_hide_from_faiss_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that are tied but for a few times the last bit, and a FAISS that is off by all that its rounding may be."""
-    generator = torch.Generator().manual_seed(0)
+    """Rows that are tied but for a few times the last bit, of which FAISS rates all but K as low as its rounding may."""
+    k, generator = 20, torch.Generator().manual_seed(0)
     query = torch.nn.functional.pad(torch.randn(1, 40, 32, generator=generator), (0, 1), value=1.0)
     key = torch.randn(1, 1, 33, generator=generator) + 1e-6 * torch.randn(1, 600, 33, generator=generator)
-    ids = torch.randperm(600, generator=generator)
-    slack = 0.9 * faiss_index.ROUNDING * (query.norm(dim=-1).T * key[..., :-1].norm(dim=-1).max() + 10)
+    ids, favoured = (torch.randperm(600, generator=generator) for _ in range(2))
+    slack_N1 = 0.9 * faiss_index.ROUNDING * (query[0].norm(dim=1, keepdim=True) * key[0, :, :-1].norm(dim=1).max() + 10)
 
-    def as_wrong_as_may_be(query_NE: torch.Tensor, key_ME: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        score_NM = query_NE.double() @ key_ME.double().T
-        score_NM += slack * (2 * torch.rand(score_NM.shape, generator=generator) - 1)
-        score_NL, slot_NL = score_NM.topk(k)
+    def unfair(query_NE: torch.Tensor, key_ME: torch.Tensor, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
+        score_NM = query_NE.double() @ key_ME.double().T - slack_N1
+        score_NM[:, favoured[:k]] += slack_N1
+        score_NL, slot_NL = score_NM.topk(wanted)
         return score_NL.float(), slot_NL
 
-    wanted = faiss_index._redo(query[0], key[0], ids, 20)
-    monkeypatch.setattr(faiss_index, "_knn", as_wrong_as_may_be)
-    assert_same([part[0] for part in search_flat(query, key, ids, 20)], wanted)
+    wanted = faiss_index._redo(query[0], key[0], ids, k)
+    monkeypatch.setattr(faiss_index, "_knn", unfair)
+    assert_same([part[0] for part in search_flat(query, key, ids, k)], wanted)
 
 
 def test_unclear_cuts_are_redone_and_clear_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
