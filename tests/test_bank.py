@@ -168,6 +168,14 @@ def on_one_rank() -> dict[str, Any]:
 
 
 SIZES = {2: [0], 3: [0], 4: [4, 2, 1]}  # of the memory groups, by the number of ranks; 0: all are one
+
+
+def same_bits(run: int, R: int, size: int) -> bool:
+    """Whether a run promises the bits of one rank: FAISS's hits are scored pair by pair, but the exact tier multiplies all
+    queries of a memory group at once, and a BLAS may sum in another order where these are fewer."""
+    return RUNS[run]["tier"] == "faiss-flat" or size in (0, R)
+
+
 RANKS = pytest.mark.parametrize(("R", "size"), [(R, size) for R, sizes in SIZES.items() for size in sizes])
 
 
@@ -343,8 +351,11 @@ def test_hits_values_and_gradients_do_not_depend_on_the_number_of_ranks(R: int, 
         for step in range(4):
             joined = {name: torch.cat([rank[run][name][step] for rank in together], dim=1)
                       for name in ("id", "score", "value", "lse", "grad")}
-            for name in ("id", "score"):
-                assert torch.equal(joined[name], alone[run][name][step]), (run, step, name)
+            if same_bits(run, R, size):
+                for name in ("id", "score"):
+                    assert torch.equal(joined[name], alone[run][name][step]), (run, step, name)
+            assert_same_hits((joined["score"], joined["id"]), (alone[run]["score"][step], alone[run]["id"][step]),
+                             tolerance=1e-5)
             for name in ("value", "lse", "grad"):
                 assert torch.allclose(joined[name], alone[run][name][step], atol=1e-5), (run, step, name)
             ages = torch.cat([rank[run]["ages"][step] for rank in together])
@@ -355,8 +366,8 @@ def test_hits_values_and_gradients_do_not_depend_on_the_number_of_ranks(R: int, 
 def test_contents_do_not_depend_on_the_number_of_ranks(R: int, size: int) -> None:
     alone = on_one_rank()["runs"]
     for rank in on_ranks(R, size):
-        for run, wanted in zip(rank["runs"], alone, strict=True):
-            assert run["hash"] == wanted["hash"]
+        for number, (run, wanted) in enumerate(zip(rank["runs"], alone, strict=True)):
+            assert run["hash"] == wanted["hash"] or not same_bits(number, R, size)
             assert run["stats"] == wanted["stats"]
 
 

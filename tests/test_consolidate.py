@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_on_ranks
+from same_hits import assert_same_hits
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -159,8 +160,15 @@ def follow(group: Group, settings: dict[str, Any]) -> dict[str, Any]:
         seen["hashes"].append(bank.content_hash())
         seen["merged"].append(bank.stats()["merged"])
         everyone = bank.search(crowd(20, seed=9)[0] * 5, names_of(20))
-        seen["hits"].append((everyone.id_HNK.tolist(), everyone.score_HNK.tolist()))
+        seen["hits"].append(everyone[:2])
     return seen
+
+
+def assert_same_course(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Bit by bit, as blocks of one size are multiplied, but for the reads: their queries are more where ranks are more."""
+    for came, expected in zip(found["hits"], wanted["hits"], strict=True):
+        assert_same_hits(came, expected, tolerance=1e-5)
+    assert {**found, "hits": None} == {**wanted, "hits": None}
 
 
 def follow_all() -> list[dict[str, Any]]:
@@ -171,7 +179,7 @@ def follow_all() -> list[dict[str, Any]]:
     assert tuple(empty.consolidate(2.0)) == (2.0, 1, 0)
     if group.size == 4:
         for settings, size in zip(RUNS, (2, 1, 2), strict=True):
-            assert follow(group, {**settings, "group_size": size}) == follow(group, settings)
+            assert_same_course(follow(group, {**settings, "group_size": size}), follow(group, settings))
     return [follow(group, settings) for settings in RUNS]
 
 
@@ -184,7 +192,7 @@ def alone() -> list[dict[str, Any]]:
 def test_nothing_depends_on_the_number_of_ranks(R: int) -> None:
     for rank in run_on_ranks(follow_all, R):
         for found, wanted in zip(rank, alone(), strict=True):
-            assert found == wanted
+            assert_same_course(found, wanted)
 
 
 def test_the_scenario_is_worth_its_name() -> None:

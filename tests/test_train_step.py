@@ -144,7 +144,7 @@ def assert_same_parameters(came: dict[str, dict[str, Tensor]], wanted: dict[str,
     for name, parts in wanted.items():
         for part, expected in parts.items():
             off = float((came[name][part] - expected).abs().max())
-            allowed = 2e-4 if part == "weight" else 1e-3 * float(expected.abs().max())
+            allowed = 2e-5 if part == "weight" else 1e-3 * float(expected.abs().max())
             assert off <= allowed, f"{part} of {name} is off by {off:.2g}, more than {allowed:.2g}"
 
 
