@@ -55,6 +55,10 @@ class LMCODE(MemoryLM, Pretrained):
         device: where the banks' rows live; the CPU by default.
 
     The banks are plain attributes, neither parameters nor buffers: `state_dict`, casts and ZeRO leave them alone.
+
+    Attributes:
+        masters: while the model is trained, and after that, what gives the fp32 weight behind a parameter, whole, on the
+            CPU (a collective): in bf16, or sharded by ZeRO-3, the parameters are not what is to be saved. None otherwise.
     """
 
     def __init__(self, config: LMCODEConfig, *, memory: MemoryConfig | None = None, group: Group | None = None,
@@ -73,6 +77,7 @@ class LMCODE(MemoryLM, Pretrained):
                     device=torch.device(device))
         super().__init__(config, banks)
         self.banks: dict[int, LongTermMemory] = banks
+        self.masters: Callable[[torch.nn.Parameter], Tensor] | None = None
         self._tokenizer: Tokenizer | None = ByteTokenizer() if config.vocab_size >= MIN_BPE_VOCAB else None
         self._device = torch.device(device)
         self._experiences: Experiences | None = None

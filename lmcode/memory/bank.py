@@ -29,6 +29,7 @@ from lmcode.memory.placement import holder_of, shards_of
 from lmcode.memory.read import SCOPES, SumsOverShards, align_rows, attend_rows, check_search, exchange_mode, pad, spread
 from lmcode.memory.rounds import consolidate_shards
 from lmcode.memory.shard import Predicate, Scope, Shard, Ticket, digest_of
+from lmcode.precision import without_autocast
 from lmcode.retrieval import Candidates, ConsolidationReport, Hits, check_threshold
 
 LOOKED_UP = 64  # most queries of a `look_up` that takes the short way
@@ -90,6 +91,7 @@ class LongTermMemory:
         self._version = next(_VERSIONS)
 
     @torch.no_grad()
+    @without_autocast()
     def search(self, query_HND: Tensor, namespace_N: Tensor, *, scope: Scope | None = None, top_k: int | None = None,
                tier: str | None = None, ragged: bool = False) -> Hits:
         """Phases 1 to 3: the best entries for each head and query by query . key + weight * log importance. Collective.
@@ -138,6 +140,7 @@ class LongTermMemory:
         return own, unpack_cuts(self.inside.all_gather(pack_cuts(*own), phase="hits"))
 
     @torch.no_grad()
+    @without_autocast()
     def look_up(self, query_HND: Tensor, namespace_N: Tensor) -> tuple[Tensor, Tensor]:
         """`attend` to a fresh `search`, without gradient; faster for few queries on one rank. Collective."""
         found = self._looked_up(query_HND, namespace_N)
@@ -169,6 +172,7 @@ class LongTermMemory:
             raise ValueError("hits must come from a search of this bank since it last changed: these do not")
         return hits.ticket
 
+    @without_autocast()
     def attend(self, query_HND: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
         """Phase 4: softmax attention over `hits`, (value_HND in the query's dtype, logsumexp_HN fp32). Collective.
 

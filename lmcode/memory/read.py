@@ -15,6 +15,7 @@ from torch import Tensor
 from lmcode.memory.faiss_index import check_top_k
 from lmcode.memory.merge import logsumexp_of
 from lmcode.memory.shard import Scope
+from lmcode.precision import without_autocast
 from lmcode.retrieval import NO_SCORE, Hits
 
 SCOPES = ("document", "global")
@@ -98,6 +99,7 @@ class SumsOverShards(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast()  # who calls backward inside a region of autocast has it here, too
     def backward(ctx: Any, grad_HND: Tensor, grad_lse_HN: Tensor) -> tuple[Tensor | None, ...]:
         (value_HND,) = ctx.saved_tensors
         dot_HN1 = (grad_HND * value_HND).sum(-1, keepdim=True)

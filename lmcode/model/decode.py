@@ -6,7 +6,8 @@ product, residual sums are part of products, and own past, hits and null slot sh
 `MemoryLM` on the whole window, which is the oracle of this file; rounding differs.
 
 A `Decoder` takes weights from where they lie and calls no module, so it is for models of which nobody expects that
-(`steppable`); its weights are those of the moment it was made. Letters here: X = streams x heads; O outputs of a product.
+(`steppable`); its weights are those of the moment it was made. Scores and what they mix are fp32. Autocast does not reach in
+here: it would cast every weight anew for every token. Letters here: X = streams x heads; O outputs of a product.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lmcode.model.long_term import BEFORE_OWN, FOUND, LongTermRead
 from lmcode.model.rotary import rotary_table
 from lmcode.model.short_term import ShortTermMemory
 from lmcode.model.shortlist import Shortlist, worthwhile
+from lmcode.precision import without_autocast
 from lmcode.retrieval import NO_SCORE, look_up
 
 LEAST_LENGTH = 1e-12  # of what is divided by its length: F.normalize's
@@ -50,6 +52,7 @@ class Decoder:
         best: how many of the best logits must be right, while others may be -inf; None: all.
     """
 
+    @without_autocast()
     def __init__(self, model: MemoryLM, *, rows: int, copies: bool, best: int | None = None) -> None:
         config = model.config
         self._model, self._rows = model, rows
@@ -64,6 +67,7 @@ class Decoder:
                                             device=model.embedding.weight.device)
 
     @torch.inference_mode()  # 15 % of a small model's step goes into what autograd notes of every operation
+    @without_autocast()
     def __call__(self, token_B: Tensor, cache: Cache, *, namespace_B: Tensor, valid: list[bool]) -> Tensor:
         """Logits [B, V] after each stream's new token; any numbers for streams that have none (`valid` False).
 
@@ -134,14 +138,14 @@ class LayerDecoder:
             qkv_BPAD, scale = turned(qkv_BPAD, rotation), 1.0
         key_value_PBATD = cache.put("attention", qkv_BPAD[:, 1:].transpose(0, 1), step.index_B, step.place)
         key_XTD, value_XTD = (part.flatten(0, 1)[:, :n] for part in key_value_PBATD)
-        query_X1D = qkv_BPAD[:, 0].reshape(B * A, 1, D).to(key_XTD.dtype)
-        score_X1T = torch.bmm(query_X1D, key_XTD.transpose(1, 2)).float()
+        query_X1D = qkv_BPAD[:, 0].reshape(B * A, 1, D).float()
+        score_X1T = torch.bmm(query_X1D, key_XTD.float().transpose(1, 2))
         if scale != 1.0:
             score_X1T = score_X1T * scale
         if step.unseen_BT is not None:
             score_X1T = score_X1T.view(B, A, n).masked_fill(step.unseen_BT[:, None], NO_SCORE).view(B * A, 1, n)
-        mixed_X1D = torch.bmm(score_X1T.softmax(dim=-1).to(value_XTD.dtype), value_XTD)
-        return self._attention_out.added(x_BC, mixed_X1D.view(B, A * D))
+        mixed_X1D = torch.bmm(score_X1T.softmax(dim=-1), value_XTD.float())
+        return self._attention_out.added(x_BC, mixed_X1D.view(B, A * D).to(x_BC.dtype))
 
     def use_short_term(self, x_BC: Tensor, cache: LayerCache, step: Step) -> Tensor:
         """Reads the slots, and writes those whose segment ends with this token."""
@@ -152,16 +156,16 @@ class LayerDecoder:
         token_BO = self._short_term_in(x_BC)
         segment_B1LP = cache.put("segment", token_BO[:, None, E:], step.index_B % module.segment, place)
         if cache.slots_read is None:
-            cache.slots_read = module.slots_to_read(cache.slots_BSE, x_BC.dtype)
+            cache.slots_read = tuple(part_BSE.float() for part_BSE in module.slots_to_read(cache.slots_BSE))
         key_BSE, value_BSE = cache.slots_read
-        score_B1S = torch.bmm(token_BO[:, None, :E], key_BSE.transpose(1, 2)).float()
-        read_B1E = torch.bmm(score_B1S.softmax(dim=-1).to(value_BSE.dtype), value_BSE)
+        score_B1S = torch.bmm(token_BO[:, None, :E].float(), key_BSE.transpose(1, 2))
+        read_B1E = torch.bmm(score_B1S.softmax(dim=-1), value_BSE)
         if step.ends_B is not None:
             key_BLE, written_BLQ = segment_B1LP[:, 0].split([E, 2 * E], dim=-1)
             written_BSE = module.write(cache.slots_BSE, key_BLE, written_BLQ)
             cache.slots_BSE = written_BSE.where(step.ends_B[:, None, None], cache.slots_BSE)
             cache.slots_read = None
-        return self._short_term_out.added(x_BC, read_B1E[:, 0])
+        return self._short_term_out.added(x_BC, read_B1E[:, 0].to(x_BC.dtype))
 
     def use_long_term(self, x_BC: Tensor, cache: LayerCache, step: Step, namespace_B: Tensor) -> Tensor:
         """Reads own past, bank and null slot in one softmax, behind the gate.

@@ -6,7 +6,8 @@ more as a whole, in an ordinary pass, which hands its candidates to `commit` and
 whatever lies further back than one window reaches the model through its memories, as it did in training.
 
 Every stream keeps its own place: neither left padding nor the other rows of a batch move its windows. Which passes are made
-depends on the tokens alone, so ranks that hold the same tokens make the same collective calls.
+depends on the tokens alone, so ranks that hold the same tokens make the same collective calls. Inside a region of autocast
+the text is the one that would be written outside of it: nothing here runs under autocast.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lmcode.model.cache import Cache
 from lmcode.model.decode import Decoder, steppable
 from lmcode.model.lm import IGNORED, LMCODEOutput, MemoryLM, StreamState
 from lmcode.model.sampling import Decoding, next_token
+from lmcode.precision import without_autocast
 
 Prompts = Tensor | Sequence[Sequence[int]]
 FEW_TOKENS = 32  # so few do not pay for copies of the weights
@@ -45,6 +47,7 @@ class Generation(NamedTuple):
 
 
 @torch.no_grad()
+@without_autocast()
 def generate(model: MemoryLM, prompts: Prompts, decoding: Decoding | None = None, *,
              attention_mask: Tensor | None = None, namespace_B: Tensor | None = None, window: int | None = None,
              state: StreamState | None = None, use_cache: bool = True, finish: bool = False,

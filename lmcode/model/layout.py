@@ -31,7 +31,7 @@ class Product:
         self._bias_O, self._factor_I, self._floor, self._packed = bias_O, None, None, False
         if norm is not None:
             # x / sqrt(|x|^2 / I + eps) = sqrt(I) x / hypot(|x|, sqrt(I eps)): three operations instead of ten.
-            self._factor_I = norm.weight * math.sqrt(norm.weight.numel())
+            self._factor_I = norm.weight.float() * math.sqrt(norm.weight.numel())
             self._floor = torch.tensor(math.sqrt(norm.weight.numel() * norm.eps), device=weight_OI.device)
         if not copy or weight_OI.device.type != "cpu" or weight_OI.dtype != torch.float32:
             self._weight = weight_OI.t()
@@ -44,10 +44,11 @@ class Product:
 
     def normed(self, x_BI: Tensor) -> Tensor:
         """What is multiplied by the weight."""
-        if self._floor is not None:
-            length_B1 = torch.linalg.vector_norm(x_BI, dim=-1, keepdim=True, dtype=torch.float32)
-            x_BI = (x_BI / torch.hypot(length_B1, self._floor)).to(x_BI.dtype)
-        return x_BI if self._factor_I is None else x_BI * self._factor_I
+        if self._floor is None:
+            return x_BI
+        length_B1 = torch.linalg.vector_norm(x_BI, dim=-1, keepdim=True, dtype=torch.float32)
+        unit_BI = x_BI / torch.hypot(length_B1, self._floor)  # fp32
+        return (unit_BI if self._factor_I is None else unit_BI * self._factor_I).to(x_BI.dtype)
 
     def __call__(self, x_BI: Tensor) -> Tensor:
         """The product, [B, O] in the dtype of x."""

@@ -1,8 +1,8 @@
 """The long-term read: one softmax over a sequence's own past, the bank's entries and a null slot, behind a gate.
 
 The module asks a `Retriever` exactly once per forward pass, whatever the data, since collectives hide behind it. Stored
-entries are constants; the local part is what trains the key and value projections. All scores and softmaxes are fp32.
-Letters here: P partial softmaxes.
+entries are constants; the local part is what trains the key and value projections. All scores, softmaxes, log-sum-exps
+and mixed values are fp32, under autocast, too. Letters here: P partial softmaxes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lmcode.config import LMCODEConfig
 from lmcode.model.rotary import Rotation
+from lmcode.precision import without_autocast
 from lmcode.retrieval import NO_SCORE, Candidates, Hits, Retriever
 
 if TYPE_CHECKING:
@@ -204,11 +205,7 @@ class LongTermRead(nn.Module):
         query_HBTD, key_HBTD, value_HBTD = self._project(x_BTC)
         if window.cache is not None:
             fill_cache(window.cache, query_HBTD, key_HBTD, value_HBTD, successor_values=self.successor_values)
-        own_HBTD, own_lse_HBT = attend_own_past(query_HBTD, key_HBTD, value_HBTD, successor_values=self.successor_values)
-        found_HBTD, found_lse_HBT = self._retrieve(query_HBTD, window, retriever, tape)
-        null_lse_HBT = self.null_logit_H.float()[:, None, None].expand_as(own_lse_HBT)
-        merged_HBTD, share_PHBT = merge_partials([own_HBTD, found_HBTD],
-                                                 [own_lse_HBT, found_lse_HBT, null_lse_HBT])
+        merged_HBTD, share_PHBT = self._read(query_HBTD, key_HBTD, value_HBTD, window, retriever, tape)
         gate_BT1 = torch.sigmoid(self.gate(x_BTC))
         tape.record(pending_key_BHD=last_keys(key_HBTD, window),
                     candidates=make_candidates(key_HBTD, value_HBTD, window, successor_values=self.successor_values),
@@ -226,6 +223,15 @@ class LongTermRead(nn.Module):
         temperature_H = self.log_temperature_H.float().exp()
         query_HBTD = F.normalize(query_HBTD, dim=-1) * temperature_H[:, None, None, None]
         return query_HBTD, F.normalize(key_HBTD, dim=-1), value_HBTD
+
+    @without_autocast()
+    def _read(self, query_HBTD: Tensor, key_HBTD: Tensor, value_HBTD: Tensor, window: Window, retriever: Retriever,
+              tape: ReadTape) -> tuple[Tensor, Tensor]:
+        """One softmax over own past, hits and null slot: the value [H, B, T, D] and each one's share [3, H, B, T]."""
+        own_HBTD, own_lse_HBT = attend_own_past(query_HBTD, key_HBTD, value_HBTD, successor_values=self.successor_values)
+        found_HBTD, found_lse_HBT = self._retrieve(query_HBTD, window, retriever, tape)
+        null_lse_HBT = self.null_logit_H.float()[:, None, None].expand_as(own_lse_HBT)
+        return merge_partials([own_HBTD, found_HBTD], [own_lse_HBT, found_lse_HBT, null_lse_HBT])
 
     def _queries(self, query_HBTD: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         """What this pass asks the bank, and on behalf of which documents; padding asks for none."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmcode.config import LMCODEConfig
+from lmcode.precision import without_autocast
 from lmcode.retrieval import NO_SCORE
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class ShortTermMemory(nn.Module):
         candidate = softmax(query(slot) . key(token) / sqrt(E)) value(token)
         z         = sigmoid(update gate of [slot, candidate])
         slot     <- (1 - z * eta) * slot + z * eta * candidate
-    Slots are kept in fp32 whatever the module's dtype: steps of size eta would be lost to bf16 rounding.
+    Slots are kept in fp32 whatever the module's dtype: steps of size eta would be lost to bf16 rounding. So is all that a
+    write computes but its linear maps.
     """
 
     def __init__(self, config: LMCODEConfig) -> None:
@@ -63,9 +65,9 @@ class ShortTermMemory(nn.Module):
         """
         T = x_BTC.shape[1]
         query_BTE, key_BTE, value_BTE = self.tokens(x_BTC).chunk(3, dim=-1)
-        key_BTE = key_BTE * key_BTE.shape[-1] ** -0.5
+        key_BTE = key_BTE.float() * key_BTE.shape[-1] ** -0.5
         # Attention is linear in its values, so the gate's share of the candidate can be computed per token, up front.
-        written_BTP = torch.cat([value_BTE, self.candidate_gate(value_BTE)], dim=-1)
+        written_BTP = torch.cat([value_BTE, self.candidate_gate(value_BTE)], dim=-1).float()
         slots_BSE = self._first_slots(x_BTC.shape[0], slots_BSE, reset_B)
         history: list[Tensor] = []
         for start in range(0, T, self.segment):
@@ -99,16 +101,14 @@ class ShortTermMemory(nn.Module):
         return torch.where(reset_B[:, None, None], initial_BSE, slots_BSE.float())
 
     def write(self, slots_BSE: Tensor, key_BLE: Tensor, written_BLP: Tensor, valid_BL: Tensor | None = None) -> Tensor:
-        """One segment's update of the slots; `written_BLP` holds values and their part of the gate side by side."""
-        E = slots_BSE.shape[-1]
-        normed_BSE = F.rms_norm(slots_BSE, (E,), eps=EPSILON).to(key_BLE.dtype)
-        query_BSE, slot_gate_BSE = self.slots_write(normed_BSE).chunk(2, dim=-1)
-        score_BSL = (query_BSE + self.address_SE) @ key_BLE.transpose(1, 2)
-        if valid_BL is not None:
-            score_BSL = score_BSL.masked_fill(~valid_BL[:, None], NO_SCORE)
-        attended_BSP = score_BSL.softmax(dim=-1) @ written_BLP
-        candidate_BSE, candidate_gate_BSE = attended_BSP.float().chunk(2, dim=-1)
-        z_BSE = torch.sigmoid(slot_gate_BSE.float() + candidate_gate_BSE)
+        """One segment's update of the slots; `written_BLP` holds values and their part of the gate side by side, in fp32."""
+        query_BSE, slot_gate_BSE = self.slots_write(self._normed(slots_BSE)).float().chunk(2, dim=-1)
+        with without_autocast():
+            score_BSL = (query_BSE + self.address_SE.float()) @ key_BLE.transpose(1, 2)
+            if valid_BL is not None:
+                score_BSL = score_BSL.masked_fill(~valid_BL[:, None], NO_SCORE)
+            candidate_BSE, candidate_gate_BSE = (score_BSL.softmax(dim=-1) @ written_BLP).chunk(2, dim=-1)
+        z_BSE = torch.sigmoid(slot_gate_BSE + candidate_gate_BSE)
         new_BSE = torch.lerp(slots_BSE, candidate_BSE, z_BSE * self.update_rate)
         if valid_BL is None:
             return new_BSE
@@ -120,12 +120,15 @@ class ShortTermMemory(nn.Module):
         G = slots_BGSE.shape[1]
         if G * segment != T:
             query_BTE = F.pad(query_BTE, (0, 0, 0, G * segment - T))
-        key_BGSE, value_BGSE = self.slots_to_read(slots_BGSE, query_BTE.dtype)
+        key_BGSE, value_BGSE = self.slots_to_read(slots_BGSE)
         read_BGLE = F.scaled_dot_product_attention(query_BTE.view(B, G, segment, E), key_BGSE, value_BGSE)
         return read_BGLE.reshape(B, -1, E)[:, :T]
 
-    def slots_to_read(self, slots_SE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values by which tokens read slots [..., S, E]."""
-        normed_SE = F.rms_norm(slots_SE, slots_SE.shape[-1:], eps=EPSILON).to(dtype)
-        key_SE, value_SE = self.slots_read(normed_SE).chunk(2, dim=-1)
+    def slots_to_read(self, slots_SE: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values by which tokens read slots [..., S, E], in the dtype of the module's linear maps."""
+        key_SE, value_SE = self.slots_read(self._normed(slots_SE)).chunk(2, dim=-1)
         return key_SE, value_SE
+
+    def _normed(self, slots_SE: Tensor) -> Tensor:
+        """What the linear maps see of slots: normalised, in the module's dtype."""
+        return F.rms_norm(slots_SE, slots_SE.shape[-1:], eps=EPSILON).to(self.address_SE.dtype)

@@ -4,7 +4,7 @@ The one thing to know: this is the path for strangers' files, so everything is s
 there is no pickle and no program that is run. A folder holds
 
     config.json            model_type, sizes under Hugging Face's names, `lmcode_model` and `lmcode_memory` (the settings)
-    model.safetensors      fp32 weights; the head is the embedding and not repeated
+    model.safetensors      fp32 weights, of a model in training those that the optimizer keeps; the head is the embedding
     tokenizer.json, tokenizer_config.json
     banks/, experiences/   as in a checkpoint, one file per virtual shard; left out where the memory stays at home
     README.md              the model card, which says what the memory holds
@@ -18,6 +18,7 @@ into the folder, or into the blobs of the hub's cache. Flipped bits in the numbe
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -54,8 +55,8 @@ class Pretrained(ModelHubMixin):
             include_memory: banks and experiences too. They can hold what the model has read, word for word.
 
         Raises:
-            ConfigError: on every rank, if the folder holds something else, a weight is not finite or not there (ZeRO-3
-                keeps it elsewhere), or the file system refuses; what was there is as it was.
+            ConfigError: on every rank, if the folder holds something else, a weight is not finite, or the file system
+                refuses; what was there is as it was.
         """
         write(self, Path(save_directory).absolute(), include_memory=include_memory)
 
@@ -137,7 +138,8 @@ def write(model: LMCODE, place: Path, *, include_memory: bool) -> None:
 
     temporary = replace.beside(place) / ".new.tmp"
     try:
-        on_rank_0(model.group, lambda: _begin(model, place, temporary, include_memory))
+        weights = exact_weights(model)
+        on_rank_0(model.group, lambda: _begin(model, weights, place, temporary, include_memory))
         problem = None
         try:
             if include_memory:
@@ -185,7 +187,18 @@ def rewrite_memory(model: LMCODE, place: Path, change: Callable[[], Any]) -> Any
     return result
 
 
-def _begin(model: LMCODE, place: Path, temporary: Path, include_memory: bool) -> None:
+def exact_weights(model: LMCODE) -> dict[str, Tensor]:
+    """All weights, fp32 on the CPU, on rank 0 (elsewhere none): the optimizer's where the model is, or was, trained. A
+    collective."""
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach().float().cpu() if model.masters is None else model.masters(parameter)
+        if model.group.rank == 0:
+            weights[name] = weight.contiguous()
+    return weights
+
+
+def _begin(model: LMCODE, weights: Mapping[str, Tensor], place: Path, temporary: Path, include_memory: bool) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -193,7 +206,6 @@ def _begin(model: LMCODE, place: Path, temporary: Path, include_memory: bool) ->
 
     if os.path.lexists(place) and not (place.is_dir() and (not any(place.iterdir()) or (place / CONFIG).is_file())):
         raise ConfigError(f"'{place}' exists and is no saved model: give another folder")
-    weights = {name: p.detach().float().cpu().contiguous() for name, p in model.named_parameters()}
     check_weights("the model", weights, model.config)
     place.parent.mkdir(parents=True, exist_ok=True)
     replace.make_way(place)
@@ -201,7 +213,7 @@ def _begin(model: LMCODE, place: Path, temporary: Path, include_memory: bool) ->
     if include_memory:
         make_folders(temporary, model)
     try:
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        save_file(dict(weights), temporary / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"'{place}' was not written: {error}") from None
     _write_json(temporary / CONFIG, config_json(model, include_memory))
@@ -234,7 +246,7 @@ def config_json(model: LMCODE, holds_memory: bool) -> dict[str, Any]:
 
 def card(model: LMCODE, include_memory: bool) -> str:
     """The model card, as Markdown. A collective of the model's group."""
-    weights = sum(p.numel() for p in model.parameters())
+    weights = sum(math.prod(shape) for shape in weight_shapes(model.config).values())  # ZeRO-3 empties parameters
     return f"""---
 library_name: lmcode
 pipeline_tag: text-generation
@@ -354,11 +366,16 @@ def load_weights(file: Path, config: LMCODEConfig) -> dict[str, Tensor]:
     return weights
 
 
+def weight_shapes(config: LMCODEConfig) -> dict[str, list[int]]:
+    """The weights of a model of this config. RuntimeError for sizes that no tensor has."""
+    with torch.device("meta"):
+        return {name: list(p.shape) for name, p in MemoryLM(config).named_parameters()}
+
+
 def check_weights(where: str, weights: Mapping[str, Tensor], config: LMCODEConfig) -> None:
     """Refuses weights that are not those of a model of this config."""
     try:
-        with torch.device("meta"):
-            wanted = {name: list(p.shape) for name, p in MemoryLM(config).named_parameters()}
+        wanted = weight_shapes(config)
     except RuntimeError as error:
         raise ConfigError(f"{where}: no tensor has the sizes that the settings ask for: {error!s:.120}") from None
     for name in sorted(wanted.keys() | weights.keys()):
