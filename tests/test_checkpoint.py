@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import os
 import random
@@ -18,11 +20,11 @@ import yaml
 from ranks import run_on_ranks
 from safetensors.torch import load_file
 from small_job import Job, write_text
-from test_loop import settings, write_corpus
+from test_loop import settings, start, write_corpus
 
-from lmcode import dist
+from lmcode import LMCODE, MemoryAwareTrainer, create_synthetic_dataset, dist
 from lmcode.cli import command as cli
-from lmcode.config import ConfigError, RunConfig, build
+from lmcode.config import ConfigError, LMCODEConfig, RunConfig, build
 from lmcode.model.lm import StreamState
 from lmcode.train import checkpoint, commit, durable, loop, saving, stream_files
 from lmcode.train.metrics import drop_rows_beyond
@@ -96,6 +98,66 @@ def train_rest(runs: list[dict]) -> list:
         results.append((advance(session, WHOLE - HALF), outcome(session)))
         session.close()
     return results
+
+
+def save_both(jobs: list[dict], target: str) -> None:
+    """Trains each a little, then saves it as a checkpoint and as a model for others; the last one also after a change."""
+    for number, values in enumerate(jobs):
+        session = start(values)
+        advance(session, 2)
+        assert saving.save(session) is not None
+        session.model.save_pretrained(f"{target}/{number}")
+        session.close()
+    with torch.no_grad():
+        session.model.embedding.weight[0] = 0.25  # by hand: no longer the rounded master
+    session.model.save_pretrained(f"{target}/changed")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_save_pretrained_writes_the_weights_that_the_optimizer_keeps(folder: Path, tmp_path: Path, world_size: int) -> None:
+    stages = ("zero3-bf16", "zero3_offload-bf16", "cpu-bf16", "zero2-bf16")
+    jobs = [values_of(folder, f"masters-{stage}-{world_size}", stage, gradient_accumulation_steps=1) for stage in stages]
+    run_on_ranks(save_both, world_size, jobs, str(tmp_path))
+    for number, (stage, job) in enumerate(zip(stages, jobs, strict=True)):
+        masters = load_file(checkpoint.find(Path(job["train"]["run_dir"])) / "model.safetensors")
+        given = load_file(tmp_path / str(number) / "model.safetensors")
+        model = LMCODE.from_pretrained(tmp_path / str(number))
+        assert given.keys() == masters.keys() == dict(model.named_parameters()).keys()
+        for name, parameter in model.named_parameters():
+            assert torch.equal(given[name], masters[name]) and torch.equal(parameter, masters[name]), (stage, name)
+        rounded = [torch.equal(weight, weight.bfloat16().float()) for weight in masters.values()]
+        assert not all(rounded), "the masters would be the parameters"
+        card = (tmp_path / str(number) / "README.md").read_text(encoding="utf-8")
+        assert f"{sum(weight.numel() for weight in masters.values()):,} weights" in card
+    changed, name = load_file(tmp_path / "changed" / "model.safetensors"), "embedding.weight"
+    assert torch.equal(changed[name][0], torch.full_like(changed[name][0], 0.25))
+    assert torch.equal(changed[name][1:], masters[name][1:]), "what nobody has changed is exact"
+
+
+def test_a_trained_model_is_saved_exactly_when_its_trainer_is_gone(tmp_path: Path) -> None:
+    run_on_ranks(train_and_let_go, 1, str(tmp_path))
+    masters = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    for name in ("model", "fp32", "more"):
+        given = load_file(tmp_path / name / "model.safetensors")
+        assert all(torch.equal(given[weight], masters[weight]) for weight in masters), name
+    copied = load_file(tmp_path / "copy" / "model.safetensors")
+    assert all(torch.equal(copied[weight], masters[weight].bfloat16().float()) for weight in masters)
+
+
+def train_and_let_go(target: str) -> None:
+    torch.manual_seed(0)
+    model = LMCODE(LMCODEConfig(vocab_size=256, hidden_size=32, num_layers=1, num_heads=2, context_length=16,
+                                long_term_memory_slots=0))
+    trainer = MemoryAwareTrainer(model, {"precision": "bf16", "warmup_steps": 0, "deepspeed": "cpu", "sequence_length": 8})
+    trainer.train(create_synthetic_dataset(4, 9, seed=0), num_epochs=2, batch_size=4)
+    trainer.save_checkpoint(f"{target}/checkpoint")
+    assert model.embedding.weight.dtype == torch.bfloat16
+    del trainer
+    gc.collect()
+    model.save_pretrained(f"{target}/model")
+    LMCODE.from_pretrained(f"{target}/model").save_pretrained(f"{target}/more")
+    copy.deepcopy(model).save_pretrained(f"{target}/copy")
+    model.float().save_pretrained(f"{target}/fp32")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
