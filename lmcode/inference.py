@@ -1,6 +1,7 @@
 """Opening a saved run and using it: `lmcode eval` and `lmcode generate`.
 
-Both work on one process or on many; with many, every rank holds its slice of the banks and does the same work.
+Both work on one process or on many; with many, every rank holds its slice of the banks and does the same work. The model is
+fp32, of the weights that the optimizer keeps; while it trains in bf16, a run evaluates these rounded.
 """
 
 from __future__ import annotations
