@@ -8,6 +8,7 @@ where the run's `perf/bytes_sent` and `perf/exchange_ms` come from.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import logging
 import os
 import re
@@ -353,6 +354,20 @@ def raise_together(group: Group, problem: str | None) -> None:
                 for rank, one in enumerate(group.all_gather_object(problem)) if one]
     if problems:
         raise ConfigError(problems[0])
+
+
+def check_same(group: Group, name: str, *arguments: Any) -> None:
+    """Refuses, on every rank, arguments of the collective `name` that differ between ranks. A collective.
+
+    It must come before anything that one rank alone could refuse: the others would wait for it.
+
+    Args:
+        arguments: values that are spelled alike (`repr`) wherever they are equal.
+    """
+    if group.size > 1:
+        digest = hashlib.blake2b(repr(arguments).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if len(set(group.all_gather_object(digest))) > 1:
+            raise ConfigError(f"{name} is a collective: all ranks must pass the same arguments")
 
 
 def on_rank_0(group: Group, action: Callable[[], Any]) -> Any:

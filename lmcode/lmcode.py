@@ -6,7 +6,6 @@ The joint between two packages that do not know each other: `model/` (a plain mo
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lmcode.config import LMCODEConfig, MemoryConfig
-from lmcode.dist import Group
+from lmcode.dist import Group, check_same
 from lmcode.experience.experiences import (
     Experience,
     Experiences,
@@ -124,8 +123,11 @@ class LMCODE(MemoryLM, Pretrained):
 
         Raises:
             ValueError: for arguments out of range; a name under which nothing is stored; `write_memory` without a namespace
-                or without a bank; ranks that were given different prompts.
+                or without a bank; ranks that were given different arguments.
         """
+        self._check_same("generate", input_ids, max_length, temperature, top_k, top_p, max_new_tokens, repetition_penalty,
+                         no_repeat_ngram_size, eos_id, seed, attention_mask, namespace, write_memory, step, state is None,
+                         return_state, use_cache)
         decoding = Decoding(max_length=max_length, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
                             top_p=top_p, repetition_penalty=repetition_penalty, eos_id=eos_id, seed=seed,
                             no_repeat_ngram_size=no_repeat_ngram_size)
@@ -135,7 +137,6 @@ class LMCODE(MemoryLM, Pretrained):
         if write_memory and (not self.banks or namespace_B is None):
             raise ValueError("write_memory needs a bank and a namespace to write under: got "
                              f"{len(self.banks)} banks and namespace={namespace}")
-        self._check_same_everywhere(input_ids, decoding, namespace)
         if self.banks and not write_memory:
             self._check_known(namespace)
 
@@ -177,7 +178,7 @@ class LMCODE(MemoryLM, Pretrained):
                 different arguments. Nothing has been stored then.
         """
         self._check_has_banks()
-        self._check_same("store_experience", comparable((text, namespace, importance, stored_at, step)))
+        self._check_same("store_experience", text, namespace, importance, stored_at, step)
         contents = contents_of(text)
         moment = self._now() if stored_at is None else stored_at
         batch, rows = experiences_of(contents, namespace=namespace, importance=importance, stored_at=moment,
@@ -209,7 +210,7 @@ class LMCODE(MemoryLM, Pretrained):
                 stored, a model without a bank, ranks that were given different arguments.
         """
         self._check_has_banks()
-        self._check_same("query_memory", comparable((text, top_k, namespace)))
+        self._check_same("query_memory", text, top_k, namespace)
         contents = contents_of(text)
         if len(contents) != 1:
             raise ValueError(f"a query is one text or one row of ids: got {len(contents)}")
@@ -235,7 +236,7 @@ class LMCODE(MemoryLM, Pretrained):
             ValueError: for no condition, an id or a namespace that is not stored, a negative age.
         """
         self._check_has_banks()
-        self._check_same("delete_experiences", comparable((ids, namespace, older_than)))
+        self._check_same("delete_experiences", ids, namespace, older_than)
         if ids is None and namespace is None and older_than is None:
             raise ValueError("delete_experiences needs at least one of ids, namespace, older_than: got none")
         if older_than is not None and not older_than >= 0:
@@ -249,8 +250,13 @@ class LMCODE(MemoryLM, Pretrained):
 
     def inspect_experience(self, id: int) -> dict[str, Any]:
         """Everything about one experience, as JSON values: `Experience.row` with id, age, virtual shard, and, by layer, the
-        range of its token entries' ids and how many are still there. Collective. ValueError for an unknown id."""
+        range of its token entries' ids and how many are still there. Collective.
+
+        Raises:
+            ValueError: for an unknown id, a model without a bank, ranks that were given different ids.
+        """
         self._check_has_banks()
+        self._check_same("inspect_experience", id)
         one, = self.experiences.all(ids=[id])
         entries = {layer: {"ids": list(ids), "live": live_token_entries(self.banks[layer], ids)}
                    for layer, ids in sorted((one.entries or {}).items()) if layer in self.banks}
@@ -288,11 +294,10 @@ class LMCODE(MemoryLM, Pretrained):
         """The Unix second on rank 0."""
         return self.group.all_gather_object(int(time.time()))[0]
 
-    def _check_same(self, name: str, arguments: Any) -> None:
-        """Refuses, on all ranks, arguments that differ between ranks."""
-        digest = hashlib.blake2b(repr(arguments).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        if len(set(self.group.all_gather_object(digest))) > 1:
-            raise ValueError(f"{name} is a collective: all ranks must pass the same arguments")
+    def _check_same(self, name: str, *arguments: Any) -> None:
+        """Refuses, on all ranks, arguments that differ between ranks: what follows is then refused by all or by none."""
+        if self.group.size > 1:  # one rank need not spell out its prompts
+            check_same(self.group, name, comparable(arguments))
 
     def _namespaces(self, namespace: Namespace | Sequence[Namespace] | Tensor | None, num_streams: int) -> Tensor | None:
         """A namespace for each stream, on the model's device."""
@@ -314,10 +319,3 @@ class LMCODE(MemoryLM, Pretrained):
                 here = sum(len(bank.shard.slots_of(number)) for bank in self.banks.values())
                 if not any(self.group.all_gather_object(here)):  # what `generate` wrote is no experience
                     self.experiences.known(name)
-
-    def _check_same_everywhere(self, input_ids: Prompts, decoding: Decoding, namespace: Any) -> None:
-        """Refuses, on all ranks, what would let ranks make different passes and wait for each other for ever."""
-        ids = input_ids.tolist() if isinstance(input_ids, Tensor) else input_ids
-        mine = ids, decoding, comparable(namespace)
-        if any(other != mine for other in self.group.all_gather_object(mine)):
-            raise ValueError("generate is a collective: all ranks must pass the same prompts, namespaces and settings")

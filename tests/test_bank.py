@@ -525,8 +525,10 @@ def test_recall_counts_what_was_missed() -> None:
     spoiled = hits.id_HNK.clone()
     spoiled[..., 0] = 999
     assert bank.check_recall(query, names, hits._replace(id_HNK=spoiled)) == pytest.approx((K - 1) / K)
-    assert make_bank().recall() == 1.0
-    assert make_bank(recall_queries=0).recall() == 1.0
+    assert make_bank().recall() is None, "where nothing is stored nothing is measured"
+    unasked, *_ = filled(recall_queries=0)
+    unasked.search(query, names)
+    assert unasked.recall() is None
 
 
 def test_hits_by_rank() -> None:

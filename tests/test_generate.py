@@ -337,5 +337,5 @@ def test_all_ranks_take_the_same_tokens_and_write_them_once() -> None:
         assert (drawn, tokens, stats) == alone[:3] and stats["live"] > 40
         assert searches == ranks[0][3]
         assert [call for call in searches if call[0] == "look_up"] == [call for call in alone[3] if call[0] == "look_up"]
-        assert all("all ranks must pass the same prompts, namespaces" in one for one in refused[:2])
+        assert all("all ranks must pass the same arguments" in one for one in refused[:2])
         assert "nothing is stored under the namespace 'nowhere'" in refused[2]

@@ -11,7 +11,8 @@ from lmcode.train.summary import Facts, render
 FACTS = Facts(steps=550, skipped_steps=3, training_seconds=301.2, tokens_per_s=3712.4,
               results={"on": EvalResult(3.5012, 90000, 2.1034, 40000), "off": EvalResult(3.7023, 90000, 2.3045, 40000),
                        "shuffled": EvalResult(3.6056, 90000, 2.2067, 40000)},
-              filled_by_rank={2: [32768, 32700]}, slots=65536, memory_groups=1, hits_by_rank=[[30, 10], [25, 75]],
+              filled_by_rank={2: [32768, 32700]}, slots=65536, memory_groups=1, recall_by_layer={2: 0.9987},
+              hits_by_rank=[[30, 10], [25, 75]],
               phase_ms=dict.fromkeys(PHASES, 10.0), bytes_per_step=4775439.0, prompt_tail="def f():", sample="    return",
               checkpoint=Path("runs/x/checkpoints/step-00000550"), run_folder=Path("runs/x"))
 
@@ -19,9 +20,15 @@ FACTS = Facts(steps=550, skipped_steps=3, training_seconds=301.2, tokens_per_s=3
 def test_every_figure_is_there() -> None:
     text = render(FACTS)
     for words in ("5 min 01 s", "3,712 tokens/s", "3 skipped", "3.5012", "3.7023", "3.6056", "2.1034", "rank 0 32,768",
-                  "rank 1 32,700", "75.0 % from rank 0", "25.0 % from rank 1", "4,775,439 bytes", "  > ",
+                  "rank 1 32,700", "75.0 % from rank 0", "25.0 % from rank 1", "4,775,439 bytes", "layer 2 0.9987", "  > ",
                   "runs/x/checkpoints/step-00000550", "tensorboard --logdir runs/x/tensorboard"):
         assert words in text, words
+
+
+def test_what_was_not_measured_has_no_number() -> None:
+    from dataclasses import replace
+
+    assert "layer 2 not measured" in render(replace(FACTS, recall_by_layer={2: None}))
 
 
 def test_a_run_without_a_bank_says_so() -> None:

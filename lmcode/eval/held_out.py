@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lmcode.dist import Group
 from lmcode.memory.bank import LongTermMemory
+from lmcode.model.mode import in_eval_mode
 from lmcode.retrieval import Hits, NullRetriever, Retriever
 from lmcode.train.data import StreamSampler
 
@@ -83,9 +84,8 @@ def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[i
     retrievers.update(shuffled or forks)
     device = next(model.parameters()).device
     sums = torch.zeros(4, dtype=torch.float64)
-    was_training, state = model.training, None
-    model.eval()
-    with model.reading_from(retrievers):
+    state = None
+    with in_eval_mode(model), model.reading_from(retrievers):
         for step in range(min(windows, sampler.num_steps)):
             if between is not None:
                 between()
@@ -105,7 +105,6 @@ def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[i
             count_B = (batch.targets_BT >= 0).sum(1).cpu()
             far_B = batch.window_B.cpu() >= FAR
             sums += torch.stack([loss_B.sum(), count_B.sum(), loss_B[far_B].sum(), count_B[far_B].sum()])
-    model.train(was_training)
     loss, tokens, far_loss, far_tokens = group.all_reduce(sums.to(device), phase="evaluation").tolist()
     return EvalResult(loss / max(tokens, 1), int(tokens), far_loss / max(far_tokens, 1), int(far_tokens))
 

@@ -346,22 +346,23 @@ class LongTermMemory:
         holder = self._holder_of(hits.id_HNK[hits.valid_HNK]) + self.group.rank - self.inside.rank
         return torch.bincount(holder, minlength=self.group.size)
 
-    def recall(self) -> float:
+    def recall(self) -> float | None:
         """`check_recall` of this bank as it is now, on queries of the latest search. Collective."""
         sample, scope = self._sample
         return self.check_recall(*sample, self.search(*sample, scope=scope), scope=scope)
 
-    def check_recall(self, query_HND: Tensor, namespace_N: Tensor, hits: Hits, *, scope: Scope | None = None) -> float:
+    def check_recall(self, query_HND: Tensor, namespace_N: Tensor, hits: Hits, *,
+                     scope: Scope | None = None) -> float | None:
         """Recall@K of fresh `hits` against an exact search, on `recall_queries` queries of every rank. Collective.
 
-        1.0 where there was nothing to find. N must be the same on every rank, `scope` that of the search.
+        None where there was nothing to find. N must be the same on every rank, `scope` that of the search.
         """
         found_id_HNK, _ = self._sample_of(hits.id_HNK, namespace_N)
         sample = self._sample_of(query_HND, namespace_N)
         exact = self.search(*sample, scope=scope, top_k=hits.id_HNK.shape[-1], tier="exact")
         found_HNK = (exact.id_HNK.unsqueeze(-1) == found_id_HNK.unsqueeze(-2)).any(-1) & exact.valid_HNK
         found, wanted = self._totals(self.group, int(found_HNK.sum()), int(exact.valid_HNK.sum()))
-        return found / wanted if wanted else 1.0
+        return found / wanted if wanted else None
 
     def _sample_of(self, rows_HNX: Tensor, namespace_N: Tensor) -> tuple[Tensor, Tensor]:
         count = self.config.recall_queries

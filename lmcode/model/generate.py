@@ -20,6 +20,7 @@ from torch import Tensor
 from lmcode.model.cache import Cache
 from lmcode.model.decode import Decoder, steppable
 from lmcode.model.lm import IGNORED, LMCODEOutput, MemoryLM, StreamState
+from lmcode.model.mode import in_eval_mode
 from lmcode.model.sampling import Decoding, next_token
 
 Prompts = Tensor | Sequence[Sequence[int]]
@@ -86,9 +87,7 @@ def generate(model: MemoryLM, prompts: Prompts, decoding: Decoding | None = None
     generator = None if decoding.seed is None else torch.Generator(ids_BT.device).manual_seed(decoding.seed)
     added: list[Tensor] = []  # tokens [B] of each step, and which streams were live then
     live: list[list[bool]] = []
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         while num_new > 0 and any(reader.live):
             token_B = next_token(reader.logits(), rows, decoding, generator)
             token_B = token_B if agree is None else agree(token_B)
@@ -104,8 +103,6 @@ def generate(model: MemoryLM, prompts: Prompts, decoding: Decoding | None = None
         live_TB = torch.tensor(live, dtype=torch.bool, device=ids_BT.device).view(-1, len(rows))
         valid_BT = torch.cat([valid_BT, live_TB.t()], dim=1)
         return Generation(ids_BT, valid_BT, reader.finish() if finish else None)
-    finally:
-        model.train(was_training)
 
 
 class Reader:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lmcode.model.lm import IGNORED, MemoryLM, StreamState
+from lmcode.model.mode import in_eval_mode
 from lmcode.retrieval import Candidates
 
 STREAMS = 32  # texts that are read side by side
@@ -30,16 +31,11 @@ def read_texts(model: MemoryLM, rows: Sequence[Sequence[int]]) -> list[dict[int,
     """
     offered: list[dict[int, Candidates]] = [{}] * len(rows)
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # side by side with least padding
-    was_training = model.training
-    model.eval()
-    try:
-        with model.reading_from({}):
-            for start in range(0, len(rows), STREAMS):
-                batch = by_length[start:start + STREAMS]
-                for index, candidates in zip(batch, _read_side_by_side(model, [rows[i] for i in batch]), strict=True):
-                    offered[index] = candidates
-    finally:
-        model.train(was_training)
+    with in_eval_mode(model), model.reading_from({}):
+        for start in range(0, len(rows), STREAMS):
+            batch = by_length[start:start + STREAMS]
+            for index, candidates in zip(batch, _read_side_by_side(model, [rows[i] for i in batch]), strict=True):
+                offered[index] = candidates
     return offered
 
 

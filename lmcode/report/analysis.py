@@ -17,6 +17,7 @@ from torch import Tensor
 from lmcode.lmcode import LMCODE
 from lmcode.memory.bank import LongTermMemory
 from lmcode.memory.entry import MASS_UNIT, METADATA, importance_of
+from lmcode.model.mode import in_eval_mode
 from lmcode.report.sequences import as_documents, device_of, token_sequences
 from lmcode.retrieval import Hits, NullRetriever
 from lmcode.tokenizer import Tokenizer
@@ -130,13 +131,8 @@ class Items(NamedTuple):
 @contextmanager
 def quietly(model: LMCODE) -> Any:
     """Without gradient and in evaluation mode; the mode it came in afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+    with in_eval_mode(model), torch.no_grad():
+        yield
 
 
 def read_items(model: LMCODE, sequences: list[list[int]]) -> dict[int, Items]:

@@ -165,8 +165,12 @@ def training_section(facts: ReportFacts) -> Markup:
     for measure, title, unit, caption in (
             ("fill", "How full the memory is", "share of the slots", "At 1 every new entry makes an older one go."),
             ("hit_mass", "Attention to the bank", "share of the softmax", "How much of the read went to retrieved entries."),
-            ("age_p50", "Age of the hits", "steps, median", "How far back the memory is used.")):
+            ("age_p50", "Age of the hits", "steps, median", "How far back the memory is used."),
+            ("recall_at_k", "What the search finds", "share of the exact hits",
+             "A sample of queries is searched exactly, too: at 1 the faster search has missed nothing.")):
         lines = layer_lines(facts, measure)
+        if not lines and layer_lines(facts, "fill"):
+            charts.append(empty(f"{title}: not measured."))
         if lines:
             charts.append(figure(line_chart(lines, x="step", y=unit, low=0), title=title,
                                  legend=[line.name for line in lines], caption=caption))

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lmcode import __version__
 from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, build, near_match
-from lmcode.dist import Group, on_rank_0, raise_together
+from lmcode.dist import Group, check_same, on_rank_0, raise_together
 from lmcode.model.lm import MemoryLM
 from lmcode.saved import replace
 from lmcode.tokenizer import CONFIG_FILE, TOKENIZER_FILE, load_tokenizer, save_for_transformers
@@ -57,6 +57,7 @@ class Pretrained(ModelHubMixin):
             ConfigError: on every rank, if the folder holds something else, a weight is not finite or not there (ZeRO-3
                 keeps it elsewhere), or the file system refuses; what was there is as it was.
         """
+        check_same(self.group, "save_pretrained", str(save_directory), include_memory)
         write(self, Path(save_directory).absolute(), include_memory=include_memory)
 
     @classmethod
@@ -77,6 +78,7 @@ class Pretrained(ModelHubMixin):
             ConfigError: on every rank: what is missing, damaged, or does not fit; the message names the file.
         """
         group, place = group or Group(), Path(pretrained_model_name_or_path)
+        check_same(group, "from_pretrained", include_memory)
         problem, folder = None, replace.left_by_a_kill(place.absolute()) or place
         if not folder.is_dir():
             try:
@@ -91,6 +93,7 @@ class Pretrained(ModelHubMixin):
                     token: str | None = None, commit_message: str | None = None) -> str:
         """Saves the model in a temporary folder, which rank 0 uploads; returns the commit's address.
         See `save_pretrained`."""
+        check_same(self.group, "push_to_hub", repo_id, include_memory)
         place = Path(on_rank_0(self.group, tempfile.mkdtemp))
         try:
             self.save_pretrained(place / "model", include_memory=include_memory)

@@ -173,6 +173,7 @@ def load_into(session: Session, folder: Path, trainer: Mapping[str, Any]) -> Non
                                   num_micro=config.train.gradient_accumulation_steps, device=session.engine.device)
     session.step, session.training_seconds = trainer["step"], trainer["training_seconds"]
     session.engine.skipped_steps, session.failed_saves = trainer["skipped_steps"], trainer["failed_saves"]
+    session.skipped_in_a_row = trainer.get("skipped_in_a_row", 0)  # older checkpoints do not say
     session.owes_evaluation = trainer.get("owes_evaluation", False)
     session.resharded = trainer.get("resharded", {})
     session.data_pass = replay.resume(session.replay, folder, Pass(**trainer.get("pass", {})), step=session.step)

@@ -104,7 +104,8 @@ def fit(session: Session) -> None:
         session.step += 1
         clock.step = session.step
         health.check(session, result)
-        consolidate(session)
+        if result.applied:  # a refused step leaves no trace
+            consolidate(session)
         synchronise(session.engine.device)
         seconds = time.perf_counter() - started
         clock.add("step", seconds)

@@ -86,7 +86,7 @@ def phase_times(session: Session, timings: Mapping[str, float], steps: int) -> d
 
 
 def layer_metrics(session: Session, result: StepResult, layer: int) -> dict[str, float]:
-    """The `memory/L{layer}/...` numbers of one bank, with their histograms. A collective."""
+    """The `memory/L{layer}/...` numbers of one bank, with their histograms, without what was not measured. A collective."""
     bank, group, reads = session.model.banks[layer], session.group, result.reads[layer]
     gate = torch.cat([read.gate_BT.flatten() for read in reads])
     share = torch.cat([read.share_HN.flatten() for read in reads])
@@ -99,13 +99,14 @@ def layer_metrics(session: Session, result: StepResult, layer: int) -> dict[str,
     scores = torch.cat([read.hits.score_HNK[read.hits.valid_HNK] for read in reads])
     for name, sample in (("scores", scores), ("ages", ages), ("gates", gate)):
         session.metrics.histogram(session.step, f"{prefix}/{name}", sample)
+    recall = bank.recall()
     return {
+        **({} if recall is None else {f"{prefix}/recall_at_k": recall}),
         f"{prefix}/fill": stats["live"] / stats["slots"],
         f"{prefix}/gate_mean": gate_mean,
         f"{prefix}/hit_mass": hit_mass,
         f"{prefix}/null_mass": null_mass,
         f"{prefix}/age_p50": float(ages.median()) if ages.numel() else float("nan"),
-        f"{prefix}/recall_at_k": bank.recall(),
         f"{prefix}/evicted": float(stats["evicted"]),
         f"{prefix}/merged": float(stats["merged"]),
         f"{prefix}/rejected": float(stats["rejected"]),

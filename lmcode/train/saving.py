@@ -129,7 +129,8 @@ def snapshot(session: Session) -> Parts:
     parts.update(memory_parts(session.model))
     if rank == 0:
         trainer = {"step": session.step, "updates": session.engine.updates, "skipped_steps": session.engine.skipped_steps,
-                   "failed_saves": session.failed_saves, "training_seconds": session.training_seconds,
+                   "skipped_in_a_row": session.skipped_in_a_row, "failed_saves": session.failed_saves,
+                   "training_seconds": session.training_seconds,
                    "owes_evaluation": session.owes_evaluation, "resharded": session.resharded,
                    "corpus": session.corpus.meta["digest"], "pass": dataclasses.asdict(session.data_pass)}
         parts["model.safetensors"] = partial(save_file, weights)

@@ -30,6 +30,7 @@ class Facts:
     filled_by_rank: dict[int, list[int]]
     slots: int
     memory_groups: int  # that hold the bank, each whole
+    recall_by_layer: dict[int, float | None]  # of the last step's search; None: not measured
     hits_by_rank: list[list[int]]  # [reader][holder], last step
     phase_ms: dict[str, float]
     bytes_per_step: float
@@ -68,6 +69,9 @@ def _memory(facts: Facts) -> list[str]:
     lines = [f"slots filled per rank, of {facts.slots:,} over {over}"]
     for layer, filled in facts.filled_by_rank.items():
         lines.append(f"  layer {layer}: " + "  ".join(f"rank {rank} {count:,}" for rank, count in enumerate(filled)))
+    recalls = "  ".join(f"layer {layer} {'not measured' if recall is None else f'{recall:.4f}'}"
+                        for layer, recall in facts.recall_by_layer.items())
+    lines.append(f"share of the exact hits that the last step's search found: {recalls}")
     lines.append("where the hits of the last step came from")
     for reader, counts in enumerate(facts.hits_by_rank):
         total = max(1, sum(counts))
@@ -105,6 +109,7 @@ def collect(session: Session, results: dict[str, EvalResult], training_seconds: 
         filled_by_rank={layer: s["live_by_rank"] for layer, s in stats.items()},
         slots=session.config.model.long_term_memory_slots,
         memory_groups=group.size // session.config.memory.ranks_per_group(group.size),
+        recall_by_layer={layer: bank.recall() for layer, bank in banks.items()},
         hits_by_rank=group.all_gather_object(counts.tolist()), phase_ms=phase_ms,
         bytes_per_step=bytes_per_step, prompt_tail=prompt_tail, sample=sample, checkpoint=checkpoint,
         run_folder=session.run_folder)

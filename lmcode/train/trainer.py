@@ -19,10 +19,11 @@ import torch
 from lmcode import dist
 from lmcode.cluster import network
 from lmcode.config import ConfigError, RunConfig, TrainConfig, build
-from lmcode.dist import Group
+from lmcode.dist import Group, check_same
 from lmcode.eval.held_out import EvalResult, evaluate
 from lmcode.lmcode import LMCODE
 from lmcode.memory.bank import LongTermMemory
+from lmcode.model.mode import keeping_mode
 from lmcode.presets import load_run_config
 from lmcode.tokenizer import ByteTokenizer, same_tokenizer
 from lmcode.train import checkpoint, loop, observe, path_checkpoint, start
@@ -128,21 +129,19 @@ class MemoryAwareTrainer:
             ConfigError: a batch size that ranks do not divide or that the config contradicts, ids outside the model's
                 vocabulary, ranks with different samples.
         """
+        check_same(self.group, "train", num_epochs, batch_size, eval_dataset is None)
         if isinstance(num_epochs, bool) or not isinstance(num_epochs, int) or num_epochs < 1:
             raise ConfigError(f"num_epochs must be an integer of at least 1: got {num_epochs!r}")
         data = self._dataset(dataset)
         held_out = None if eval_dataset is None else self._dataset(eval_dataset)
         config = self._run_config(data, batch_size)
         session = self._next_session(config, data, num_epochs, held_out)
-        was_training = self.model.training
-        try:
+        with keeping_mode(self.model):
             if session.step >= session.last_step:
                 log.warning("nothing to train: %d of %d steps are behind", session.step, session.last_step)
             else:
                 loop.fit(session)
                 self._evaluate_last(session)
-        finally:
-            self.model.train(was_training)
         over = session.step >= session.data_pass.first_step + (session.sampler.num_steps or 0)
         session.data_pass = dataclasses.replace(session.data_pass, over=over)
         return session.metrics.lists
@@ -154,6 +153,7 @@ class MemoryAwareTrainer:
             loss (nats per token), perplexity and tokens; with banks also loss_memory_off and perplexity_memory_off, the same
             without retrieval.
         """
+        check_same(self.group, "evaluate", batch_size)
         data = self._dataset(dataset)
         sampler = self._held_out(data, batch_size, self._window(data))
         modes = ("on", "off") if self.model.banks else ("on",)
@@ -260,7 +260,7 @@ class MemoryAwareTrainer:
         if former is not None:
             session = dataclasses.replace(session, step=former.step, states=former.states if goes_on else {},
                                           training_seconds=former.training_seconds, failed_saves=former.failed_saves,
-                                          saved=former.saved)
+                                          skipped_in_a_row=former.skipped_in_a_row, saved=former.saved)
         if held_out is not None:
             session.held_out = self._held_out(held_out, train.streams, train.sequence_length)
             every = max(1, (session.sampler.num_steps or 0) // num_epochs)
