@@ -447,3 +447,28 @@ def test_a_text_is_replaced_whole(tmp_path: Path) -> None:
             break
         durable.replace_text(path, "old")
     assert path.read_text() == "new and longer" and [one.name for one in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_what_a_file_manager_leaves_is_passed_over_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    new = commit(tmp_path, 2)
+    for name in (".DS_Store", "banks/._a", "Thumbs.db", ".nfs00000001"):
+        (new / name).write_text("x")
+    (new / ".ipynb_checkpoints").mkdir()
+    (new / ".ipynb_checkpoints" / "trainer-checkpoint.json").write_text("{}")
+    (tmp_path / "._.step-00000003.tmp").write_text("x")
+    durable.verify(new)
+    assert ".DS_Store, .ipynb_checkpoints/trainer-checkpoint.json, .nfs00000001, Thumbs.db, banks/._a" in caplog.text
+    (new / "model.bin").write_bytes(b"y" * 300)
+    with pytest.raises(DamagedCheckpoint, match="model.bin: the content"):
+        durable.verify(new)
+    assert commit(tmp_path, 3).is_dir(), "nor do they stop the next commit"
+
+
+def test_what_a_file_manager_leaves_while_a_commit_is_written_is_no_part_of_it(tmp_path: Path) -> None:
+    final = tmp_path / "step-00000001"
+    with durable.commit(final, facts_of(1)) as place:
+        (place / "model.bin").write_text("x")
+        (place / ".DS_Store").write_text("x")
+    assert [*durable.read_manifest(final).files] == ["model.bin"]
+    (final / ".DS_Store").unlink()
+    durable.verify(final)

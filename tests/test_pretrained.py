@@ -358,3 +358,12 @@ def test_an_upload_is_the_saved_folder(told: LMCODE, monkeypatch: pytest.MonkeyP
     assert told.push_to_hub("me/mine", include_memory=False, private=True) == "address"
     assert seen["repo"] == "me/mine" and seen["private"] and "config.json" in seen["files"]
     assert not any(name.startswith(("banks", "experiences")) for name in seen["files"])
+
+
+def test_what_a_file_manager_leaves_in_a_saved_model_is_passed_over(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = facts_of(LMCODE.from_pretrained(saved))
+    (saved / ".DS_Store").write_text("x")
+    (saved / "banks" / ".ipynb_checkpoints").mkdir()
+    (saved / "banks" / ".ipynb_checkpoints" / "x.json").write_text("{}")
+    assert facts_of(LMCODE.from_pretrained(saved)) == expected
+    assert "passed over what is no part of the model: .DS_Store, banks/.ipynb_checkpoints" in caplog.text

@@ -18,6 +18,7 @@ into the folder, or into the blobs of the hub's cache. Flipped bits in the numbe
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -35,10 +36,12 @@ from lmcode.dist import Group, check_same, on_rank_0, raise_together
 from lmcode.model.lm import MemoryLM
 from lmcode.saved import replace
 from lmcode.tokenizer import CONFIG_FILE, TOKENIZER_FILE, load_tokenizer, save_for_transformers
+from lmcode.train.durable import is_stray
 
 if TYPE_CHECKING:
     from lmcode.lmcode import LMCODE
 
+log = logging.getLogger("lmcode")
 CONFIG, WEIGHTS, CARD, PROGRAM = "config.json", "model.safetensors", "README.md", "modeling_lmcode.py"
 MODEL_TYPE = "lmcode"
 
@@ -313,6 +316,8 @@ def read(folder: Path, *, include_memory: bool, group: Group, device: torch.devi
     from lmcode.saved.memory import BANKS, load_memory
 
     model, problem, with_memory = None, None, False
+    if strays := sorted(name for path in folder.rglob("*") if is_stray(name := path.relative_to(folder).as_posix())):
+        log.warning("'%s': passed over what is no part of the model: %s", folder, ", ".join(strays))
     try:
         check_links(folder)
         config, memory, holds_memory = settings(folder)

@@ -10,7 +10,8 @@ file and folder is forced to disk, and only then does it take its name:
 A kill at any point leaves the earlier commits, or those and the new one; a temporary folder is swept at the next commit.
 `manifest.json` holds {"schema": 1, "step", "world_size", "virtual_shards", "config": blake2b of the settings,
 "versions": {name: version}, "files": {relative path: {"bytes", "blake2b"}}, "self": blake2b of the rest}, in one spelling
-only, and nothing may lie beside what it lists.
+only. Nothing may lie beside what it lists but what file managers and editors leave anywhere (`STRAYS`), which is no part of
+a commit.
 
 Pure file protocol: no torch, no ranks. Several writers may fill one temporary folder; each seals the files it wrote, and
 one of them publishes.
@@ -22,6 +23,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -32,10 +34,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+log = logging.getLogger("lmcode")
 SCHEMA = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * 2**20  # a file of this name that is longer was not written here
 STEP_NAME = re.compile(r"step-(\d{1,18})(?:\.([1-9]\d{0,8}))?")  # step and revision
+
+STRAYS = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.ipynb_checkpoints|\.nfs[0-9a-f]+")  # one part of a path
 
 Seals = dict[str, dict[str, Any]]  # relative path -> {"bytes", "blake2b"}
 
@@ -123,7 +128,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes a new file and forces it to disk."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        rest = memoryview(text.encode("utf-8"))
+        rest = memoryview(text.encode("utf-8", "backslashreplace"))  # a path may hold bytes that are no UTF-8
         while rest:
             rest = rest[os.write(handle, rest):]
         os.fsync(handle)
@@ -167,7 +172,8 @@ def begin(final: Path) -> Path:
         raise FileExistsError(errno.EEXIST, "a checkpoint is never written over", str(final))
     make_folder(final.parent)
     for leftover in final.parent.glob(".*.tmp"):
-        shutil.rmtree(leftover)
+        if not is_stray(leftover.name):
+            shutil.rmtree(leftover)
     temporary = temporary_of(final)
     os.mkdir(temporary)
     return temporary
@@ -176,7 +182,8 @@ def begin(final: Path) -> Path:
 def publish(temporary: Path, final: Path, facts: Facts, seals: Mapping[str, Mapping[str, Any]]) -> None:
     """Completes a commit: seals the files that nobody has sealed, writes the manifest, and gives the folder its name."""
     _, names, folders = _walk(temporary)
-    files = {**seals, **seal(temporary, sorted(names - {*seals}))}
+    own = {name for name in names if not is_stray(name)}
+    files = {**seals, **seal(temporary, sorted(own - {*seals}))}
     write_text(temporary / MANIFEST, render(facts, files))
     for folder in sorted(folders, key=len, reverse=True):
         sync(temporary / folder)
@@ -246,10 +253,14 @@ def verify(folder: Path) -> Manifest:
     Raises:
         DamagedCheckpoint: no manifest, or one that is not JSON, of another schema or ill-formed; a path that leaves the
             folder; a file that is missing, additional, a link or no file; a wrong size or hash; a folder named for
-            another step.
+            another step. What a file manager has left (`STRAYS`) is passed over with a warning.
     """
     manifest = read_manifest(folder)
     links, names, _ = _walk(folder)
+    strays = sorted(name for name in names | links if is_stray(name) and name not in manifest.files)
+    if strays:
+        log.warning("'%s': passed over what is no part of the checkpoint: %s", folder, ", ".join(strays))
+    links, names = links.difference(strays), names.difference(strays)
     for link in sorted(links):
         raise DamagedCheckpoint(f"{folder / link!s}: neither a file nor a folder (a symbolic link?)")
     for name in sorted({*manifest.files} - names):
@@ -333,6 +344,11 @@ def _stays_inside(name: str) -> bool:
     parts = name.split("/")
     plain = not any(part in ("", ".", "..") for part in parts) and not any(char in name for char in "\0\\:")
     return plain and name != MANIFEST and PurePosixPath(name).as_posix() == name
+
+
+def is_stray(name: str) -> bool:
+    """Whether a relative path is, or lies in, something that a file manager or an editor leaves in any folder."""
+    return any(STRAYS.fullmatch(part) for part in name.split("/"))
 
 
 def _walk(folder: Path) -> tuple[set[str], set[str], set[str]]:
