@@ -91,6 +91,12 @@ class LMCODE(MemoryLM, Pretrained):
         check_vocab(tokenizer, self.config.vocab_size)
         self._tokenizer = tokenizer
 
+    def resize_token_embeddings(self, vocab_size: int) -> torch.nn.Embedding:
+        """See `MemoryLM.resize_token_embeddings`; it is refused, too, where the tokenizer has more ids."""
+        if self.tokenizer is not None:
+            check_vocab(self.tokenizer, vocab_size)
+        return super().resize_token_embeddings(vocab_size)
+
     def generate(self, input_ids: Prompts, max_length: int | None = None, temperature: float = 0.8, top_k: int = 50,
                  top_p: float = 0.9, *, max_new_tokens: int | None = None, repetition_penalty: float = 1.0,
                  no_repeat_ngram_size: int = 0, eos_id: int | None = None, seed: int | None = None,

@@ -461,3 +461,32 @@ def test_memory_heads_begin_by_matching_equal_contexts() -> None:
     for layer in model.layers:
         query_PC, key_PC, _ = layer.long_term_read.query_key_value.weight.chunk(3)
         assert torch.equal(query_PC, key_PC)
+
+
+@pytest.mark.parametrize("size", [V + 7, V - 5])
+def test_another_vocabulary_keeps_the_rows_that_stay(size: int) -> None:
+    model, _ = build()
+    before, old_VC = model(ids().clamp(max=V - 6)).logits, model.embedding.weight.detach().clone()
+    embedding, kept = model.resize_token_embeddings(size), min(size, V)
+    assert embedding is model.embedding and model.head.weight is embedding.weight and model.config.vocab_size == size
+    assert (embedding.num_embeddings, model.head.out_features, len(embedding.weight)) == (size,) * 3
+    assert torch.equal(embedding.weight[:kept], old_VC[:kept])
+    assert torch.allclose(embedding.weight[kept:], old_VC.mean(0).expand(size - kept, -1))
+    output = model(ids().clamp(max=V - 6), ids().clamp(max=V - 6))
+    assert torch.allclose(output.logits[..., :kept], before[..., :kept], atol=1e-6)
+    output.loss.backward()
+    assert model.embedding.weight.grad is not None
+    with pytest.raises(ValueError, match=f"0..{size - 1}"):
+        model(torch.full((1, 2), size))
+
+
+def test_a_vocabulary_that_cannot_be_leaves_the_model_as_it_was() -> None:
+    model, _ = build()
+    head, size = model.head, model.config.vocab_size
+    for bad in (1, 0, -3, 2.5, True):
+        with pytest.raises(ValueError, match="at least 2 ids"):
+            model.resize_token_embeddings(bad)
+    model.head = torch.nn.Sequential(head)  # as an adapter replaces it
+    with pytest.raises(ValueError, match="this model's own and whole: got Embedding .* and Sequential"):
+        model.resize_token_embeddings(size + 1)
+    assert model.config.vocab_size == len(model.embedding.weight) == size

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lmcode.config import LMCODEConfig
+from lmcode.config import LMCODEConfig, build
 from lmcode.model.cache import Cache
 from lmcode.model.layer import MemoryAugmentedLayer, norm
 from lmcode.model.long_term import LongTermRead, ReadTape, Window
@@ -135,6 +135,33 @@ class MemoryLM(nn.Module):
             # Queries start out as keys, so that a head begins by matching equal contexts and need not find that first.
             query_PC, key_PC, _ = read.query_key_value.weight.chunk(3)
             query_PC.copy_(key_PC)
+
+    @torch.no_grad()
+    def resize_token_embeddings(self, vocab_size: int) -> nn.Embedding:
+        """Gives the model another vocabulary: ids that stay keep their rows, new ones get the mean of all old rows, so that
+        at first none of them is likelier than the average token. The head is the embedding, before and after.
+
+        Make optimizers and engines after it, since the weight is a new parameter.
+
+        Raises:
+            ValueError: for fewer than 2 ids, or where the weights are not the model's own to change (ZeRO-3 has taken them
+                away, an adapter or a quantiser has replaced the module); nothing has changed then.
+        """
+        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 2:
+            raise ValueError(f"a vocabulary has at least 2 ids: got {vocab_size!r}")
+        old_VC = self.embedding.weight
+        own = type(self.embedding) is nn.Embedding and type(self.head) is nn.Linear and self.head.weight is old_VC
+        if not own or tuple(old_VC.shape) != (self.config.vocab_size, self.config.hidden_size):
+            raise ValueError("the embedding can be resized only where it is this model's own and whole: got "
+                             f"{type(self.embedding).__name__} {list(old_VC.shape)} and {type(self.head).__name__}")
+        config = build(LMCODEConfig, {**self.config.model_dump(), "vocab_size": vocab_size})
+        kept_VC = old_VC[:vocab_size]
+        added_VC = old_VC.float().mean(0).to(old_VC.dtype).expand(vocab_size - len(kept_VC), -1)
+        weight_VC = nn.Parameter(torch.cat([kept_VC, added_VC]), requires_grad=old_VC.requires_grad)
+        self.embedding.weight = self.head.weight = weight_VC
+        self.embedding.num_embeddings = self.head.out_features = vocab_size
+        self.config = config
+        return self.embedding
 
     def set_retrievers(self, retrievers: Mapping[int, Retriever]) -> None:
         """Gives memory layers their retrievers; those left out find nothing from now on.
