@@ -14,7 +14,7 @@ from lmcode import dist
 from lmcode.config import ConfigError
 from lmcode.dist import Group, on_rank_0
 from lmcode.eval.documents import OTHER_CORPUS, held_out_documents
-from lmcode.eval.held_out import MODES, evaluate, held_out_sampler
+from lmcode.eval.held_out import MODES, NOTHING_FAR, evaluate, held_out_sampler, void_controls
 from lmcode.experience.experiences import Namespace
 from lmcode.lmcode import LMCODE
 from lmcode.saved.pretrained import is_saved_model
@@ -23,6 +23,8 @@ from lmcode.train.checkpoint import find, load_model
 
 def evaluate_run(run: Path, overrides: list[str], *, as_json: bool = False) -> str:
     """Held-out loss of a run's newest checkpoint with the memory on, off and shuffled, as text or JSON. A collective.
+
+    What these documents cannot tell (`void_controls`) is named with the reason: "not measurable", or null in JSON.
 
     Raises:
         ConfigError: if there is no checkpoint, or its held-out documents cannot be found again.
@@ -34,14 +36,18 @@ def evaluate_run(run: Path, overrides: list[str], *, as_json: bool = False) -> s
         raise ConfigError(f"eval.streams must be a multiple of the number of ranks: {config.eval.streams} % {group.size}")
     documents, same_corpus = held_out_documents(checkpoint, config)
     sampler = held_out_sampler(documents, config)
-    modes = MODES if model.banks else ("on",)
+    void = void_controls(sampler, scope=config.memory.scope, windows=config.eval.final_windows) if model.banks else {}
+    modes = [mode for mode in MODES if mode not in void] if model.banks else ["on"]
     results = {mode: evaluate(model, sampler, banks=model.banks, group=group, mode=mode, slots=config.eval.slots,
                               windows=config.eval.final_windows) for mode in modes}
     if as_json:
-        return json.dumps({"step": step, "same_corpus": same_corpus,
+        return json.dumps({"step": step, "same_corpus": same_corpus, "not_measurable": void, **dict.fromkeys(void),
                            **{mode: result._asdict() for mode, result in results.items()}})
     lines = [f"step {step}, {results['on'].tokens:,} held-out tokens, nats per token (far: 16 windows into a document)"]
-    lines += [f"  memory {mode:<9} {r.loss:.4f}   far {r.far_loss:.4f}" for mode, r in results.items()]
+    lines += [f"  memory {mode:<9} {r.loss:.4f}   far {'not measurable' if r.far_loss is None else f'{r.far_loss:.4f}'}"
+              for mode, r in results.items()]
+    lines += [f"  memory {mode:<9} not measurable: {reason}" for mode, reason in void.items()]
+    lines += [f"  far is not measurable: {NOTHING_FAR}"] if results["on"].far_loss is None else []
     return "\n".join(lines if same_corpus else [*lines, OTHER_CORPUS])
 
 

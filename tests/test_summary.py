@@ -10,7 +10,7 @@ from lmcode.train.summary import Facts, render
 
 FACTS = Facts(steps=550, skipped_steps=3, training_seconds=301.2, tokens_per_s=3712.4,
               results={"on": EvalResult(3.5012, 90000, 2.1034, 40000), "off": EvalResult(3.7023, 90000, 2.3045, 40000),
-                       "shuffled": EvalResult(3.6056, 90000, 2.2067, 40000)},
+                       "shuffled": EvalResult(3.6056, 90000, 2.2067, 40000)}, void={},
               filled_by_rank={2: [32768, 32700]}, slots=65536, memory_groups=1, recall_by_layer={2: 0.9987},
               hits_by_rank=[[30, 10], [25, 75]],
               phase_ms=dict.fromkeys(PHASES, 10.0), bytes_per_step=4775439.0, prompt_tail="def f():", sample="    return",
@@ -34,5 +34,13 @@ def test_what_was_not_measured_has_no_number() -> None:
 def test_a_run_without_a_bank_says_so() -> None:
     from dataclasses import replace
 
-    text = render(replace(FACTS, results={"on": EvalResult(3.7, 90000, 0.0, 0)}, filled_by_rank={}, hits_by_rank=[[0]]))
-    assert "no bank" in text and "none that long" in text
+    text = render(replace(FACTS, results={"on": EvalResult(3.7, 90000, None, 0)}, filled_by_rank={}, hits_by_rank=[[0]]))
+    assert "no bank" in text and "far is not measurable: no held-out document was read as far as 16 windows" in text
+
+
+def test_a_control_that_says_nothing_has_a_reason_and_no_number() -> None:
+    from dataclasses import replace
+
+    results = {mode: result for mode, result in FACTS.results.items() if mode != "shuffled"}
+    text = render(replace(FACTS, results=results, void={"shuffled": "there is one document"}))
+    assert "not measurable: there is one document" in text and "3.6056" not in text

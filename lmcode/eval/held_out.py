@@ -6,7 +6,7 @@ model's, written as the documents are read, thrown away at the end. The training
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,26 +22,31 @@ MODES = ("on", "off", "shuffled")
 FAR = 16  # a window this many windows into its document is "far": most of what it could recall is out of reach of attention
 
 
+NOTHING_FAR = f"no held-out document was read as far as {FAR} windows"
+
+
 class EvalResult(NamedTuple):
-    """Mean loss in nats per token over `tokens` targets; `far_loss` over those at least 16 windows into a document."""
+    """Mean loss in nats per token over `tokens` targets; `far_loss` over those at least 16 windows into a document, None
+    where there are none."""
 
     loss: float
     tokens: int
-    far_loss: float
+    far_loss: float | None
     far_tokens: int
 
 
 class ShuffledRetriever:
     """Reads the memory of another document: the control that keeps the mechanism and takes away the content.
 
-    Every stream searches the namespace of the next stream (the last one that of the first), so each query still gets
-    hits written by the same model from real text, only not from its own document.
+    Every stream searches the namespace of the next stream that reads a document (the last one that of the first), so each
+    query still gets hits written by the same model from real text, only not from its own document; it finds nothing while
+    no other stream reads one.
     """
 
     def __init__(self, bank: LongTermMemory) -> None:
         self._bank = bank
         self.top_k = bank.top_k
-        self.other: dict[int, int] = {}
+        self.other: dict[int, int] = {}  # see `others`
 
     def search(self, query_HND: Tensor, namespace_N: Tensor) -> Hits:
         other = torch.tensor([self.other.get(n, -1) for n in namespace_N.tolist()], dtype=torch.int64,
@@ -50,6 +55,32 @@ class ShuffledRetriever:
 
     def attend(self, query_HND: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
         return self._bank.attend(query_HND, hits)
+
+
+def others(namespaces: Sequence[int]) -> dict[int, int]:
+    """The namespace that stands in for each stream's own: the next one that is a document; none for a document alone."""
+    live = [one for one in namespaces if one >= 0]
+    return dict(zip(live, live[1:] + live[:1], strict=True)) if len(live) > 1 else {}
+
+
+def void_controls(sampler: StreamSampler, *, scope: str, windows: int) -> dict[str, str]:
+    """By mode, why it cannot be told from another one, whatever the model: such a loss would be no measurement.
+
+    Args:
+        scope: of the banks (`memory.scope`).
+        windows: as in `evaluate`.
+    """
+    steps = range(min(windows, sampler.num_steps or 0))
+    if scope == "global":
+        return {"shuffled": "with memory.scope=global every document reads the memory of all"}
+    batches = [sampler.batch(step) for step in steps]
+    if not any(bool((batch.window_B > 0).any()) for batch in batches):
+        reason = "no held-out document was read beyond its first window, so that there is nothing in its memory to read"
+        return {"off": reason, "shuffled": reason}
+    if not any(others(batch.namespace_B.tolist()) for batch in batches):
+        return {"shuffled": f"no two held-out documents are read side by side ({len(sampler.documents)} held out, "
+                            f"eval.streams = {sampler.streams}), so that there is no other document's memory"}
+    return {}
 
 
 def evaluation_banks(banks: Mapping[int, LongTermMemory], slots: int | None) -> dict[int, LongTermMemory]:
@@ -68,7 +99,8 @@ def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[i
         model: the module itself (not DeepSpeed's wrapper); left in the mode it came in.
         sampler: held-out documents, one pass, no shuffling.
         banks: the model's banks; only forked, never written.
-        mode: "on", "off" (no retrieval, the rest unchanged) or "shuffled" (another document's memory).
+        mode: "on", "off" (no retrieval, the rest unchanged) or "shuffled" (another document's memory); `void_controls` says
+            which of them tell nothing.
         slots: slots of the evaluation banks; None keeps those of `banks`.
         upkeep: called after each window with its number, from 0, and every evaluation bank; may be a collective.
         between: called before each window; may be a collective, and what it raises ends the evaluation.
@@ -92,7 +124,7 @@ def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[i
             if shuffled:
                 everyone = sampler.batch(step, rank=0, world_size=1).namespace_B.tolist()
                 for retriever in shuffled.values():
-                    retriever.other = dict(zip(everyone, everyone[1:] + everyone[:1], strict=True))
+                    retriever.other = others(everyone)
             batch = sampler.batch(step, rank=group.rank, world_size=group.size).to(device)
             output = model(batch.input_ids_BT, targets_BT=batch.targets_BT, state=state, reset_B=batch.reset_B,
                            namespace_B=batch.namespace_B, valid_BT=batch.valid_BT)
@@ -106,7 +138,7 @@ def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[i
             far_B = batch.window_B.cpu() >= FAR
             sums += torch.stack([loss_B.sum(), count_B.sum(), loss_B[far_B].sum(), count_B[far_B].sum()])
     loss, tokens, far_loss, far_tokens = group.all_reduce(sums.to(device), phase="evaluation").tolist()
-    return EvalResult(loss / max(tokens, 1), int(tokens), far_loss / max(far_tokens, 1), int(far_tokens))
+    return EvalResult(loss / max(tokens, 1), int(tokens), far_loss / far_tokens if far_tokens else None, int(far_tokens))
 
 
 def held_out_sampler(documents: object, config: object) -> StreamSampler:

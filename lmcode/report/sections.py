@@ -153,10 +153,13 @@ def training_section(facts: ReportFacts) -> Markup:
     losses = [Line(name, *curves[key]) for key, name in (
         ("train/loss", "training"), ("eval/loss", "held out"), ("eval/loss_memory_off", "held out, memory off"),
         ("eval/loss_memory_shuffled", "held out, memory of another document")) if key in curves]
+    missing = [name for key, name in (("eval/loss_memory_off", "off"), ("eval/loss_memory_shuffled", "of another document"))
+               if key not in curves and "eval/loss" in curves]
     charts = [figure(line_chart(losses, x="step", y="loss (nats per token)"), title="Loss",
                      legend=[line.name for line in losses],
                      caption="Held-out loss with the memory should lie below that without it, and below that with the "
-                             "memory of another document: then it is the content that helps.")]
+                             "memory of another document: then it is the content that helps."
+                             + "".join(f" Not measured: memory {name}." for name in missing))]
     charts += [lone(curves, "perf/tokens_per_s", "Speed", "tokens/s", "All ranks together. It falls while the bank fills, "
                     "and dips when the machine has other work."), phases(facts),
                lone(curves, "train/learning_rate", "Learning rate", "per step", "Warm-up, then decay."),

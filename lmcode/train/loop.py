@@ -16,7 +16,7 @@ from lmcode import dist
 from lmcode.cluster import network
 from lmcode.config import RunConfig
 from lmcode.dist import Group, Rank
-from lmcode.eval.held_out import MODES, EvalResult, evaluate
+from lmcode.eval.held_out import MODES, EvalResult, evaluate, void_controls
 from lmcode.memory.entry import COUNTERS
 from lmcode.model.lm import LayerMemory, StreamState
 from lmcode.retrieval import Candidates, Hits
@@ -258,10 +258,13 @@ def finish(session: Session, training_seconds: float) -> None:
     if session.saved != checkpoint.place_of(session):
         with session.clock("saving"):
             saving.save(session)
-    modes = MODES if session.model.banks else ("on",)
-    results = {mode: held_out_loss(session, mode, session.config.eval.final_windows) for mode in modes}
+    windows, void = session.config.eval.final_windows, {}
+    if session.model.banks:
+        void = void_controls(session.held_out, scope=session.config.memory.scope, windows=windows)
+    modes = [mode for mode in MODES if mode not in void] if session.model.banks else ["on"]
+    results = {mode: held_out_loss(session, mode, windows) for mode in modes}
     observe.log_evaluation(session, results)
-    facts = summary.collect(session, results, training_seconds, session.saved or Path("none"))
+    facts = summary.collect(session, results, void, training_seconds, session.saved or Path("none"))
     if session.me.rank == 0:
         session.metrics.hyperparameters(flatten(session.config.model_dump(mode="json")), observe.result_tags(results))
         session.metrics.text(session.step, "sample", facts.sample)
