@@ -8,8 +8,9 @@ combinations that cannot work are refused here, before any rank starts.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -250,7 +251,8 @@ class RunConfig(Section):
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a YAML text without aliases, with which a few lines can describe more than fits into memory.
+    """The value of a YAML text without aliases, with which a few lines can describe more than fits into memory, and without
+    keys that are given twice, of which YAML drops one.
 
     Raises:
         ValueError: for anything else, in one line.
@@ -263,6 +265,14 @@ def read_yaml(text: str) -> Any:
                 raise ValueError(f"an alias is not allowed: got '*{self.peek_event().anchor}'")
             return super().compose_node(parent, index)
 
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen: set[tuple[str, str]] = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if (key.tag, key.value) in seen:
+                    raise ValueError(f"a key is given once: got '{key.value}' again in line {key.start_mark.line + 1}")
+                seen.add((key.tag, key.value))
+            return super().construct_mapping(node, deep)
+
     try:
         return yaml.load(text, Loader=PlainLoader)
     # PyYAML lets through what its constructors meet in a day 2001-99-99, 5,000 digits, '!!timestamp x' or '!!bool x'.
@@ -271,7 +281,8 @@ def read_yaml(text: str) -> Any:
 
 
 def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
-    """Splits 'train.learning_rate=1e-3' into its path and its YAML value.
+    """Splits 'train.learning_rate=1e-3' into its path and its value: YAML, but for a setting that is text, which takes the
+    words as they are. Where such a setting may be left out, 'null' or nothing leaves it out.
 
     Raises:
         ConfigError: without '=' or with an empty path part.
@@ -280,6 +291,9 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     parts = tuple(path.split("."))
     if not equals or not all(parts):
         raise ConfigError(f"an override looks like section.key=value: got '{text}'")
+    alternatives = alternatives_of(parts)
+    if str in alternatives:
+        return parts, None if type(None) in alternatives and value in ("", "null") else value
     try:
         parsed = read_yaml(value)
     except ValueError as error:
@@ -290,6 +304,26 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
         except ValueError:
             pass
     return parts, parsed
+
+
+def alternatives_of(path: Sequence[str]) -> tuple[Any, ...]:
+    """The types that the run config's setting of this dotted path may have; none for a section or an unknown name."""
+    section: Any = RunConfig
+    for part in path[:-1]:
+        field = section.model_fields.get(part)
+        section = None if field is None else field.annotation
+        if not (isinstance(section, type) and issubclass(section, Section)):
+            return ()
+    field = section.model_fields.get(path[-1])
+    return () if field is None else get_args(field.annotation) or (field.annotation,)
+
+
+def expanded(setting: str, path: str) -> Path:
+    """A path from the settings, '~' being the user's home; ConfigError, with the setting's name, if there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{setting} = '{path}' begins with a home folder that cannot be found: {error}") from None
 
 
 def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,8 @@ def discover(env: Mapping[str, str] = os.environ) -> Rank:
     """Reads who we are from the launcher's environment: deepspeed or torchrun, Open MPI, Slurm, or none.
 
     Of Slurm only the variables of an srun step count: a batch script has SLURM_PROCID and SLURM_NTASKS too, and a command
-    that it starts without srun is alone.
+    that it starts without srun is alone. So is one that a person types into a shell of srun --pty: the other tasks of that
+    step never come.
 
     Raises:
         ValueError: if the launcher's variables are incomplete or not integers.
@@ -56,6 +58,8 @@ def discover(env: Mapping[str, str] = os.environ) -> Rank:
                    "OMPI_COMM_WORLD_LOCAL_SIZE"),
         "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     }
+    if "SLURM_PTY_PORT" in env:
+        del names["slurm"]
     for launcher, (rank, size, local, local_size) in names.items():
         if rank in env and size in env and (launcher != "deepspeed" or local_size in env):
             try:
@@ -333,8 +337,19 @@ def log_into(folder: Path, me: Rank, *, step: Callable[[], int] | None = None, l
     """Every rank's lines also go into a file of its own in `folder`, rank-00000.log and so on; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank-{me.rank:05d}.log"
-    log.addHandler(_handler(logging.FileHandler(path, encoding="utf-8"), me, step, level))
+    log.addHandler(_handler(_LogFile(path, encoding="utf-8", errors="backslashreplace"), me, step, level))
     return path
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that a full disk silences, with one warning on the console and no traceback for every line."""
+
+    silenced = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
+        if not self.silenced:
+            self.silenced = True
+            log.warning("'%s' takes no more lines: %s", self.baseFilename, sys.exc_info()[1])
 
 
 def _handler(handler: logging.Handler, me: Rank, step: Callable[[], int] | None, level: int) -> logging.Handler:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lmcode.config import RunConfig
+from lmcode.processor import BF16_IS_SLOW
 
 Device = Literal["cpu", "gpu"]
 GIB = 2**30
@@ -38,7 +39,7 @@ class Estimate:
     traffic: received per optimizer step, by phase; the "zero ..." phases are DeepSpeed's and follow the formulas of
         Rajbhandari et al. 2020 (section 7), the others are what `lmcode.dist.Group` counts.
     checkpoint: by part.
-    warnings: what will not fit, or only just.
+    warnings: what will not fit, or only just; and bf16 on a processor that emulates it.
     """
 
     ranks: int
@@ -59,12 +60,13 @@ class Estimate:
 
 
 def estimate(config: RunConfig, world_size: int, *, device: Device = "cpu", memory_bytes: int | None = None,
-             ranks_per_host: int | None = None) -> Estimate:
+             ranks_per_host: int | None = None, has_bf16: bool | None = None) -> Estimate:
     """Adds up a run of `config` on `world_size` ranks.
 
     Args:
         memory_bytes: of the host (cpu) or of one GPU, to warn about; None warns about nothing.
         ranks_per_host: ranks that share a host's memory; all of them when None.
+        has_bf16: whether the processor multiplies bf16; None says nothing about it.
 
     Raises:
         ConfigError: settings that cannot work on this number of ranks.
@@ -79,9 +81,11 @@ def estimate(config: RunConfig, world_size: int, *, device: Device = "cpu", memo
     # Rank 0 gathers the weights, and every rank its part of the moments, on the host before they are written.
     (memory if device == "cpu" else on_host)["saving"] = 4 * parameters + math.ceil(8 * parameters / world_size)
     sharing = 1 if device == "gpu" else (ranks_per_host or world_size)
+    emulated = device == "cpu" and config.train.precision == "bf16" and has_bf16 is False
+    slow = [f"train.precision = bf16, and {BF16_IS_SLOW}"] if emulated else []
     return Estimate(world_size, device, zero["stage"], parameters, memory, on_host,
                     traffic_bytes(config, world_size, zero["stage"], parameters), checkpoint_bytes(config, parameters),
-                    tuple(fit_warnings(sum(memory.values()), memory_bytes, sharing, device)))
+                    (*fit_warnings(sum(memory.values()), memory_bytes, sharing, device), *slow))
 
 
 def count_parameters(config: RunConfig) -> int:

@@ -498,3 +498,21 @@ def test_ten_kills_and_resumes_in_a_row_equal_one_run(tmp_path: Path) -> None:
     assert sum(name.startswith("banks/layer-01/") for name in seals) == 12
     assert_tensorboard_has_no_overlap(killed, last)
     assert sorted(path.name[:5] for path in (killed / "checkpoints").iterdir()) == ["step-", "step-"]
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lmcode.train.start.time.strftime", lambda _: "now")
+    starts = [open_run(RunConfig(), dist.Group()) for _ in range(3)]
+    assert [start.run_folder for start in starts] == [Path("runs") / name for name in
+                                                      ("custom-now", "custom-now-2", "custom-now-3")]
+    for start in starts:
+        start.close()
+
+
+def test_a_run_folder_may_lie_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    start = open_run(build(RunConfig, {"train": {"run_dir": "~/mine"}}), dist.Group())
+    assert start.run_folder == tmp_path / "mine" and start.run_folder.is_dir()
+    start.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -14,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmcode.config import ConfigError, DataConfig
-from lmcode.tokenizer import BPETokenizer
+from lmcode.config import ConfigError, DataConfig, RunConfig, build
+from lmcode.tokenizer import BPETokenizer, ByteTokenizer
 from lmcode.train import corpus as corpus_module
 from lmcode.train import sources
-from lmcode.train.corpus import Corpus, prepare_corpus
+from lmcode.train.corpus import Corpus, load_corpus, prepare_corpus
 
 
 @pytest.fixture
@@ -381,3 +382,31 @@ def test_hugging_face_refusals(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match="needs the package 'datasets'"):
         prepare_corpus(DataConfig(hf="set"), vocab_size=300, folder=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("stage", ["mkdir", "tokenizer", "tokens", "rename"])
+def test_a_cache_that_takes_nothing_is_one_line_that_names_it(text, tmp_path, monkeypatch, stage):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full_for_rust(*_, **__):
+        raise Exception("No space left on device (os error 28)")  # as the tokenizers package says it
+
+    cache = tmp_path / "cache"
+    place = {"mkdir": None, "tokenizer": (ByteTokenizer, "save", full_for_rust), "tokens": (np, "save", full),
+             "rename": (corpus_module, "_move_into_place", full)}[stage]
+    if place is None:
+        cache.write_text("a file where the folder should be")
+    else:
+        monkeypatch.setattr(*place)
+    with pytest.raises(ConfigError, match="cannot be kept in '.*cache', the folder that data.cache names: ") as error:
+        prepare(text, cache)
+    assert "\n" not in str(error.value)
+    assert stage == "mkdir" or not [*cache.iterdir()], "nothing is left behind"
+
+
+def test_the_cache_may_lie_in_the_home_folder(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = build(RunConfig, {"data": {"path": "~/text", "tokenizer": "bytes", "cache": "~/kept"}})
+    assert text == tmp_path / "text"
+    assert load_corpus(config).folder.parent == tmp_path / "kept"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lmcode import estimate
+from lmcode import estimate, processor
 from lmcode.config import RunConfig
 from lmcode.doctor import folder, host, row
 from lmcode.doctor.folder import GIB, Space
@@ -172,3 +172,16 @@ def test_the_command_prints_json_and_ends_with_the_state(tmp_path: Path) -> None
     found = {check["name"]: check for check in report["checks"]}
     assert found["collectives"]["state"] == "ok"
     assert re.search(r"1 ranks gathered \[0\]", found["collectives"]["detail"])
+
+
+@pytest.mark.parametrize(("text", "able"), [("flags\t\t: fpu avx2 avx512f\n", False), ("flags : avx512_bf16 fpu\n", True),
+                                            ("Features\t: fp asimd bf16 i8mm\n", True), ("Features : fp asimd\n", False),
+                                            ("processor : 0\n", None), (None, None)])
+def test_bf16_is_looked_up_in_what_the_processor_says(text: str | None, able: bool | None, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert processor.has_bf16(tmp_path / "cpuinfo") is able
+    monkeypatch.setattr(processor, "has_bf16", lambda: able)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert [row.state for row in host.bf16_rows()] == {True: ["ok"], False: ["warn"], None: []}[able]

@@ -176,3 +176,11 @@ def test_what_cannot_be_estimated_is_refused(words: list[str], message: str, cap
 def test_ranks_that_cannot_share_a_run_have_no_estimate() -> None:
     with pytest.raises(ConfigError, match="streams"):
         estimate(config_of(), 3)
+
+
+def test_bf16_on_a_processor_that_emulates_it_is_a_warning() -> None:
+    config = load_run_config("tiny", ["train.precision=bf16"])
+    assert "bf16 is emulated" in " ".join(estimate(config, 1, has_bf16=False).warnings)
+    for warnings in (estimate(config, 1, has_bf16=True).warnings, estimate(config, 1, has_bf16=False, device="gpu").warnings,
+                     estimate(load_run_config("tiny"), 1, has_bf16=False).warnings):
+        assert warnings == ()

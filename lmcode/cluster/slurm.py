@@ -168,6 +168,7 @@ run="runs/$SLURM_JOB_NAME-$SLURM_JOB_ID"
 for word in "${words[@]}"; do
     case "$word" in train.run_dir=*) run="${word#*=}" ;; esac
 done
+case "$run" in "~/"*) run="$HOME/${run#"~/"}" ;; esac
 words+=("train.run_dir=$run" --resume auto)
 
 # What is wrong with the settings is said here, once; the corpus is prepared here, once.

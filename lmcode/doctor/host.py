@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
+from lmcode import processor
 from lmcode.cluster import network
 from lmcode.doctor.folder import GIB, Space, file_system_rows
 from lmcode.doctor.row import Row, State, guarded
@@ -43,6 +44,7 @@ def run_checks(run_dir: Path, space: Space | None = None) -> list[Row]:
         ("packages", lambda: package_rows(installed)),
         ("faiss", lambda: [faiss_build_row(installed)]),
         ("device", device_rows),
+        ("bf16", bf16_rows),
         ("cuda of torch and faiss", lambda: [cuda_row(torch_cuda(), installed, faiss_cuda(installed))]),
         ("faiss search", lambda: [faiss_search_row()]),
         ("collectives", lambda: [collectives_row()]),
@@ -146,6 +148,16 @@ def device_rows() -> list[Row]:
     if shutil.which("nvidia-smi"):
         return [Row("device", "warn", f"CPU, {cores}; torch {torch.__version__} finds no GPU, yet nvidia-smi is here")]
     return [Row("device", "ok", f"CPU, {cores}")]
+
+
+def bf16_rows() -> list[Row]:
+    """Whether a processor that computes multiplies bf16, which a preset for GPUs asks for; nothing to say beside a GPU."""
+    import torch
+
+    able = processor.has_bf16()
+    if torch.cuda.is_available() or able is None:
+        return []
+    return [Row("bf16", "ok" if able else "warn", "this processor multiplies bf16" if able else processor.BF16_IS_SLOW)]
 
 
 def devices() -> str:

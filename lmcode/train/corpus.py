@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import uuid
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from lmcode.config import ConfigError, DataConfig, RunConfig, near_match
+from lmcode.config import ConfigError, DataConfig, RunConfig, expanded, near_match
 from lmcode.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, check_vocab, load_tokenizer
 from lmcode.train.sources import Document, Source, open_source
 
@@ -97,7 +98,7 @@ class Corpus:
 
 def load_corpus(config: RunConfig, progress: Progress | None = None) -> Corpus:
     """The tokenized corpus of a run, prepared unless it already is; in `data.cache`, or runs/corpora beside the runs."""
-    folder = Path(config.data.cache) if config.data.cache else Path("runs") / "corpora"
+    folder = expanded("data.cache", config.data.cache) if config.data.cache else Path("runs") / "corpora"
     return prepare_corpus(config.data, vocab_size=config.model.vocab_size, folder=folder, progress=progress)
 
 
@@ -116,15 +117,28 @@ def prepare_corpus(config: DataConfig, *, vocab_size: int, folder: Path, progres
     """
     source = open_source(config)
     home = Path(folder) / _fingerprint(config, source, vocab_size)
-    if not (home / "meta.json").is_file():
+    if not _is_there(home):
         draft = home.with_name(f".preparing-{uuid.uuid4().hex}")
         try:
             draft.mkdir(parents=True)
             _prepare(config, source, vocab_size, draft, progress)
             _move_into_place(draft, home)
+        except OSError as error:
+            raise ConfigError(f"the tokenized corpus cannot be kept in '{folder}', the folder that data.cache names: "
+                              f"{error.strerror or error}") from None
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return _open(home)
+
+
+def _is_there(home: Path) -> bool:
+    """Whether a corpus is prepared; ConfigError if the folder does not let us see that."""
+    try:
+        return stat.S_ISREG(os.stat(home / "meta.json").st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise ConfigError(f"'{home.parent}', the folder that data.cache names, cannot be read: {error.strerror}") from None
 
 
 def _prepare(config: DataConfig, source: Source, vocab_size: int, home: Path, progress: Progress | None) -> None:
@@ -134,7 +148,7 @@ def _prepare(config: DataConfig, source: Source, vocab_size: int, home: Path, pr
         log.warning("skipped %d files that are not UTF-8 text: %s", len(source.skipped), names)
     tokenizer = _make_tokenizer(config.tokenizer, source, vocab_size, threshold, characters)
     check_vocab(tokenizer, vocab_size)
-    tokenizer.save(home / "tokenizer")
+    _save(tokenizer, home / "tokenizer")
     sides = {side: _SideWriter(home / side, tokenizer, config.min_document_tokens) for side in SIDES}
     done = 0
     for chunk in _chunks(source.read()):
@@ -147,6 +161,16 @@ def _prepare(config: DataConfig, source: Source, vocab_size: int, home: Path, pr
     meta = {"format": FORMAT, "title": source.title, "dtype": sides["train"].dtype.name, "digest": _digest(home),
             "documents": documents, "characters": characters, "skipped_files": len(source.skipped), **counts}
     (home / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _save(tokenizer: Tokenizer, folder: Path) -> None:
+    """`tokenizer.save`, whose plain Exception for what the file system refuses becomes an OSError."""
+    try:
+        tokenizer.save(folder)
+    except OSError:
+        raise
+    except Exception as error:  # of the tokenizers package
+        raise OSError(str(error)) from None
 
 
 def _survey(source: Source, held_out_share: float) -> tuple[int, int, int]:
@@ -180,7 +204,7 @@ def _make_tokenizer(setting: str, source: Source, vocab_size: int, threshold: in
 
 
 def _tokenizer_path(setting: str) -> Path:
-    path = Path(setting).expanduser()
+    path = expanded("data.tokenizer", setting)
     if not path.exists():
         raise ConfigError("data.tokenizer must be 'bytes', 'bpe', or an existing tokenizers JSON file or folder: "
                           f"got '{setting}'.{near_match(setting, ('bytes', 'bpe'))}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmcode.config import ConfigError, DataConfig, near_match
+from lmcode.config import ConfigError, DataConfig, expanded, near_match
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")  # taken from a folder; a file or glob given by name may end in anything
 JSONL_SUFFIX = ".jsonl"
@@ -84,7 +84,7 @@ def _named(path: Path, root: Path) -> TextFile:
 
 
 def _matching_files(setting: str) -> list[TextFile]:
-    path = Path(setting).expanduser()
+    path = expanded("data.path", setting)
     suffixes = (*TEXT_SUFFIXES, JSONL_SUFFIX)
     if path.is_file():
         return [TextFile(path.name, path)]

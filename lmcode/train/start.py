@@ -5,6 +5,7 @@ Whatever is wrong is found here, before the first step, and reported alike on ev
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Mapping
@@ -15,10 +16,12 @@ from pathlib import Path
 import torch
 
 from lmcode import dist
-from lmcode.config import ConfigError, RunConfig, to_yaml
+from lmcode.config import ConfigError, RunConfig, expanded, to_yaml
 from lmcode.dist import Group, Rank, on_rank_0
+from lmcode.effects import without_effect
 from lmcode.eval.held_out import held_out_sampler
 from lmcode.lmcode import LMCODE
+from lmcode.processor import BF16_IS_SLOW, has_bf16
 from lmcode.train import checkpoint, durable, observe
 from lmcode.train.clock import Clock
 from lmcode.train.corpus import Corpus, load_corpus
@@ -77,11 +80,12 @@ def _open(config: RunConfig, world_size: int, resume: str | None, held: list[Loc
     name, resharded = config.train.run_dir, {}
     if resume == "auto" and name is None:
         raise ConfigError("--resume auto needs train.run_dir, the run folder to go on in")
-    run, chosen = Path(name or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"), None
+    run, chosen = (None if name is None else expanded("train.run_dir", name)), None
     if resume not in (None, "auto"):
-        run, chosen = checkpoint.locate(Path(resume))
-        if name is not None and Path(name).resolve() != run.resolve():
+        former, (run, chosen) = run, checkpoint.locate(expanded("--resume", resume))
+        if former is not None and former.resolve() != run.resolve():
             log.warning("going on in '%s', where the checkpoint is; train.run_dir says '%s'", run, name)
+    run = run or free_folder(Path("runs"), f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
     durable.make_folder(run)
     held.append(Lock(run))
     if resume is None and (run / "config.yaml").exists():
@@ -101,6 +105,18 @@ def _open(config: RunConfig, world_size: int, resume: str | None, held: list[Loc
             return run, chosen, True, resharded
     log.info("'%s': %s", run, f"resuming from {chosen.name}" if chosen else "starting at step 0")
     return run, chosen, False, resharded
+
+
+def free_folder(parent: Path, name: str) -> Path:
+    """Makes a folder that nobody else has: `name`, or name-2, name-3 and so on where runs start in the same second."""
+    durable.make_folder(parent)
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            durable.sync(parent)
+            return folder
+    raise AssertionError("numbers do not end")
 
 
 def set_up(config: RunConfig, me: Rank, *, start: Start | None = None, watch: NullWatch | None = None,
@@ -132,10 +148,13 @@ def set_up(config: RunConfig, me: Rank, *, start: Start | None = None, watch: Nu
     if start.checkpoint is not None:
         checkpoint.restore(session, start.checkpoint)
     agreed(request, group)
-    if me.rank == 0:
-        session.metrics = record_in(start.run_folder, session)
+    on_rank_0(group, lambda: _record(session))
     announce(session)
     return session
+
+
+def _record(session: Session) -> None:
+    session.metrics = record_in(session.run_folder, session)
 
 
 def record_in(run_folder: Path, session: Session) -> Metrics:
@@ -146,8 +165,14 @@ def record_in(run_folder: Path, session: Session) -> Metrics:
 
 
 def announce(session: Session) -> None:
-    """Says what starts, and warns of a learning rate that will stay below its peak."""
+    """Says what starts, and warns of what a user may not have meant: a learning rate that will stay below its peak, settings
+    without effect, a precision that this processor emulates."""
     log.info("%s", observe.describe_start(session.config, session.me, session.model))
+    if session.me.rank == 0:
+        for line in without_effect(session.config, session.me.world_size):
+            log.warning("%s", line)
+    if session.config.train.precision == "bf16" and session.engine.device.type == "cpu" and has_bf16() is False:
+        log.warning("train.precision = bf16, and %s", BF16_IS_SLOW)
     if session.config.train.warmup_steps > session.last_step:
         log.warning("train.warmup_steps (%d) exceeds the steps of this job (%d): the learning rate never reaches its peak",
                     session.config.train.warmup_steps, session.last_step)
