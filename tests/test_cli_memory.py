@@ -416,6 +416,16 @@ def test_consolidation_says_what_it_does_to_held_out_loss(run: Path, said: Calla
     assert "is a saved model without any" in said("consolidate", tmp_path / "model", "--measure", code=2)
 
 
+def test_eval_says_what_its_documents_cannot_tell(run: Path) -> None:
+    words = ["eval.streams=1", "eval.final_windows=4"]
+    found = json.loads(evaluate_run(run, words, as_json=True))
+    assert found["shuffled"] is None and found["on"]["far_loss"] is None and found["off"]["loss"] > 0
+    assert "no two held-out documents are read side by side" in found["not_measurable"]["shuffled"]
+    text = evaluate_run(run, words)
+    assert "memory shuffled  not measurable: no two" in text and "far 0.0" not in text
+    assert "far is not measurable: no held-out document was read as far as 16 windows" in text
+
+
 @pytest.fixture(params=["saved model", "checkpoint"])
 def lone(request: pytest.FixtureRequest, run: Path, tmp_path: Path) -> Path:
     """What `run` remembers as a saved model, or as a checkpoint that lies in no run."""

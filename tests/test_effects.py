@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
 
-from lmcode import presets
+import pytest
+import torch
+
+from lmcode import dist, presets
 from lmcode.effects import RULES, without_effect
 from lmcode.presets import load_run_config
+from lmcode.train import start
 
 
 @pytest.mark.parametrize("preset", presets.ALL)
@@ -49,6 +53,19 @@ def test_a_setting_without_effect_is_named_with_what_it_needs(setting: str, with
 ])
 def test_an_exchange_needs_ranks(setting: str, ranks: int | None, named: bool) -> None:
     assert bool(without_effect(load_run_config("tiny", [setting]), ranks)) == named
+
+
+@pytest.mark.parametrize(("able", "warned"), [(False, 2), (True, 1), (None, 1)])
+def test_the_start_of_a_run_warns(able: bool | None, warned: int, monkeypatch: pytest.MonkeyPatch,
+                                  caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(start, "has_bf16", lambda: able)
+    monkeypatch.setattr(start.observe, "describe_start", lambda *_: "")
+    config = load_run_config("tiny", ["train.precision=bf16", "memory.write_every=9"])
+    start.announce(SimpleNamespace(config=config, me=dist.Rank(0, 1, 0, 1, "single"), model=None, last_step=400,
+                                   engine=SimpleNamespace(device=torch.device("cpu"))))
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == warned and "memory.write_every" in warnings[0]
+    assert ("bf16 is emulated" in warnings[-1]) == (able is False)
 
 
 def test_every_setting_of_the_table_exists() -> None:
