@@ -21,11 +21,13 @@ class Hits(NamedTuple):
     score_HNK: fp32 logits; `NO_SCORE` where invalid.
     id_HNK: int64 ids; -1 where invalid.
     ticket: private to the retriever that made it (which winners this rank holds); None elsewhere.
+    credit_HN: fp32, the attention that each query paid to its hits, which the retriever credits them with; 1 where None.
     """
 
     score_HNK: Tensor
     id_HNK: Tensor
     ticket: Any = None
+    credit_HN: Tensor | None = None
 
     @property
     def valid_HNK(self) -> Tensor:

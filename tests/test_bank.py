@@ -45,6 +45,12 @@ def unit(*shape: int, seed: int) -> Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
+def credits_of(seed: int, N: int) -> Tensor:
+    """What N queries pay their hits: a share of a softmax, of several, or nothing."""
+    credit = torch.rand(H, N, generator=torch.Generator().manual_seed(seed)) * 2
+    return credit.where(credit > 0.4, 0.0)
+
+
 def twins(E: int, seed: int) -> tuple[Tensor, Tensor]:
     """Keys of which half have a twin, and values."""
     key = unit(H, E, D, seed=seed)
@@ -74,7 +80,8 @@ def train_a_little(group: Group, settings: dict[str, Any]) -> dict[str, Any]:
         for name, one in zip(seen, (hits.id_HNK, hits.score_HNK, value, lse, query.grad), strict=False):
             seen[name].append(one.detach())
         seen["ages"].append(bank.ages(hits, step=step))
-        bank.commit(micro_batches(group, step), [hits], step=step)
+        credit = my_part(credits_of(step, QUERIES), group, 1) if step != 1 else None
+        bank.commit(micro_batches(group, step), [hits._replace(credit_HN=credit)], step=step)
         if step == 2:
             bank.delete(ids=range(0, 40, 7))
             bank.delete(namespace=1, before_step=1)
@@ -290,17 +297,19 @@ def read_and_commit(bank: LongTermMemory, plain: PlainBank, rng: np.random.Gener
     if not commit:
         return
     mass: dict[int, int] = {}
+    credit = credits_of(step, 4 * R)
     everyone = bank.group.all_gather_object((hits.id_HNK, hits.score_HNK))
-    for ids, scores in everyone:
+    for at, (ids, scores) in enumerate(everyone):
         weight = (scores.double() - scores.double().logsumexp(-1, keepdim=True)).exp()
-        for one, share in zip(ids.flatten().tolist(), weight.flatten().tolist(), strict=True):
+        paid = weight.float().double() * credit[:, 4 * at:4 * at + 4, None]
+        for one, share in zip(ids.flatten().tolist(), paid.flatten().tolist(), strict=True):
             if one >= 0:
-                mass[one] = mass.get(one, 0) + round(float(np.float32(share)) * MASS_UNIT)
+                mass[one] = mass.get(one, 0) + round(share * MASS_UNIT)
     plain.touch(mass, step)
     parts = np.array_split(np.arange(len(batch)), R)[rank]
     key, value, namespace = stacked[0][:, parts], stacked[1][:, parts], stacked[2][parts]
     report = bank.commit([Candidates(key, value, namespace, torch.ones(len(parts)), torch.ones(len(parts)).bool())],
-                         [hits], step=step)
+                         [hits._replace(credit_HN=credit[:, mine])], step=step)
     plain.write(batch)
     assert report.offered == len(batch) == report.written + report.rejected
 
@@ -400,6 +409,7 @@ def test_bytes_are_those_of_the_formulas(R: int, size: int) -> None:
             if fetch == "rows":
                 del read["gradients"]
             writes = (R - 1) * (8 + E * 16 + E * H * 2 * D * b) + 2 * 8 * slots * (R // G - 1) // (R // G)
+            writes += (G - 1) * n * b
             # A group of one rank reads for nothing, and a single group has no hits to add up.
             assert counted == {**{name: (G - 1) * each for name, each in read.items() if G > 1}, "writes": writes}
 
@@ -633,6 +643,40 @@ def test_hit_mass_does_not_depend_on_how_a_step_is_split() -> None:
     assert whole.content_hash() == split.content_hash()
     mass = sum(int(whole.state(shard)["hit_mass"].sum()) for shard in whole.owned)
     assert mass == pytest.approx(12 * H * MASS_UNIT, abs=12 * H * K)
+
+
+@pytest.mark.parametrize("fetch", ["sums", "rows"])
+def test_an_entry_is_credited_with_its_weight_times_what_its_query_paid(fetch: str) -> None:
+    bank, *_ = filled(fetch=fetch)
+    query, names, credit = unit(H, 12, D, seed=1) * 3, torch.arange(12) % 4, credits_of(3, 12)
+    hits = bank.search(query, names)
+    paid: dict[int, float] = {}
+    for h, n, k in itertools.product(range(H), range(12), range(K)):
+        weight = float(hits.score_HNK[h, n].softmax(0)[k] * credit[h, n])
+        paid[int(hits.id_HNK[h, n, k])] = paid.get(int(hits.id_HNK[h, n, k]), 0.0) + weight
+    bank.commit([], [hits._replace(credit_HN=credit)], step=1)
+    columns = bank.shard.columns
+    for one, mass in zip(columns["id"].tolist(), (columns["hit_mass"] / MASS_UNIT).tolist(), strict=True):
+        assert mass == pytest.approx(paid.get(one, 0.0), abs=1e-4)
+    assert (credit == 0).any() and sum(paid.values()) == pytest.approx(float(credit.sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("credit", [0.0, -1.0, math.nan, math.inf])
+def test_who_is_paid_nothing_or_no_finite_amount_earns_nothing(credit: float) -> None:
+    bank, *_ = filled()
+    before = {name: bank.shard.columns[name].copy() for name in ("hit_mass", "importance", "chance")}
+    hits = bank.search(unit(H, 12, D, seed=1), torch.arange(12) % 4)
+    bank.commit([], [hits._replace(credit_HN=torch.full((H, 12), credit))], step=1)
+    for name, column in before.items():
+        assert np.array_equal(bank.shard.columns[name], column), name
+    assert (bank.shard.columns["last_hit"] == 1).any()
+
+
+def test_a_credit_is_one_number_for_each_query() -> None:
+    bank, *_ = filled()
+    hits = bank.search(unit(H, 12, D, seed=1), torch.arange(12) % 4)
+    with pytest.raises(ValueError, match=r"credit of hits must be \[2, 12\].*got \(12, 2\)"):
+        bank.commit([], [hits._replace(credit_HN=torch.ones(12, H))], step=1)
 
 
 def test_search_time_is_counted() -> None:

@@ -200,11 +200,12 @@ def test_a_hit_raises_importance_and_may_earn_a_chance() -> None:
     assert columns["chance"][slots].tolist() == [False, True, False, False]
 
 
-def test_mass_is_counted_in_integers_over_all_heads() -> None:
+def test_mass_is_weight_times_credit_counted_in_integers_over_all_heads() -> None:
     shard = make_shard()
-    ticket = make_ticket(shard, [[(0, 3), (0, 5)], [(1, 3)], [], [(0, 3)]])
-    mass = shard.count_mass(ticket)
-    units = (ticket.weight_W.double() * MASS_UNIT).round().long().tolist()
+    ticket, credit = make_ticket(shard, [[(0, 3), (0, 5)], [(1, 3)], [], [(0, 3)]]), torch.tensor([0.3, 2.5, 0.7, 0.0])
+    mass = shard.count_mass(ticket, credit)
+    units = [round(weight * share * MASS_UNIT) for weight, share in
+             zip(ticket.weight_W.tolist(), credit[[0, 0, 1, 3]].tolist(), strict=True)]
     assert mass.dtype == np.int64
     assert mass[3] == units[0] + units[2] + units[3] and mass[5] == units[1]
     assert mass.sum() == sum(units)

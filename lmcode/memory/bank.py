@@ -222,12 +222,14 @@ class LongTermMemory:
     def commit(self, candidates: Sequence[Candidates], hits: Sequence[Hits], *, step: int) -> entry.CommitReport:
         """Counts the attention that entries received in this step, then writes what the policy chooses. Collective.
 
-        Called once per optimizer step, with a list item per micro-batch; either list may be empty. The global order of
+        Called once per optimizer step, with a list item per micro-batch; either list may be empty, `hits` on all ranks
+        alike, as every rank took part in every search. A hit is credited with its share of the softmax over its query's
+        hits, times the query's `credit_HN`. The global order of
         candidates is rank, list item, position; the policy looks at all valid ones in that order, so its choice does
         not depend on the number of ranks or memory groups.
 
         Raises:
-            ValueError: if any of the hits is stale.
+            ValueError: if any of the hits is stale, or its credit not one number for each query.
         """
         self.shard.touch(*self._count_hits(hits), step)
         evicted, clipped = sum(self.shard.evicted.values()), self.clipped
@@ -239,11 +241,21 @@ class LongTermMemory:
 
     def _count_hits(self, hits: Sequence[Hits]) -> tuple[np.ndarray, np.ndarray]:
         """What the reads of all memory groups did to each slot of this rank: see `Shard.count_hits`."""
-        counted, groups = self.shard.count_hits([self._ticket_of(one) for one in hits]), self.between.size
+        tickets, groups = [self._ticket_of(one) for one in hits], self.between.size
+        counted = self.shard.count_hits(tickets, self._gather_credits(hits, tickets))
         if groups == 1:
             return counted
         packed_M = entry.pack_hits(*counted, parts=groups).to(self.device)
         return entry.unpack_hits(self.between.all_reduce(packed_M, phase="writes"), parts=groups)
+
+    def _gather_credits(self, hits: Sequence[Hits], tickets: Sequence[Ticket]) -> list[Tensor]:
+        """What the bags of each read's ticket are to be credited with, fp32 [Q]: winners lie here, their askers anywhere."""
+        if not hits:
+            return []
+        rows = [ticket.rows_per_rank for ticket in tickets]
+        own_XH = torch.cat([entry.credit_of(one, n) for one, n in zip(hits, rows, strict=True)])
+        everyones_RXH = self.inside.all_gather(own_XH[None], phase="writes")
+        return [read_RNH.flatten() for read_RNH in everyones_RXH.split(rows, dim=1)]
 
     def _gather_candidates(self, candidates: Sequence[Candidates]) -> tuple[int, tuple[Any, ...]]:
         """How many valid candidates there are; keys, values, namespaces and importance of those that are chosen."""

@@ -12,12 +12,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lmcode.config import MemoryConfig
 from lmcode.memory.placement import virtual_shard_of
-from lmcode.retrieval import Candidates
+from lmcode.retrieval import Candidates, Hits
 
 MAX_IMPORTANCE = 10.0  # however much attention an entry receives
+MAX_CREDIT = 1e6  # of one query's hits: mass stays far from the end of int64
 MASS_UNIT = 2**20  # hit mass is counted in 1/MASS_UNIT of a unit of attention: integers add up the same in any order
 
 # Everything kept beside an entry's key and value, and how it is stored.
@@ -109,6 +111,22 @@ def unpack_facts(facts_E2: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Namespace int64 [E] and surprise fp32 [E] of `stack_candidates`."""
     facts_E2 = facts_E2.cpu()
     return facts_E2[:, 0].numpy(), facts_E2[:, 1].int().view(torch.float32).numpy()
+
+
+def credit_of(hits: Hits, rows: int) -> Tensor:
+    """What each query's hits are to be credited with, fp32 [rows, H], zero in the rows beyond N.
+
+    Whatever is no finite amount counts as none.
+
+    Raises:
+        ValueError: for a `credit_HN` of another shape than the hits have.
+    """
+    H, N, _ = hits.score_HNK.shape
+    credit_HN = hits.score_HNK.new_ones(H, N) if hits.credit_HN is None else hits.credit_HN
+    if credit_HN.shape != (H, N):
+        raise ValueError(f"the credit of hits must be [{H}, {N}], one number for each query: got {tuple(credit_HN.shape)}")
+    credit_HN = credit_HN.float().nan_to_num(0.0, 0.0, 0.0).clamp(0.0, MAX_CREDIT)
+    return F.pad(credit_HN.transpose(0, 1), (0, 0, 0, rows - N))
 
 
 def pack_hits(hit_M: np.ndarray, mass_M: np.ndarray, *, parts: int) -> Tensor:

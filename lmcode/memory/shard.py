@@ -165,18 +165,26 @@ class Shard:
             self.columns[name][slot_E] = column_E
         self._refresh_scores(slot_E)
 
-    def count_mass(self, ticket: Ticket) -> np.ndarray:
-        """Attention that each slot received, over all heads, in units of 1 / `MASS_UNIT`: int64 [M]."""
-        unit_W = (ticket.weight_W.double() * MASS_UNIT).round().long().cpu()
+    def count_mass(self, ticket: Ticket, credit_Q: Tensor) -> np.ndarray:
+        """Attention that each slot received, over all heads, in units of 1 / `MASS_UNIT`: int64 [M].
+
+        A weight times its bag's credit is exact in fp64 and rounded once. Both come from a model's fp32 and may differ in
+        their last bits between batch shapes; a coarser unit would let fewer of them through, but magnify those.
+        """
+        unit_W = (ticket.weight_W.double() * credit_Q.double()[ticket.bag_W] * MASS_UNIT).round().long().cpu()
         slot_W = ticket.row_W.cpu() % self.num_slots
         return torch.zeros(self.num_slots, dtype=torch.int64).index_add_(0, slot_W, unit_W).numpy()
 
-    def count_hits(self, tickets: Sequence[Ticket]) -> tuple[np.ndarray, np.ndarray]:
-        """What these reads did to each slot: bool [M], whether it won, and the `count_mass` of all."""
+    def count_hits(self, tickets: Sequence[Ticket], credits_Q: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        """What these reads did to each slot: bool [M], whether it won, and the `count_mass` of all.
+
+        Args:
+            credits_Q: of each read, fp32.
+        """
         hit_M, mass_M = np.zeros(self.num_slots, bool), np.zeros(self.num_slots, np.int64)
-        for ticket in tickets:
+        for ticket, credit_Q in zip(tickets, credits_Q, strict=True):
             hit_M[ticket.row_W.cpu().numpy() % self.num_slots] = True
-            mass_M += self.count_mass(ticket)
+            mass_M += self.count_mass(ticket, credit_Q)
         return hit_M, mass_M
 
     def touch(self, hit_M: np.ndarray, mass_M: np.ndarray, step: int) -> None:

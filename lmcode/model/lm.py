@@ -48,7 +48,7 @@ class StreamState(NamedTuple):
 class LayerMemory(NamedTuple):
     """One memory layer's traffic in one forward pass; all detached. N = B * ceil(T / retrieval_stride), b-major.
 
-    hits: what the retriever found, one row per query.
+    hits: what the retriever found, one row per query, and the attention paid to it.
     candidates: what may be written, one row per token (B * T, b-major).
     gate_BT: fp32, the sigmoid gate of each token.
     share_HN: fp32, share of the joint softmax that went to the hits; the mean over the tokens that share a query.
@@ -355,5 +355,6 @@ def next_state(tapes: list[ReadTape], window: Window, pending_surprise_B: Tensor
 
 def layer_memory(tape: ReadTape, surprise_BT: Tensor) -> LayerMemory:
     """A memory layer's tape as it is handed out, with the surprises that the layer could not know."""
-    return LayerMemory(tape.hits, tape.candidates._replace(surprise_N=surprise_BT.flatten()), tape.gate_BT,
-                       tape.share_HN, tape.null_share_HN)
+    return LayerMemory(tape.hits._replace(credit_HN=tape.credit_HN),
+                       tape.candidates._replace(surprise_N=surprise_BT.flatten()), tape.gate_BT, tape.share_HN,
+                       tape.null_share_HN)

@@ -62,6 +62,7 @@ class ReadTape:
     gate_BT: Tensor | None = None
     share_HN: Tensor | None = None
     null_share_HN: Tensor | None = None
+    credit_HN: Tensor | None = None
     pending_key_BHD: Tensor | None = None
     slots_BSE: Tensor | None = None
 
@@ -138,15 +139,21 @@ def retrieval_queries(query_HBTD: Tensor, namespace_BT: Tensor, stride: int) -> 
     return query_HBTD.reshape(H, -1, D), namespace_BT.reshape(-1)
 
 
+def sum_per_query(share_HBT: Tensor, stride: int) -> Tensor:
+    """Sum of `share_HBT` over the tokens that share a query: [H, N] in the order of `retrieval_queries`."""
+    if stride > 1:
+        share_HBT = F.pad(share_HBT, (0, -share_HBT.shape[2] % stride)).unflatten(2, (-1, stride)).sum(dim=-1)
+    return share_HBT.flatten(1)
+
+
 def share_per_query(share_HBT: Tensor, stride: int) -> Tensor:
     """Mean of `share_HBT` over the tokens that share a query: [H, N] in the order of `retrieval_queries`."""
-    if stride > 1:
-        H, B, T = share_HBT.shape
-        padding = -T % stride
-        per_chunk_HBGL = F.pad(share_HBT, (0, padding)).view(H, B, -1, stride)
-        share_HBT = per_chunk_HBGL.mean(dim=-1)
-        share_HBT[..., -1] *= stride / (stride - padding)
-    return share_HBT.flatten(1)
+    return sum_per_query(share_HBT, stride) / sum_per_query(torch.ones_like(share_HBT), stride)
+
+
+def attention_paid(share_HBT: Tensor, valid_BT: Tensor | None, stride: int) -> Tensor:
+    """What the tokens of each query, without padding, gave its hits in all: `Hits.credit_HN` from their `share_HBT`."""
+    return sum_per_query(share_HBT if valid_BT is None else share_HBT.where(valid_BT, 0.0), stride)
 
 
 def make_candidates(key_HBTD: Tensor, value_HBTD: Tensor, window: Window, *, successor_values: bool) -> Candidates:
@@ -209,11 +216,12 @@ class LongTermRead(nn.Module):
         null_lse_HBT = self.null_logit_H.float()[:, None, None].expand_as(own_lse_HBT)
         merged_HBTD, share_PHBT = merge_partials([own_HBTD, found_HBTD],
                                                  [own_lse_HBT, found_lse_HBT, null_lse_HBT])
-        gate_BT1 = torch.sigmoid(self.gate(x_BTC))
+        gate_BT1, share_HBT = torch.sigmoid(self.gate(x_BTC)), share_PHBT[1].detach()
         tape.record(pending_key_BHD=last_keys(key_HBTD, window),
                     candidates=make_candidates(key_HBTD, value_HBTD, window, successor_values=self.successor_values),
                     gate_BT=gate_BT1.detach().squeeze(-1).float(),
-                    share_HN=share_per_query(share_PHBT[1].detach(), self.stride),
+                    share_HN=share_per_query(share_HBT, self.stride),
+                    credit_HN=attention_paid(share_HBT, window.valid_BT, self.stride),
                     null_share_HN=share_per_query(share_PHBT[2].detach(), self.stride))
         merged_BTP = merged_HBTD.permute(1, 2, 0, 3).reshape(B, T, -1)
         return gate_BT1 * self.output(merged_BTP.to(x_BTC.dtype))

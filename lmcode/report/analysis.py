@@ -100,7 +100,7 @@ def _bank_efficiency(bank: LongTermMemory, thresholds: Sequence[float]) -> dict[
 
 
 def attention_received(columns: dict[str, np.ndarray]) -> np.ndarray:
-    """Units of attention that each entry has received so far, fp64: 1 is the whole softmax over the hits of one query."""
+    """Units of attention that each entry has received so far, fp64: 1 is the whole softmax of one token and head."""
     return columns["hit_mass"] / MASS_UNIT
 
 
