@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -13,6 +14,8 @@ from ranks import run_on_ranks
 from lmcode import dist
 from lmcode.config import RunConfig, build
 from lmcode.eval.held_out import evaluate
+from lmcode.memory.entry import MASS_UNIT
+from lmcode.model.lm import LayerMemory
 from lmcode.train import checkpoint, loop
 from lmcode.train.session import Session
 from lmcode.train.start import set_up
@@ -53,12 +56,33 @@ def start(values: dict) -> Session:
     return set_up(build(RunConfig, values), dist.discover())
 
 
+def masses(session: Session) -> dict[int, float]:
+    """Units of attention that each entry on this rank has received."""
+    columns = session.model.banks[1].shard.columns
+    return {one: mass / MASS_UNIT for one, mass in zip(columns["id"].tolist(), columns["hit_mass"].tolist(), strict=True)
+            if one >= 0}
+
+
+def misbooked(session: Session, reads: list[LayerMemory], before: dict[int, float]) -> float:
+    """By how much a step's growth of `masses` is off what its reads paid, at most: an entry's weight among the hits times
+    what the joint softmax gave the hits, over all queries and heads of all ranks."""
+    paid: dict[int, float] = {}
+    own = [(read.hits.id_HNK, read.hits.score_HNK.softmax(-1) * read.hits.credit_HN.unsqueeze(-1)) for read in reads]
+    for ids, amounts in itertools.chain(*session.group.all_gather_object(own)):
+        for one, amount in zip(ids.flatten().tolist(), amounts.flatten().tolist(), strict=True):
+            paid[one] = paid.get(one, 0.0) + amount
+    return max(abs(mass - before.get(one, 0.0) - paid.get(one, 0.0)) for one, mass in masses(session).items())
+
+
 def train(values: dict) -> dict:
     """Trains a few steps; what a job of any shape must agree on."""
     session = start(values)
-    losses, hits = [], []
+    losses, hits, errors, credits = [], [], [], []
     for _ in range(STEPS):
+        before = masses(session)
         result = loop.train_step(session)
+        errors.append(misbooked(session, result.reads[1], before))
+        credits += [(read.hits.credit_HN, read.share_HN) for read in result.reads[1]]
         session.step += 1
         loop.consolidate(session)
         losses.append(result.loss)
@@ -68,8 +92,8 @@ def train(values: dict) -> dict:
     held_out = evaluate(session.engine.module, session.held_out, banks=session.model.banks, group=session.group,
                         windows=3)
     session.metrics.close()
-    return {"losses": losses, "hits": hits, "held_out": held_out,
-            "stats": {key: stats[key] for key in ("live", "evicted", "merged", "rejected", "next_id")}}
+    return {"losses": losses, "hits": hits, "held_out": held_out, "misbooked": max(errors), "credits": credits,
+            "stats": {key: stats[key] for key in ("live", "evicted", "chances", "spared", "merged", "rejected", "next_id")}}
 
 
 def train_all(jobs: list[dict]) -> list[dict]:
@@ -93,6 +117,7 @@ def assert_same(came: dict, expected: dict, *, tolerance: float = 1e-5) -> None:
     assert came["losses"] == pytest.approx(expected["losses"], abs=tolerance)
     assert came["held_out"].loss == pytest.approx(expected["held_out"].loss, abs=tolerance)
     assert came["stats"] == expected["stats"]
+    assert came["misbooked"] < 1e-4
 
 
 def test_the_job_wraps_the_ring_and_learns(reference: dict) -> None:
@@ -134,6 +159,17 @@ def test_losses_do_not_depend_on_how_the_job_is_spread(folder: Path, reference: 
             assert_same(result, reference)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_entries_are_credited_with_what_the_joint_softmax_gave_them(folder: Path, reference: dict, world_size: int) -> None:
+    changes = {"model": {"retrieval_stride": 4}, "train": {"activation_checkpointing": True}}
+    strided = run_on_ranks(train_all, world_size, [settings(folder, f"strided-{world_size}", **changes)])[0][0]
+    for result, most in ((reference, 1.0), (strided, 4.0)):
+        assert result["misbooked"] < 1e-4
+        credit, share = (torch.cat([one.flatten() for one in part]) for part in zip(*result["credits"], strict=True))
+        assert (credit <= most * share + 1e-6).all() and 0 < credit.max() <= most
+    assert all(torch.equal(credit, share) for credit, share in reference["credits"])
 
 
 def test_consolidation_on_the_way_does_not_depend_on_the_number_of_ranks(folder: Path, reference: dict) -> None:

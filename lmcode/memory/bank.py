@@ -332,17 +332,19 @@ class LongTermMemory:
     def stats(self) -> dict[str, Any]:
         """Counts over all ranks: slots, live, fill (live / slots), evicted, merged, ... Collective.
 
-        An entry counts once, however many memory groups hold it; but in `live_by_rank` for each rank that does.
+        An entry counts once, however many memory groups hold it; but in `live_by_rank` for each rank that does. `chances`
+        are the live entries that eviction will pass over once, `spared` those that it has passed over.
         """
         by_rank = [0] * self.group.size
         by_rank[self.group.rank] = int(self.shard.live_M.sum())
         merged = int((self.shard.columns["count"] - 1)[self.shard.live_M].sum())
-        numbers = *by_rank, sum(self.shard.evicted.values()), merged, self.blind_queries
-        *by_rank, evicted, merged, blind = self._totals(self.group, *numbers)
-        live, evicted, merged = (number // self.between.size for number in (sum(by_rank), evicted, merged))
+        numbers = *by_rank, sum(self.shard.evicted.values()), merged, *self.shard.count_chances(), self.blind_queries
+        *by_rank, evicted, merged, chances, spared, blind = self._totals(self.group, *numbers)
+        live, evicted, merged, chances, spared = (number // self.between.size for number in (sum(by_rank), evicted, merged,
+                                                                                             chances, spared))
         return {"slots": self.slots, "live": live, "live_by_rank": by_rank, "fill": live / self.slots,
-                "evicted": evicted, "merged": merged, "rejected": self.rejected, "clipped": self.clipped,
-                "blind_queries": blind, "next_id": self.next_id}
+                "evicted": evicted, "chances": chances, "spared": spared, "merged": merged, "rejected": self.rejected,
+                "clipped": self.clipped, "blind_queries": blind, "next_id": self.next_id}
 
     def take_search_seconds(self) -> float:
         """`search_seconds` since the last call; starts counting anew."""

@@ -205,6 +205,12 @@ class Shard:
         columns["chance"][slot_E] |= (before_E < threshold) & (after_E >= threshold)
         self._refresh_scores(slot_E)
 
+    def count_chances(self) -> tuple[int, int]:
+        """Live entries that have a second chance, and those that have used theirs up."""
+        columns = self.columns
+        favoured_M = self.live_M & (columns["importance"] >= self.config.second_chance_importance)
+        return int(columns["chance"].sum()), int((favoured_M & ~columns["chance"]).sum())
+
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def slots_by_namespace(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -107,6 +107,8 @@ def layer_metrics(session: Session, result: StepResult, layer: int) -> dict[str,
         f"{prefix}/age_p50": float(ages.median()) if ages.numel() else float("nan"),
         f"{prefix}/recall_at_k": bank.recall(),
         f"{prefix}/evicted": float(stats["evicted"]),
+        f"{prefix}/second_chance_share": stats["chances"] / max(1, stats["live"]),
+        f"{prefix}/spared_share": stats["spared"] / max(1, stats["live"]),
         f"{prefix}/merged": float(stats["merged"]),
         f"{prefix}/rejected": float(stats["rejected"]),
     }
