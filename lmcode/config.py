@@ -110,7 +110,7 @@ class MemoryConfig(Section):
     eviction: Literal["fifo"] = "fifo"
     second_chance_importance: float = Field(2.0, gt=0.0, description="from here on FIFO passes an entry over once")
     importance_weight: float = Field(0.25, ge=0.0, description="factor on log-importance in an entry's score")
-    importance_growth: float = Field(0.01, ge=0.0, description="importance gained per unit of attention received")
+    importance_growth: float = Field(2.0, ge=0.0, description="importance gained per unit of attention received")
     consolidation_threshold: float = Field(0.1, gt=0.0, le=2.0, description="cosine distance below which entries of a "
                                            "namespace merge, every train.memory_consolidation_interval steps")
     max_norm: float = Field(100.0, gt=0.0, description="longer values are scaled down to this length")

@@ -672,6 +672,22 @@ def test_who_is_paid_nothing_or_no_finite_amount_earns_nothing(credit: float) ->
     assert (bank.shard.columns["last_hit"] == 1).any()
 
 
+def test_at_the_defaults_who_is_read_again_and_again_gets_and_spends_a_second_chance() -> None:
+    bank = LongTermMemory(heads=H, head_dim=D, slots=8, top_k=K, config=MemoryConfig(virtual_shards=1))
+    key, value = twins(24, 3)
+    bank.write(key[:, :8], value[:, :8], torch.zeros(8).long())
+    chances = []
+    for step in range(4):  # each read gives entry 0 a tenth of a token's softmax in each head
+        hits = bank.search(key[:, :1] * 50, torch.zeros(1).long())
+        bank.commit([], [hits._replace(credit_HN=torch.full((H, 1), 0.1))], step=step)
+        chances.append(bank.stats()["chances"])
+    assert chances == [0, 0, 1, 1]
+    for first, last, survives in ((8, 15, True), (15, 22, False)):
+        bank.write(key[:, first:last], value[:, first:last], torch.zeros(7).long())
+        assert (bank.stats()["chances"], bank.stats()["spared"]) == (0, int(survives))
+        assert (0 in bank.shard.columns["id"]) == survives and 1 not in bank.shard.columns["id"]
+
+
 def test_a_credit_is_one_number_for_each_query() -> None:
     bank, *_ = filled()
     hits = bank.search(unit(H, 12, D, seed=1), torch.arange(12) % 4)

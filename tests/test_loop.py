@@ -122,6 +122,7 @@ def assert_same(came: dict, expected: dict, *, tolerance: float = 1e-5) -> None:
 
 def test_the_job_wraps_the_ring_and_learns(reference: dict) -> None:
     assert reference["stats"]["evicted"] > 0 and reference["stats"]["live"] == 480
+    assert reference["stats"]["spared"] > 0 < reference["stats"]["chances"]
     assert reference["losses"][-1] < reference["losses"][0]
     assert (reference["hits"][-1] >= 0).any(), "the last step must have found something, or these tests say little"
 
