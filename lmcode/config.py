@@ -108,9 +108,11 @@ class MemoryConfig(Section):
     write_every: int = Field(4, ge=1, description="n of write=every_nth")
     write_share: float = Field(0.25, gt=0.0, le=1.0, description="share of tokens that write=surprise keeps")
     eviction: Literal["fifo"] = "fifo"
-    second_chance_importance: float = Field(2.0, gt=0.0, description="from here on FIFO passes an entry over once")
+    second_chance_importance: float = Field(1.5, gt=0.0, description="from here on FIFO passes an entry over once; surprise "
+                                            "alone does not reach 1.5")
     importance_weight: float = Field(0.25, ge=0.0, description="factor on log-importance in an entry's score")
-    importance_growth: float = Field(2.0, ge=0.0, description="importance gained per unit of attention received")
+    importance_growth: float = Field(0.5, ge=0.0, description="importance gained per unit of attention received: the whole "
+                                     "softmax of one token and head")
     consolidation_threshold: float = Field(0.1, gt=0.0, le=2.0, description="cosine distance below which entries of a "
                                            "namespace merge, every train.memory_consolidation_interval steps")
     max_norm: float = Field(100.0, gt=0.0, description="longer values are scaled down to this length")

@@ -68,7 +68,7 @@ def usage_charts(bank: BankFacts) -> list[Markup]:
     return [
         figure(histogram(received, [], x="attention received (units)", labels=[name for _, name in RECEIVED]),
                title="Attention received",
-               caption="One unit is the whole softmax over one query's hits. A high first bar means dead weight: entries "
+               caption="One unit is the whole softmax of one token and head. A high first bar means dead weight: entries "
                        "that nobody ever asked for."),
         figure(histogram(*bins(bank.age_E), x="age (steps since written)"), title="Age of the entries",
                caption="A flat shape that ends at once is a ring that turns over at an even pace; a tail to the right are "
