@@ -111,7 +111,7 @@ class MemoryConfig(Section):
     second_chance_importance: float = Field(1.5, gt=0.0, description="from here on FIFO passes an entry over once; surprise "
                                             "alone does not reach 1.5")
     importance_weight: float = Field(0.25, ge=0.0, description="factor on log-importance in an entry's score")
-    importance_growth: float = Field(0.5, ge=0.0, description="importance gained per unit of attention received: the whole "
+    importance_growth: float = Field(0.25, ge=0.0, description="importance gained per unit of attention received: the whole "
                                      "softmax of one token and head")
     consolidation_threshold: float = Field(0.1, gt=0.0, le=2.0, description="cosine distance below which entries of a "
                                            "namespace merge, every train.memory_consolidation_interval steps")

@@ -679,7 +679,7 @@ def test_at_the_defaults_who_is_read_again_and_again_gets_and_spends_a_second_ch
     chances = []
     for step in range(5):  # each read gives entry 0 part of a token's softmax in each head
         hits = bank.search(key[:, :1] * 50, torch.zeros(1).long())
-        bank.commit([], [hits._replace(credit_HN=torch.full((H, 1), 0.15))], step=step)
+        bank.commit([], [hits._replace(credit_HN=torch.full((H, 1), 0.3))], step=step)
         chances.append(bank.stats()["chances"])
     assert chances == [0, 0, 0, 1, 1]
     for first, last, survives in ((8, 15, True), (15, 22, False)):
