@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 FAISS_GPU_MAX_K = 2048  # largest k of GPU FAISS without cuVS; kept on every machine so that a config is portable
 
@@ -132,14 +132,37 @@ class MemoryConfig(Section):
         return ranks if self.group_size == 0 or ranks % self.group_size else self.group_size
 
 
-class DataConfig(Section):
+class TextConfig(Section):
+    """Documents, and which of them are held out."""
+
+    path: str | None = Field(None, description="file, folder or glob of text, source code, JSON lines or Parquet, also "
+                             "compressed")
+    hf: str | None = Field(None, description="Hugging Face dataset, 'name' or 'name:config:split'")
+    held_out: str | None = Field(None, description="file, folder or glob of the documents to hold out; 'share': whatever "
+                                 "held_out_share takes, even where files are called valid or test")
+    exclude: tuple[str, ...] = Field((), description="patterns of files and folders to leave out")
+    text_field: str = Field("text", description="field of a JSON row, Parquet row or dataset row that holds the text")
+    document_separator: str | None = Field("<|endoftext|>", min_length=1, description="a line of a text file between two "
+                                           "documents; null: a text file is one document")
+
+    @field_validator("exclude", mode="before")
+    @classmethod
+    def _one_pattern(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_place(self) -> TextConfig:
+        if self.path is not None and self.hf is not None:
+            raise ValueError("give either path or hf, not both")
+        return self
+
+
+class DataConfig(TextConfig):
     """Where text comes from. With neither `path` nor `hf` the corpus is the Python standard library's own source."""
 
-    path: str | None = Field(None, description="file, folder or glob of text or JSONL")
-    hf: str | None = Field(None, description="Hugging Face dataset, 'name' or 'name:config:split'")
-    text_field: str = Field("text", description="field of a JSONL row or dataset row that holds the text")
     tokenizer: str = Field("bpe", description="'bytes', 'bpe' (trained on the corpus), or a tokenizers JSON / folder")
-    held_out_share: float = Field(0.03, gt=0.0, lt=1.0, description="share of documents kept for evaluation")
+    held_out_share: float = Field(0.03, gt=0.0, lt=1.0, description="share of documents kept for evaluation (of the text, "
+                                  "at its end, where it is one text file); without effect if held_out names some")
     min_document_tokens: int = Field(2, ge=2, description="shorter documents are left out and counted")
     cache: str | None = Field(None, description="folder for tokenized corpora; the run folder's parent when None")
 
@@ -223,8 +246,6 @@ class RunConfig(Section):
         if self.memory.scope == "global" and self.eval.slots not in (None, slots):
             raise ValueError("eval.slots must be left out with memory.scope=global, where an evaluation reads a copy of the "
                              f"bank: got {self.eval.slots}")
-        if self.data.path is not None and self.data.hf is not None:
-            raise ValueError("give either data.path or data.hf, not both")
         return self
 
     def check_world_size(self, world_size: int) -> None:

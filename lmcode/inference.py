@@ -32,17 +32,23 @@ def evaluate_run(run: Path, overrides: list[str], *, as_json: bool = False) -> s
     model, config, _, step = load_model(checkpoint, overrides, group=group, device=dist.device())
     if config.eval.streams % group.size:
         raise ConfigError(f"eval.streams must be a multiple of the number of ranks: {config.eval.streams} % {group.size}")
-    documents, same_corpus = held_out_documents(checkpoint, config)
-    sampler = held_out_sampler(documents, config)
+    held_out = held_out_documents(checkpoint, config)
+    sampler = held_out_sampler(held_out.documents, config)
     modes = MODES if model.banks else ("on",)
+    # A text that was named for this is read to its end, unless windows were asked for.
+    windows = config.eval.final_windows
+    if held_out.whole and not any(setting.startswith("eval.final_windows=") for setting in overrides):
+        windows = sampler.num_steps or windows
     results = {mode: evaluate(model, sampler, banks=model.banks, group=group, mode=mode, slots=config.eval.slots,
-                              windows=config.eval.final_windows) for mode in modes}
+                              windows=windows) for mode in modes}
     if as_json:
-        return json.dumps({"step": step, "same_corpus": same_corpus,
+        return json.dumps({"step": step, "same_corpus": held_out.same_corpus, "tokens_in_all": sampler.num_targets,
                            **{mode: result._asdict() for mode, result in results.items()}})
-    lines = [f"step {step}, {results['on'].tokens:,} held-out tokens, nats per token (far: 16 windows into a document)"]
+    kind = "" if held_out.whole else "held-out "
+    lines = [f"step {step}, {results['on'].tokens:,} of {sampler.num_targets:,} {kind}tokens, nats per token "
+             "(far: 16 windows into a document)"]
     lines += [f"  memory {mode:<9} {r.loss:.4f}   far {r.far_loss:.4f}" for mode, r in results.items()]
-    return "\n".join(lines if same_corpus else [*lines, OTHER_CORPUS])
+    return "\n".join(lines if held_out.same_corpus else [*lines, OTHER_CORPUS])
 
 
 def generate_text(run: Path, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.8, top_k: int = 50,

@@ -405,6 +405,22 @@ def test_generation_reads_the_namespace_it_is_told(run: Path, said: Callable[...
     assert asked == ["house", 999, "huose"] * 2 and texts[:2] == texts[2:]
 
 
+def test_all_of_another_text_is_evaluated_and_how_much_of_how_much_is_said(run: Path, tmp_path: Path) -> None:
+    own = json.loads(evaluate_run(run, [], as_json=True))
+    assert own["same_corpus"] and own["on"]["tokens"] < own["tokens_in_all"], "as many windows as the settings say"
+    assert f"{own['on']['tokens']:,} of {own['tokens_in_all']:,} held-out tokens" in evaluate_run(run, [])
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.txt").write_text(f"The key is under the {name}. " * 80)
+    here, lone = f"data.path={tmp_path}/*.txt", f"data.held_out={tmp_path / 'valid.txt'}"
+    size = sum(len((tmp_path / f"{name}.txt").read_bytes()) + 1 for name in ("train", "valid"))
+    other = json.loads(evaluate_run(run, [here], as_json=True))
+    assert other["on"]["tokens"] == other["off"]["tokens"] == other["tokens_in_all"] == size
+    lone_file = json.loads(evaluate_run(run, [lone], as_json=True))
+    assert lone_file["on"]["tokens"] == len((tmp_path / "valid.txt").read_bytes()) + 1
+    assert f" of {size:,} tokens" in evaluate_run(run, [here, "eval.final_windows=3"])
+    assert json.loads(evaluate_run(run, [here, "eval.final_windows=3"], as_json=True))["on"]["tokens"] == 2 * 3 * 16
+
+
 def test_consolidation_says_what_it_does_to_held_out_loss(run: Path, said: Callable[..., str], tmp_path: Path) -> None:
     model, *_ = checkpoint.load_model(run, [], group=dist.Group(), device=torch.device("cpu"))
     model.save_pretrained(tmp_path / "model")

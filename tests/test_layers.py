@@ -30,8 +30,11 @@ OWNERS = {  # the one file or folder that may import a package
     "matplotlib": "lmcode/report/plots.py",
     "transformers": "lmcode/hf.py",
     "huggingface_hub": "lmcode/saved/pretrained.py",
+    "zstandard": "lmcode/train/zstd.py",
+    "pyarrow": "lmcode/train/parquet.py",
 }
-LAZY = ("deepspeed", "faiss", "tensorboard", "tokenizers", "yaml", "mpi4py", "matplotlib", "transformers", "datasets")
+LAZY = ("deepspeed", "faiss", "tensorboard", "tokenizers", "yaml", "mpi4py", "matplotlib", "transformers", "datasets",
+        "zstandard", "pyarrow")
 MAY_PRINT = ("lmcode/cli/command.py",)
 
 

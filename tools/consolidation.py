@@ -43,7 +43,7 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     checkpoint = find(arguments.run)
     model, config, _, step = load_model(checkpoint, overrides, group=Group(), device=torch.device("cpu"))
-    sampler = held_out_sampler(held_out_documents(checkpoint, config)[0], config)
+    sampler = held_out_sampler(held_out_documents(checkpoint, config).documents, config)
     plain, _ = held_out_loss(model, sampler, config.eval, model.banks, None)
     print(f"step {step}, {config.memory.scope} scope, {plain.tokens:,} held-out tokens\n"
           f"no consolidation: loss {plain.loss:.4f}, far {plain.far_loss:.4f}", flush=True)

@@ -325,7 +325,7 @@ def _held_out_loss(draft: Draft) -> Callable[[float | None], float]:
         raise ConfigError("--measure reads the held-out documents of a run: "
                           f"'{draft.folder}' is a {'saved model' if config is None else 'checkpoint'} without any")
     model = draft.model
-    sampler = held_out_sampler(held_out_documents(draft.folder, config)[0], config)
+    sampler = held_out_sampler(held_out_documents(draft.folder, config).documents, config)
     return lambda threshold: held_out_loss(model, sampler, config.eval, model.banks, threshold).result.loss
 
 

@@ -88,11 +88,11 @@ def report_run(run: Path, overrides: list[str], *, out: Path | None = None) -> P
 def held_out_text(config: RunConfig, checkpoint: Path) -> tuple[list[list[int]], list[str], list[str]]:
     """Token ids and names of held-out documents, spread over all of them; notes on what a reader must know about them."""
     try:
-        documents, same_corpus = held_out_documents(checkpoint, config)
+        held_out = held_out_documents(checkpoint, config)
     except ConfigError as error:
         log.warning("the held-out documents could not be read: %s", error)
         return [], [], [f"The held-out documents could not be read, so there are no examples and no capacity curve: {error}"]
-    notes = [] if same_corpus else [OTHER_CORPUS]
+    documents, notes = held_out.documents, [] if held_out.same_corpus else [OTHER_CORPUS]
     stride = -(-len(documents) // MOST_DOCUMENTS)
     chosen = range(0, len(documents), stride)
     return [documents.document(one).tolist() for one in chosen], [documents.names[one] for one in chosen], notes

@@ -10,8 +10,8 @@ place and renamed into it, so it exists whole or not at all, and a second call o
                   {train,held_out}.names.json    relative path of each document, with ':line' for JSONL
 
 Which side a document falls on is decided by a hash of its name, so it depends on no order, machine or neighbour (but
-for the rule that neither side stays empty). Any process may call `prepare_corpus` at any time; to do the work only
-once, let one go first.
+for the rule that neither side stays empty). Of one text file the end is held out instead; and `data.held_out` names
+documents of its own. Any process may call `prepare_corpus` at any time; to do the work only once, let one go first.
 """
 
 from __future__ import annotations
@@ -32,17 +32,20 @@ import numpy as np
 
 from lmcode.config import ConfigError, DataConfig, RunConfig, near_match
 from lmcode.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, check_vocab, load_tokenizer
-from lmcode.train.sources import Document, Source, open_source
+from lmcode.train.files import PassedOver
+from lmcode.train.formats import Document
+from lmcode.train.sources import Source, open_held_out, open_source
 
 log = logging.getLogger("lmcode")
 
-FORMAT = 1
+FORMAT = 2
 SIDES = ("train", "held_out")
 SAMPLE_CHARACTERS = 8_000_000  # of training text that BPE learns from
 PIECE_CHARACTERS = 16_384  # unit in which that sample is spread over the text
 CHUNK_CHARACTERS = 1_000_000  # of text tokenized in one call
 
 Progress = Callable[[int, int], None]
+Placed = tuple[str, str, str]  # name, text, side
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,9 @@ class Documents:
 class Corpus:
     """A prepared corpus, opened.
 
-    meta: its title and counts: documents, characters, skipped_files; and for each side documents, tokens, bytes of text
-        and left_out (too short). `meta["digest"]` is equal on two machines if and only if their tokens are.
+    meta: its title; how it was split; counts of documents and characters; names of what was passed over, by reason; and for
+        each side documents, tokens, bytes of text and left_out (too short). `meta["digest"]` is equal on two machines if
+        and only if their tokens are.
     """
 
     train: Documents
@@ -90,18 +94,24 @@ class Corpus:
         train, held_out = self.meta["train"], self.meta["held_out"]
         too_short = train["left_out"] + held_out["left_out"]
         return (f"{self.meta['title']}: {train['documents']:,} documents, {train['tokens']:,} tokens to train on, "
-                f"{held_out['documents']:,} documents, {held_out['tokens']:,} tokens held out, "
-                f"{too_short:,} documents too short, {self.meta['skipped_files']:,} files not text; "
+                f"{held_out['documents']:,} documents, {held_out['tokens']:,} tokens held out ({self.meta['split']}), "
+                f"{too_short:,} documents too short, {self.passed_over.describe()}; "
                 f"vocabulary {self.tokenizer.vocab_size:,}, {train['bytes'] / train['tokens']:.2f} bytes per token")
 
+    @property
+    def passed_over(self) -> PassedOver:
+        """What was not read, and why."""
+        return PassedOver(self.meta["passed_over"])
 
-def load_corpus(config: RunConfig, progress: Progress | None = None) -> Corpus:
+
+def load_corpus(config: RunConfig, progress: Progress | None = None, *, whole: bool = False) -> Corpus:
     """The tokenized corpus of a run, prepared unless it already is; in `data.cache`, or runs/corpora beside the runs."""
     folder = Path(config.data.cache) if config.data.cache else Path("runs") / "corpora"
-    return prepare_corpus(config.data, vocab_size=config.model.vocab_size, folder=folder, progress=progress)
+    return prepare_corpus(config.data, vocab_size=config.model.vocab_size, folder=folder, progress=progress, whole=whole)
 
 
-def prepare_corpus(config: DataConfig, *, vocab_size: int, folder: Path, progress: Progress | None = None) -> Corpus:
+def prepare_corpus(config: DataConfig, *, vocab_size: int, folder: Path, progress: Progress | None = None,
+                   whole: bool = False) -> Corpus:
     """Opens the tokenized corpus that `config` describes; makes it first, under `folder`, if it is not there.
 
     Args:
@@ -109,72 +119,179 @@ def prepare_corpus(config: DataConfig, *, vocab_size: int, folder: Path, progres
         vocab_size: of the model; BPE is trained to this size, any other tokenizer must fit into it.
         folder: where prepared corpora are kept; shared by runs, safe for several processes at once.
         progress: called with (documents done, documents in all) while tokenizing; what it raises ends the preparation.
+        whole: hold out every document of `config`, for text that a model is only measured on.
 
     Raises:
         ConfigError: if the source is missing, empty, not text, lacks the text field, or is too small to split; if the
             tokenizer cannot be read or does not fit; if the prepared corpus was damaged.
     """
-    source = open_source(config)
-    home = Path(folder) / _fingerprint(config, source, vocab_size)
+    split = _open_split(config, whole)
+    home = Path(folder) / _fingerprint(config, split, vocab_size)
     if not (home / "meta.json").is_file():
         draft = home.with_name(f".preparing-{uuid.uuid4().hex}")
         try:
             draft.mkdir(parents=True)
-            _prepare(config, source, vocab_size, draft, progress)
+            _prepare(config, split, vocab_size, draft, progress)
             _move_into_place(draft, home)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return _open(home)
 
 
-def _prepare(config: DataConfig, source: Source, vocab_size: int, home: Path, progress: Progress | None) -> None:
-    threshold, documents, characters = _survey(source, config.held_out_share)
-    if source.skipped:
-        names = ", ".join(sorted(source.skipped))
-        log.warning("skipped %d files that are not UTF-8 text: %s", len(source.skipped), names)
-    tokenizer = _make_tokenizer(config.tokenizer, source, vocab_size, threshold, characters)
+def _prepare(config: DataConfig, split: Split, vocab_size: int, home: Path, progress: Progress | None) -> None:
+    documents, characters = split.survey()
+    tokenizer = _make_tokenizer(config.tokenizer, split, vocab_size, characters)
     check_vocab(tokenizer, vocab_size)
     tokenizer.save(home / "tokenizer")
     sides = {side: _SideWriter(home / side, tokenizer, config.min_document_tokens) for side in SIDES}
     done = 0
-    for chunk in _chunks(source.read()):
-        sides["train"].add([document for document in chunk if _hash(document[0]) >= threshold])
-        sides["held_out"].add([document for document in chunk if _hash(document[0]) < threshold])
+    for chunk in _chunks(split.read()):
+        for side, writer in sides.items():
+            writer.add([(name, text) for name, text, its_side in chunk if its_side == side])
         done += len(chunk)
         if progress:
             progress(done, documents)
-    counts = {side: writer.finish(side) for side, writer in sides.items()}
-    meta = {"format": FORMAT, "title": source.title, "dtype": sides["train"].dtype.name, "digest": _digest(home),
-            "documents": documents, "characters": characters, "skipped_files": len(source.skipped), **counts}
+    counts = {side: writer.finish(side, may_be_empty=side not in split.sides) for side, writer in sides.items()}
+    meta = {"format": FORMAT, "title": split.title, "split": split.rule, "dtype": sides["train"].dtype.name,
+            "digest": _digest(home), "documents": documents, "characters": characters,
+            "passed_over": split.passed_over().as_json(), **counts}
     (home / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
-def _survey(source: Source, held_out_share: float) -> tuple[int, int, int]:
-    """Reads everything once, so that refusals come before the work: (threshold of the split, documents, characters).
+class Split:
+    """The documents of a corpus, each with the side that it falls on; known after `survey`.
 
-    A document is held out if the hash of its name is below the threshold: the share of the hash's range, moved just so
-    far that the smallest hash lies below it and the largest does not.
+    rule: how the sides were told apart, for a person.
+    sides: those that must not stay empty.
     """
-    documents = characters = 0
-    smallest, largest = 2**64, -1
-    for name, text in source.read():
-        documents += 1
-        characters += len(text)
-        if text:  # an empty document will be left out and must not be a side's only one
-            smallest, largest = min(smallest, _hash(name)), max(largest, _hash(name))
-    if largest < 0:
-        raise ConfigError(f"the corpus {source.title} is empty: {documents} documents without any text")
-    if smallest == largest:
-        raise ConfigError(f"the corpus {source.title} needs at least 2 documents with text, one to train on and one to "
-                          "hold out: got 1 (a text file is one document, a JSONL file one per line)")
-    return min(max(int(held_out_share * 2**64), smallest + 1), largest), documents, characters
+
+    sides: Sequence[str] = SIDES
+    rule = "named by data.held_out"
+
+    def __init__(self, source: Source, held_out: Source | None, share: float) -> None:
+        self._source, self._held_out, self._share = source, held_out, share
+        self.title = source.title
+
+    @property
+    def identity(self) -> list[Any]:
+        """Changes whenever a document or its side does."""
+        held_out = None if self._held_out is None else self._held_out.identity
+        return [type(self).__name__, self._source.identity, held_out, self._share]
+
+    def passed_over(self) -> PassedOver:
+        """What neither side has read, and why."""
+        both = PassedOver(self._source.passed_over.as_json())
+        for reason, names in (self._held_out.passed_over.as_json() if self._held_out else {}).items():
+            for name in names:
+                both.add(reason, name)
+        return both
+
+    def survey(self) -> tuple[int, int]:
+        """Reads everything once, so that refusals come before the work: documents and characters."""
+        sizes = [(name, len(text)) for name, text, _ in self._all()]
+        if not any(size for _, size in sizes):
+            passed_over = self.passed_over()
+            reason = f"; {passed_over.describe()}" if len(passed_over) else ""
+            raise ConfigError(f"the corpus {self.title} is empty: {len(sizes)} documents without any text{reason}")
+        self._decide(sizes)
+        return len(sizes), sum(size for _, size in sizes)
+
+    def _all(self) -> Iterator[Placed]:
+        """Every document, with the side that is known before anything is decided."""
+        yield from ((name, text, "train") for name, text in self._source.read())
+        if self._held_out is not None:
+            yield from ((name, text, "held_out") for name, text in self._held_out.read())
+
+    def _decide(self, sizes: Sequence[tuple[str, int]]) -> None:
+        """What a split finds out from the names and characters of all documents."""
+
+    def read(self) -> Iterator[Placed]:
+        """Every document and its side."""
+        return self._all()
 
 
-def _make_tokenizer(setting: str, source: Source, vocab_size: int, threshold: int, characters: int) -> Tokenizer:
+class HashSplit(Split):
+    """A document is held out if the hash of its name is below a threshold: the share of the hash's range, moved just so
+    far that the smallest hash lies below it and the largest does not."""
+
+    def _decide(self, sizes: Sequence[tuple[str, int]]) -> None:
+        hashes = [_hash(name) for name, size in sizes if size]  # an empty document must not be a side's only one
+        smallest, largest = min(hashes), max(hashes)
+        if smallest == largest:
+            raise ConfigError(f"the corpus {self.title} needs at least 2 documents with text, one to train on and one to "
+                              "hold out: got 1 (a line of JSON is one document)")
+        self._threshold = min(max(int(self._share * 2**64), smallest + 1), largest)
+        self.rule = f"{self._share:.3g} of the documents, by their names"
+
+    def read(self) -> Iterator[Placed]:
+        for name, text, _ in self._all():
+            yield name, text, "held_out" if _hash(name) < self._threshold else "train"
+
+
+class EndSplit(Split):
+    """The end of one text file is held out: its last documents, or the last part of its only one."""
+
+    def _decide(self, sizes: Sequence[tuple[str, int]]) -> None:
+        kept = [(name, size) for name, size in sizes if size]
+        before = np.cumsum([0, *(size for _, size in kept)])
+        wanted = before[-1] * (1 - self._share)
+        self._cut_name: str | None = None
+        if len(kept) > 1:
+            first = 1 + int(np.abs(before[1:-1] - wanted).argmin())
+            self._held_out_names = {name for name, _ in kept[first:]}
+            self.rule = f"the last {len(kept) - first:,} documents of the file, {1 - before[first] / before[-1]:.1%} of it"
+            return
+        if kept[0][1] < 2:
+            raise ConfigError(f"the corpus {self.title} has one character: too little to train on and to hold out")
+        self._cut_name, self._cut = kept[0][0], min(max(1, round(float(wanted))), kept[0][1] - 1)
+        self.rule = f"the end of the file, {1 - self._cut / kept[0][1]:.1%} of it, of which it is the only document"
+
+    def read(self) -> Iterator[Placed]:
+        for name, text, side in self._all():
+            if name != self._cut_name:
+                yield name, text, "held_out" if self._cut_name is None and name in self._held_out_names else side
+                continue
+            cut = _boundary_near(text, self._cut)
+            yield name, text[:cut], "train"
+            yield f"{name} (end)", text[cut:], "held_out"
+
+
+class WholeSplit(Split):
+    """Everything is held out."""
+
+    sides = ("held_out",)
+    rule = "everything"
+
+    def read(self) -> Iterator[Placed]:
+        return ((name, text, "held_out") for name, text, _ in self._all())
+
+
+def _open_split(config: DataConfig, whole: bool) -> Split:
+    source = open_source(config, whole=whole)
+    if whole:
+        return WholeSplit(source, None, config.held_out_share)
+    if (held_out := open_held_out(config)) is not None:
+        return Split(source, held_out, config.held_out_share)
+    return (EndSplit if source.is_text else HashSplit)(source, None, config.held_out_share)
+
+
+def _boundary_near(text: str, place: int) -> int:
+    """The start of a paragraph, line or word near `place`, within a tenth of what lies behind it; else `place`."""
+    reach = max(1, min(place, len(text) - place) // 10)
+    start, end = place - reach, min(place + reach, len(text) - 1)
+    for mark in ("\n\n", "\n", " "):
+        after = [found + len(mark) for found in (text.rfind(mark, start, place), text.find(mark, place, end)) if found >= 0]
+        after = [cut for cut in after if 0 < cut < len(text)]
+        if after:
+            return min(after, key=lambda cut: abs(cut - place))
+    return place
+
+
+def _make_tokenizer(setting: str, split: Split, vocab_size: int, characters: int) -> Tokenizer:
     if setting == "bytes":
         return ByteTokenizer()
     if setting == "bpe":
-        training = (text for name, text in source.read() if _hash(name) >= threshold)
+        training = (text for _, text, side in split.read() if side == "train")
         return BPETokenizer.train(_sample(training, min(1.0, SAMPLE_CHARACTERS / characters)), vocab_size)
     return load_tokenizer(_tokenizer_path(setting))
 
@@ -199,8 +316,8 @@ def _sample(texts: Iterable[str], share: float) -> Iterator[str]:
                 yield piece
 
 
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    chunk: list[Document] = []
+def _chunks(documents: Iterable[Placed]) -> Iterator[list[Placed]]:
+    chunk: list[Placed] = []
     size = 0
     for document in documents:
         chunk.append(document)
@@ -235,9 +352,9 @@ class _SideWriter:
                 self._names.append(name)
                 self._bytes += len(text.encode("utf-8"))
 
-    def finish(self, side: str) -> dict[str, int]:
+    def finish(self, side: str, *, may_be_empty: bool = False) -> dict[str, int]:
         """Writes the rest of the side's files and returns its counts; refuses a side without documents."""
-        if not self._names:
+        if not self._names and not may_be_empty:
             raise ConfigError(f"every {side} document is shorter than data.min_document_tokens = {self._min_tokens}: "
                               f"{self._left_out} were left out and none remains")
         if self._left_out:
@@ -269,7 +386,8 @@ def _open(home: Path) -> Corpus:
         if size != expected * np.dtype(meta["dtype"]).itemsize:
             raise ConfigError(f"the prepared corpus '{home}' is damaged, delete it: {side}.tokens should hold "
                               f"{expected} tokens of {meta['dtype']} and has {size} bytes")
-        tokens = np.memmap(home / f"{side}.tokens", dtype=meta["dtype"], mode="r")
+        tokens = (np.memmap(home / f"{side}.tokens", dtype=meta["dtype"], mode="r") if expected  # an empty file has no map
+                  else np.empty(0, dtype=meta["dtype"]))
         names = json.loads((home / f"{side}.names.json").read_text(encoding="utf-8"))
         sides[side] = Documents(tokens, np.load(home / f"{side}.offsets.npy"), names)
     return Corpus(sides["train"], sides["held_out"], load_tokenizer(home / "tokenizer"), home, meta)
@@ -290,11 +408,11 @@ def _digest(home: Path) -> str:
     return total.hexdigest()
 
 
-def _fingerprint(config: DataConfig, source: Source, vocab_size: int) -> str:
+def _fingerprint(config: DataConfig, split: Split, vocab_size: int) -> str:
     tokenizer = config.tokenizer
     if tokenizer not in ("bytes", "bpe"):
         path = _tokenizer_path(tokenizer)
         files = sorted((path if path.is_dir() else path.parent).glob("tokenizer*.json")) + [path] * path.is_file()
         tokenizer = "".join(hashlib.blake2b(file.read_bytes()).hexdigest() for file in files)
-    decided = [FORMAT, source.identity, tokenizer, vocab_size, config.held_out_share, config.min_document_tokens]
+    decided = [FORMAT, split.identity, tokenizer, vocab_size, config.min_document_tokens]
     return hashlib.blake2b(json.dumps(decided).encode(), digest_size=12).hexdigest()

@@ -153,6 +153,11 @@ class StreamSampler:
             return None
         return max(self.pauses.end(stream, windows) for stream, windows in enumerate(self._schedule.ends()))
 
+    @property
+    def num_targets(self) -> int:
+        """Predictions in one pass through the documents."""
+        return int(self._targets.sum())
+
     @cached_property
     def padding_share(self) -> float:
         """Share of positions that hold no token: over all `num_steps` steps, idle and paused streams included, or, when

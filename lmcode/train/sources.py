@@ -1,26 +1,27 @@
-"""Where text comes from: the standard library, files, JSONL lines or a Hugging Face dataset, as named documents.
+"""Where text comes from: the standard library, files or a Hugging Face dataset, as named documents.
 
 A `Source` is found without being read, can be read more than once, and yields the same documents in the same order on
-every machine. Text is UTF-8 without NUL bytes, kept verbatim; anything else is refused by name.
+every machine.
 """
 
 from __future__ import annotations
 
-import glob
-import json
-import os
+import logging
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from lmcode.config import ConfigError, DataConfig, near_match
+from lmcode.config import ConfigError, TextConfig
+from lmcode.train import files, formats
+from lmcode.train.files import PassedOver, TextFile
+from lmcode.train.formats import Document
 
-TEXT_SUFFIXES = (".txt", ".md", ".py")  # taken from a folder; a file or glob given by name may end in anything
-JSONL_SUFFIX = ".jsonl"
+log = logging.getLogger("lmcode")
 
-Document = tuple[str, str]  # name, text
+SHARE = "share"  # the value of `held_out` that names no files
+SHOWN_FILES = 3
 
 
 @dataclass(frozen=True)
@@ -29,144 +30,126 @@ class Source:
 
     title: what a person calls it.
     identity: JSON values that change whenever the documents do.
-    read: yields every document; its name is the relative path, with ':line' for JSONL.
-    skipped: names of files that `read` passed over because they are not text (the standard library has a few).
+    read: yields every document; its name is the relative path, with ':line' where a file may hold several.
+    passed_over: what is not read, and why; complete after a reading.
+    is_text: whether it is one file of text, whose end can be held out.
     """
 
     title: str
     identity: list[Any]
     read: Callable[[], Iterator[Document]]
-    skipped: set[str] = field(default_factory=set)
+    passed_over: PassedOver = field(default_factory=PassedOver)
+    is_text: bool = False
 
 
-class TextFile(NamedTuple):
-    """A file and its name relative to the corpus, with '/' on every machine."""
+def open_source(config: TextConfig, *, whole: bool = False) -> Source:
+    """The documents that `config` names to train on, found but not yet read: reading raises ConfigError for what is no text.
 
-    name: str
-    path: Path
-
-
-def open_source(config: DataConfig) -> Source:
-    """The documents that `config` names, found but not yet read (reading raises ConfigError for what is not text).
+    Args:
+        whole: everything, whatever is held out or called as if it were.
 
     Raises:
-        ConfigError: if there is no such path, nothing matches, or the package that reads it is not installed.
+        ConfigError: if there is no such path, nothing matches, files look as if they were to be held out and no setting
+            says so, or the package that reads it is not installed.
     """
     if config.hf is not None:
         return _hugging_face(config.hf, config.text_field)
-    skipped: set[str] = set()
+    passed_over = PassedOver()
     if config.path is None:
-        title, files, odd = "the Python standard library", _standard_library(), skipped
-    else:
-        title, files, odd = f"'{config.path}'", _matching_files(config.path), None
-    stats = [(file.name, file.path.stat()) for file in files]
-    identity = [config.text_field, *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]
-    return Source(title, identity, lambda: _read_files(files, config.text_field, odd), skipped)
+        return _of_files("the Python standard library", _standard_library(), config, passed_over, lenient=True)
+    found = _readable(files.find("data.path", config.path, passed_over), f"data.path '{config.path}'", config, passed_over)
+    return _of_files(f"'{config.path}'", found if whole else _to_train_on(found, config), config, passed_over)
+
+
+def open_held_out(config: TextConfig) -> Source | None:
+    """The documents that `config.held_out` names; None if it names none.
+
+    Raises:
+        ConfigError: if there is no such path, or nothing matches.
+    """
+    passed_over = PassedOver()
+    found = _held_out_files(config, passed_over)
+    return _of_files(f"'{config.held_out}'", found, config, passed_over) if found else None
+
+
+def _held_out_files(config: TextConfig, passed_over: PassedOver) -> list[TextFile]:
+    if config.held_out is None or config.held_out == SHARE:
+        return []
+    found = files.find("data.held_out", config.held_out, passed_over)
+    return _readable(found, f"data.held_out '{config.held_out}'", config, passed_over)
+
+
+def _to_train_on(found: list[TextFile], config: TextConfig) -> list[TextFile]:
+    """`found` without the files that are held out by name; refuses those that look as if they should be."""
+    held_out = _held_out_files(config, PassedOver())
+    if held_out:
+        found = files.without_files(found, held_out)
+        if not found:
+            raise ConfigError(f"data.held_out '{config.held_out}' takes every file of data.path '{config.path}': nothing is "
+                              "left to train on")
+    odd = [file.name for file in found if files.looks_held_out(file.name) and formats.format_of(file.name).kind != "code"]
+    if not odd or len(odd) == len(found) or config.held_out == SHARE:
+        return found
+    names = ", ".join(odd[:SHOWN_FILES]) + (f" and {len(odd) - SHOWN_FILES} more" if len(odd) > SHOWN_FILES else "")
+    if not held_out:
+        raise ConfigError(f"data.path '{config.path}' holds files that look held out beside files to train on: {names}; "
+                          "name them in data.held_out, leave them out by data.exclude, or train on them like any other by "
+                          f"data.held_out={SHARE}")
+    log.warning("trained on, though they look held out, since data.held_out names others: %s", names)
+    return found
+
+
+def _readable(found: list[TextFile], place: str, config: TextConfig, passed_over: PassedOver) -> list[TextFile]:
+    """`found` without what is excluded, and without what a folder holds of other kinds."""
+    kept = []
+    for file in found:
+        if files.excluded(file.name, config.exclude):
+            passed_over.add("excluded", file.name)
+        elif not file.chosen and formats.format_of(file.name).kind == "other":
+            passed_over.add("of a kind that is not read", file.name)
+        else:
+            kept.append(file)
+    if not kept:
+        reason = f": {passed_over.describe()}" if len(passed_over) else ""
+        raise ConfigError(f"{place} has no file to read ({', '.join(formats.READ_IN_FOLDERS)}){reason}")
+    return kept
+
+
+def _of_files(title: str, found: Sequence[TextFile], config: TextConfig, passed_over: PassedOver, *,
+              lenient: bool = False) -> Source:
+    """The documents of these files. lenient: pass over files that are not text, instead of refusing them."""
+    stats = [(file.name, file.path.stat()) for file in found]
+    identity = [config.text_field, config.document_separator,
+                *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]
+    is_text = len(found) == 1 and formats.format_of(found[0].name).kind in ("text", "code", "other")
+    return Source(title, identity, lambda: _read(found, config, passed_over, lenient), passed_over, is_text)
+
+
+def _read(found: Sequence[TextFile], config: TextConfig, passed_over: PassedOver, lenient: bool) -> Iterator[Document]:
+    for file in found:
+        documents = formats.read_documents(file, config)
+        try:
+            first = next(documents, None)
+        except formats.LacksText:
+            if file.chosen or formats.format_of(file.name).kind != "json":
+                raise
+            passed_over.add(f"JSON without the field '{config.text_field}'", file.name)  # settings, say, beside source code
+            continue
+        except ConfigError:
+            if not lenient:
+                raise
+            passed_over.add("not UTF-8 text", file.name)
+            continue
+        if first is not None:
+            yield first
+            yield from documents
 
 
 def _standard_library() -> list[TextFile]:
     """The running Python's own source: tens of megabytes of real text that every machine has."""
-    return _walk(Path(sysconfig.get_paths()["stdlib"]), (".py",), without=("site-packages", "dist-packages"))
-
-
-def _walk(root: Path, suffixes: tuple[str, ...], *, without: tuple[str, ...] = ()) -> list[TextFile]:
-    """Files below `root` by suffix, sorted by relative path; hidden files and folders are passed over."""
-    files = []
-    for parent, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in without and not name.startswith(".")]
-        files += [_named(Path(parent, name), root) for name in names
-                  if name.lower().endswith(suffixes) and not name.startswith(".")]
-    return sorted(file for file in files if file.path.is_file())
-
-
-def _named(path: Path, root: Path) -> TextFile:
-    return TextFile(path.relative_to(root).as_posix(), path)
-
-
-def _matching_files(setting: str) -> list[TextFile]:
-    path = Path(setting).expanduser()
-    suffixes = (*TEXT_SUFFIXES, JSONL_SUFFIX)
-    if path.is_file():
-        return [TextFile(path.name, path)]
-    if path.is_dir():
-        files = _walk(path, suffixes)
-        if not files:
-            raise ConfigError(f"data.path '{setting}' is a folder without {', '.join(suffixes)} files")
-        return files
-    if not glob.has_magic(str(path)):
-        siblings = os.listdir(path.parent) if path.parent.is_dir() else ()
-        raise ConfigError(f"data.path '{setting}' does not exist.{near_match(path.name, siblings)}")
-    fixed = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
-    found = (Path(match) for match in glob.glob(str(path), recursive=True))
-    files = sorted(_named(match, fixed) for match in found if match.is_file())
-    if not files:
-        raise ConfigError(f"data.path '{setting}' matches no file")
-    return files
-
-
-def _read_files(files: Sequence[TextFile], text_field: str, skipped: set[str] | None) -> Iterator[Document]:
-    """Every document; names of files that are not text go to `skipped` if it is a set, else they are refused."""
-    for file in files:
-        if file.path.suffix.lower() == JSONL_SUFFIX:
-            yield from _read_jsonl(file, text_field)
-            continue
-        try:
-            text = _decode(_read_bytes(file.path), str(file.path))
-        except ConfigError:
-            if skipped is None:
-                raise
-            skipped.add(file.name)
-            continue
-        yield file.name, text
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"'{path}' cannot be read: {error.strerror}") from None
-
-
-def _decode(data: bytes, place: str) -> str:
-    if b"\0" in data:
-        raise ConfigError(f"'{place}' is not text: it holds NUL bytes")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"'{place}' is not UTF-8 text: byte {data[error.start]:#04x} at {error.start}") from None
-
-
-def _read_jsonl(file: TextFile, text_field: str) -> Iterator[Document]:
-    """One document per line; blank lines are passed over but counted, so that ':line' is what an editor shows."""
-    try:
-        lines = open(file.path, "rb")
-    except OSError as error:
-        raise ConfigError(f"'{file.path}' cannot be read: {error.strerror}") from None
-    with lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            place = f"{file.path}:{number}"
-            try:
-                row = json.loads(_decode(line, place).removeprefix("\ufeff"))
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"'{place}' is not a JSON object: {error.msg}") from None
-            yield f"{file.name}:{number}", _text_of(row, text_field, place)
-
-
-def _text_of(row: Any, text_field: str, place: str) -> str:
-    if not isinstance(row, dict):
-        raise ConfigError(f"'{place}' must be a JSON object with the field '{text_field}': got {type(row).__name__}")
-    if text_field not in row:
-        raise ConfigError(f"'{place}' lacks the field data.text_field = '{text_field}'.{near_match(text_field, row)}")
-    text = row[text_field]
-    if not isinstance(text, str):
-        raise ConfigError(f"field '{text_field}' of '{place}' must be a string: got {type(text).__name__}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ConfigError(f"field '{text_field}' of '{place}' is not text: it holds a lone surrogate") from None
-    return text
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = files.walk(root, PassedOver(), without=("site-packages", "dist-packages"))
+    return [file for file in found if file.name.lower().endswith(".py")]
 
 
 def _hugging_face(setting: str, text_field: str) -> Source:
@@ -186,6 +169,6 @@ def _hugging_face(setting: str, text_field: str) -> Source:
 
     def read() -> Iterator[Document]:
         for number, row in enumerate(rows):
-            yield f"{split}:{number}", _text_of(row, text_field, f"{setting}:{number}")
+            yield f"{split}:{number}", formats.text_of(row, text_field, f"{setting}:{number}")
 
     return Source(f"'{setting}'", [setting, text_field, len(rows), getattr(rows, "_fingerprint", "")], read)
