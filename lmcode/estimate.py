@@ -22,8 +22,8 @@ MIB = 2**20
 # of it, the rest belongs to DeepSpeed, gloo and the allocator. GPU: a CUDA context and NCCL, not measured.
 BASE_BYTES = {"cpu": 450 * MIB, "gpu": 1200 * MIB}
 FAISS_GPU_BYTES = 256 * MIB  # the limit that memory/faiss_index.py sets
-COLUMN_BYTES = 53  # of one slot's metadata: six int64, one fp32, one bool
-FACT_BYTES = 16  # what decides about a candidate: its namespace and its surprise
+COLUMN_BYTES = 61  # of one slot's metadata: seven int64, one fp32, one bool
+FACT_BYTES = 24  # what is known of a candidate: its namespace, its document and its surprise
 CUT_BYTES = 16  # per query and head, memory.exchange = all_to_all
 HIT_BYTES = 12  # score and id
 ROOM = 0.9  # share of the memory that a run may plan to use

@@ -41,6 +41,7 @@ class Candidates(NamedTuple):
     namespace_N: int64, the document or stream each belongs to.
     surprise_N: fp32, the token loss in nats of predicting the value's token; 0 where unknown.
     valid_N: bool; False rows (padding, the first token of a document) are never written.
+    document_N: int64, the text each was read from, the same whenever it is read again; negative, or None: unknown.
     """
 
     key_HND: Tensor
@@ -48,6 +49,7 @@ class Candidates(NamedTuple):
     namespace_N: Tensor
     surprise_N: Tensor
     valid_N: Tensor
+    document_N: Tensor | None = None
 
 
 class Retriever(Protocol):

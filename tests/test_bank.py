@@ -399,7 +399,7 @@ def test_bytes_are_those_of_the_formulas(R: int, size: int) -> None:
                     "gradients": n * (D + 2) * b + n * D * b}
             if fetch == "rows":
                 del read["gradients"]
-            writes = (R - 1) * (8 + E * 16 + E * H * 2 * D * b) + 2 * 8 * slots * (R // G - 1) // (R // G)
+            writes = (R - 1) * (8 + E * 24 + E * H * 2 * D * b) + 2 * 8 * slots * (R // G - 1) // (R // G)
             # A group of one rank reads for nothing, and a single group has no hits to add up.
             assert counted == {**{name: (G - 1) * each for name, each in read.items() if G > 1}, "writes": writes}
 

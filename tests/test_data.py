@@ -71,6 +71,7 @@ def test_windows_of_every_visit_give_back_one_document(lengths, streams, length,
         text = read_back(windows)
         order.append(next(i for i, original in enumerate(originals) if original == text))
         assert len(windows) == -(-(len(text) - 1) // length)
+        assert {batch.document_B[row].item() for _, batch, row in windows} == {documents.identity(order[-1])}
         steps = [step for step, _, _ in windows]
         assert steps == list(range(steps[0], steps[0] + len(steps)))  # contiguous,
         assert len({row for _, _, row in windows}) == 1  # in one stream
@@ -78,6 +79,16 @@ def test_windows_of_every_visit_give_back_one_document(lengths, streams, length,
         texts = [tuple(originals[i]) for i in order[epoch * len(lengths):(epoch + 1) * len(lengths)]]
         assert Counter(texts) == Counter(map(tuple, originals))  # all once per epoch
         assert shuffle or texts == list(map(tuple, originals))
+
+
+def test_a_document_is_known_by_what_it_says():
+    texts = [[0, 5, 6, 0], [0, 5, 7, 0], [0, 5, 6, 0], [0, 6, 5, 0], [0, 5, 6, 0, 0]]
+    offsets, tokens = np.cumsum([0, *map(len, texts)]), np.concatenate(texts)
+    known = {dtype: [Documents(tokens.astype(dtype), offsets, [str(at) for at in range(5)]).identity(at)
+                     for at in range(5)] for dtype in (np.uint16, np.uint32, np.int64)}
+    one, other, *rest = known[np.uint16]
+    assert rest[0] == one and len({one, other, *rest}) == 4 and min(one, other, *rest) >= 0
+    assert known[np.uint32] == known[np.int64] == known[np.uint16], "whatever they are stored in"
 
 
 def test_batch_is_well_formed_and_counted():
@@ -91,6 +102,7 @@ def test_batch_is_well_formed_and_counted():
         assert (batch.valid_BT[:, :-1] | ~batch.valid_BT[:, 1:]).all()  # padding only trails
         assert (batch.input_ids_BT[~batch.valid_BT] == END).all()
         assert torch.equal(batch.valid_BT.any(1), batch.namespace_B >= 0)
+        assert torch.equal(batch.valid_BT.any(1), batch.document_B >= 0)
         assert torch.equal(batch.reset_B, batch.window_B == 0)
         assert batch.global_tokens == int(batch.valid_BT.sum()) == sampler.global_tokens(step)
 

@@ -219,11 +219,13 @@ def test_pending_key_becomes_the_next_windows_first_candidate() -> None:
     rows = first.memory[MEMORY_LAYER].candidates
     assert not rows.valid_N.view(B, T)[:, 0].any() and rows.valid_N.view(B, T)[:, 1:].all()
     second = model(ids(seed=1), state=first.state, reset_B=torch.tensor([False, True, False]),
-                   namespace_B=torch.tensor([7, 5, 9]))
+                   namespace_B=torch.tensor([7, 5, 9]), document_B=torch.tensor([70, -1, 90]))
+    assert (rows.document_N == -1).all(), "unknown, unless it is told"
     rows = second.memory[MEMORY_LAYER].candidates
     assert torch.equal(rows.key_HND.unflatten(1, (B, T))[:, :, 0].transpose(0, 1), first.state.pending_key[0])
     assert rows.valid_N.view(B, T)[:, 0].tolist() == [True, False, True]
     assert rows.namespace_N.view(B, T)[:, 0].tolist() == [7, 5, 9]
+    assert torch.equal(rows.document_N.view(B, T), torch.tensor([70, -1, 90])[:, None].expand(B, T))
     assert rows.namespace_N.shape == rows.valid_N.shape == rows.surprise_N.shape == (B * T,)
 
 

@@ -100,10 +100,11 @@ def test_clipping_keeps_direction_even_where_squares_overflow() -> None:
 def test_candidates_travel_unchanged() -> None:
     valid = torch.tensor([True, False, True])
     one = Candidates(torch.randn(H, 3, D), torch.randn(H, 3, D), torch.tensor([2**60 + 1, 5, 7]),
-                     torch.tensor([0.1, 0.2, float("nan")]), valid)
-    vector, facts = stack_candidates([one, one], heads=H, head_dim=D, dtype=torch.float32, device=torch.device("cpu"))
-    namespace, surprise = unpack_facts(facts)
-    assert namespace.tolist() == [2**60 + 1, 7] * 2
+                     torch.tensor([0.1, 0.2, float("nan")]), valid, torch.tensor([2**62 + 1, 3, -1]))
+    unknown = one._replace(document_N=None)
+    vector, facts = stack_candidates([one, unknown], heads=H, head_dim=D, dtype=torch.float32, device=torch.device("cpu"))
+    namespace, document, surprise = unpack_facts(facts)
+    assert namespace.tolist() == [2**60 + 1, 7] * 2 and document.tolist() == [2**62 + 1, -1, -1, -1]
     np.testing.assert_array_equal(surprise, np.array([0.1, np.nan] * 2, np.float32))
     assert torch.equal(vector[:2, 0], one.key_HND[:, valid].transpose(0, 1))
     assert torch.equal(vector[2:, 1], one.value_HND[:, valid].transpose(0, 1))

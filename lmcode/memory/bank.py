@@ -246,39 +246,45 @@ class LongTermMemory:
         return entry.unpack_hits(self.between.all_reduce(packed_M, phase="writes"), parts=groups)
 
     def _gather_candidates(self, candidates: Sequence[Candidates]) -> tuple[int, tuple[Any, ...]]:
-        """How many valid candidates there are; keys, values, namespaces and importance of those that are chosen."""
-        vector_E2HD, facts_E2 = entry.stack_candidates(candidates, heads=self.heads, head_dim=self.head_dim,
+        """How many valid candidates there are; keys, values, namespaces, documents and importance of those that are
+        chosen."""
+        vector_E2HD, facts_E3 = entry.stack_candidates(candidates, heads=self.heads, head_dim=self.head_dim,
                                                        dtype=self.shard.key_HME.dtype, device=self.device)
-        counts = self.group.all_gather_int(len(facts_E2), phase="writes", device=self.device)
+        counts = self.group.all_gather_int(len(facts_E3), phase="writes", device=self.device)
         # What decides travels first, so that the vectors of candidates that are not chosen never do.
-        namespace_E, surprise_E = entry.unpack_facts(self.group.all_gather_rows(facts_E2, counts, phase="writes"))
+        facts_E3 = self.group.all_gather_rows(facts_E3, counts, phase="writes")
+        namespace_E, document_E, surprise_E = entry.unpack_facts(facts_E3)
         chosen_E = entry.choose(surprise_E, self.config)
         chosen_parts = np.split(chosen_E, np.cumsum(counts)[:-1])
         vector_E2HD = vector_E2HD[torch.from_numpy(chosen_parts[self.group.rank]).to(self.device)]
         vector_E2HD = self.group.all_gather_rows(vector_E2HD, [int(one.sum()) for one in chosen_parts], phase="writes")
-        return len(chosen_E), (vector_E2HD[:, 0], vector_E2HD[:, 1], namespace_E[chosen_E],
+        return len(chosen_E), (vector_E2HD[:, 0], vector_E2HD[:, 1], namespace_E[chosen_E], document_E[chosen_E],
                                entry.importance_of(surprise_E[chosen_E]))
 
     @torch.no_grad()
     def write(self, key_HED: Tensor, value_HED: Tensor, namespace_E: Tensor, importance_E: Tensor | None = None,
-              step: int = 0) -> Tensor:
+              step: int = 0, document_E: Tensor | None = None) -> Tensor:
         """Writes entries directly; every rank passes the same batch. Returns their ids, int64 [E], -1 where rejected.
 
         Args:
             namespace_E: int64; rows with a negative one are rejected.
             importance_E: fp32, cut off at 10; rows where it is not positive are rejected; 1 when None.
+            document_E: int64, the text that each entry was written from; negative, or None: unknown.
         """
-        importance_E = torch.ones(key_HED.shape[1]) if importance_E is None else importance_E
-        entry.check_batch(key_HED, value_HED, namespace_E, importance_E, heads=self.heads, head_dim=self.head_dim)
+        E = key_HED.shape[1]
+        importance_E = torch.ones(E) if importance_E is None else importance_E
+        document_E = torch.full((E,), entry.UNKNOWN) if document_E is None else document_E
+        entry.check_batch(key_HED, value_HED, namespace_E, document_E, importance_E, heads=self.heads,
+                          head_dim=self.head_dim)
         vectors = (part.detach().transpose(0, 1).to(self.device) for part in (key_HED, value_HED))
-        id_E = self._store(*vectors, namespace_E.cpu().long().numpy(), importance_E.cpu().float().numpy(), step)
-        return torch.from_numpy(id_E)
+        names = (column_E.cpu().long().numpy() for column_E in (namespace_E, document_E))
+        return torch.from_numpy(self._store(*vectors, *names, importance_E.cpu().float().numpy(), step))
 
-    def _store(self, key_EHD: Tensor, value_EHD: Tensor, namespace_E: np.ndarray, importance_E: np.ndarray,
-               step: int) -> np.ndarray:
+    def _store(self, key_EHD: Tensor, value_EHD: Tensor, namespace_E: np.ndarray, document_E: np.ndarray,
+               importance_E: np.ndarray, step: int) -> np.ndarray:
         """Assigns ids, rejects, clips and writes a batch that is the same on every rank; ids with -1 where rejected."""
-        entries, accepted_E, clipped = entry.admit(key_EHD, value_EHD, namespace_E, importance_E, step=step,
-                                                   first_id=self.next_id, max_norm=self.config.max_norm)
+        entries, accepted_E, clipped = entry.admit(key_EHD, value_EHD, namespace_E, importance_E, document_E=document_E,
+                                                   step=step, first_id=self.next_id, max_norm=self.config.max_norm)
         self.shard.write(entries)
         id_E = np.full(len(accepted_E), -1, np.int64)
         id_E[accepted_E] = entries.id_E

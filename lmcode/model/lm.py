@@ -161,7 +161,8 @@ class MemoryLM(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, *, targets_BT: Tensor | None = None,
                 state: StreamState | None = None, reset_B: Tensor | None = None, namespace_B: Tensor | None = None,
-                valid_BT: Tensor | None = None, cache: Cache | None = None) -> LMCODEOutput:
+                document_B: Tensor | None = None, valid_BT: Tensor | None = None,
+                cache: Cache | None = None) -> LMCODEOutput:
         """Runs one window of B streams.
 
         Args:
@@ -172,6 +173,8 @@ class MemoryLM(nn.Module):
             reset_B: bool, streams that start a new document here: initial slots, nothing pending.
             namespace_B: int64, the document each stream is in; arange(B) if None. A negative one is no document: it
                 finds nothing and offers nothing for writing.
+            document_B: int64, the text that each stream reads: the same number whenever, and under whatever namespace, it
+                is read. Negative, or None: unknown.
             valid_BT: bool, False marks padding, which must trail. Targets there are ignored.
             cache: an empty one, filled by this pass over the streams' first tokens of a window; see `decode.py`.
 
@@ -179,9 +182,9 @@ class MemoryLM(nn.Module):
             ValueError: wrong shape, dtype or range of an argument; a state of other streams or another model; both
                 labels and targets; padding that does not trail; a cache that is not empty.
         """
-        self._check(input_ids, labels, targets_BT, state, reset_B, namespace_B, valid_BT)
+        self._check(input_ids, labels, targets_BT, state, reset_B, namespace_B, document_B, valid_BT)
         input_ids_BT, labels_BT = input_ids, labels
-        window = self._window(input_ids_BT, state, reset_B, namespace_B, valid_BT)
+        window = self._window(input_ids_BT, state, reset_B, namespace_B, document_B, valid_BT)
         if cache is not None:
             self._begin(cache, input_ids_BT, valid_BT)
         x_BTC = self.embedding(input_ids_BT)
@@ -221,7 +224,7 @@ class MemoryLM(nn.Module):
         cache.begin(config.num_layers, [T] * B if valid_BT is None else valid_BT.sum(dim=1).tolist())
 
     def _window(self, input_ids_BT: Tensor, state: StreamState | None, reset_B: Tensor | None,
-                namespace_B: Tensor | None, valid_BT: Tensor | None) -> Window:
+                namespace_B: Tensor | None, document_B: Tensor | None, valid_BT: Tensor | None) -> Window:
         """What all layers share about this window; the carried state of each layer is added by `_run_layers`."""
         (B, T), device = input_ids_BT.shape, input_ids_BT.device
         rotation = None
@@ -233,7 +236,7 @@ class MemoryLM(nn.Module):
                            else state.pending_valid_B)
         if reset_B is not None:
             pending_valid_B = pending_valid_B & ~reset_B
-        return Window(namespace_B, pending_valid_B, reset_B, valid_BT, rotation)
+        return Window(namespace_B, pending_valid_B, reset_B, valid_BT, rotation, document_B=document_B)
 
     def _run_layers(self, x_BTC: Tensor, window: Window, state: StreamState | None,
                     cache: Cache | None) -> tuple[Tensor, list[ReadTape]]:
@@ -262,7 +265,7 @@ class MemoryLM(nn.Module):
 
     def _check(self, input_ids_BT: Tensor, labels_BT: Tensor | None, targets_BT: Tensor | None,
                state: StreamState | None, reset_B: Tensor | None, namespace_B: Tensor | None,
-               valid_BT: Tensor | None) -> None:
+               document_B: Tensor | None, valid_BT: Tensor | None) -> None:
         """Refuses what `forward` cannot run, before anything is computed."""
         V, longest = self.config.vocab_size, self.config.context_length
         if not isinstance(input_ids_BT, Tensor):
@@ -279,6 +282,7 @@ class MemoryLM(nn.Module):
                                            ("targets", targets_BT, torch.int64, (B, T)),
                                            ("reset_B", reset_B, torch.bool, (B,)),
                                            ("namespace_B", namespace_B, torch.int64, (B,)),
+                                           ("document_B", document_B, torch.int64, (B,)),
                                            ("valid_BT", valid_BT, torch.bool, (B, T))):
             if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape):
                 raise ValueError(f"{name} must be {dtype} {list(shape)}: got {tensor.dtype} {list(tensor.shape)}")

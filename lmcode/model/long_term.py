@@ -37,6 +37,7 @@ class Window(NamedTuple):
     slots_BSE: this layer's carried short-term slots; None starts afresh.
     pending_key_BHD: this layer's key of each stream's last token; None where there is none.
     cache: what this layer is to keep for later tokens of the window; None outside generation.
+    document_B: int64, the text that each stream reads, negative where unknown; None: unknown everywhere.
     """
 
     namespace_B: Tensor
@@ -47,6 +48,7 @@ class Window(NamedTuple):
     slots_BSE: Tensor | None = None
     pending_key_BHD: Tensor | None = None
     cache: LayerCache | None = None
+    document_B: Tensor | None = None
 
 
 @dataclass
@@ -166,9 +168,11 @@ def make_candidates(key_HBTD: Tensor, value_HBTD: Tensor, window: Window, *, suc
                       else pending_BHD.to(key_HBTD.dtype).transpose(0, 1).unsqueeze(2))
         key_HBTD = torch.cat([first_HB1D, key_HBTD[:, :, :-1]], dim=2)
         valid_BT[:, 0] &= window.pending_valid_B
+    document_B = torch.full_like(window.namespace_B, -1) if window.document_B is None else window.document_B
     return Candidates(key_HBTD.detach().flatten(1, 2), value_HBTD.detach().flatten(1, 2),
                       window.namespace_B.repeat_interleave(T),
-                      torch.zeros(B * T, dtype=torch.float32, device=key_HBTD.device), valid_BT.flatten())
+                      torch.zeros(B * T, dtype=torch.float32, device=key_HBTD.device), valid_BT.flatten(),
+                      document_B.repeat_interleave(T))
 
 
 def last_keys(key_HBTD: Tensor, window: Window) -> Tensor:

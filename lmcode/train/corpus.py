@@ -25,6 +25,7 @@ import uuid
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,19 @@ class Documents:
     def document(self, index: int) -> np.ndarray:
         """All tokens of one document, both end marks included; a view."""
         return self.tokens[self.offsets[index]:self.offsets[index + 1]]
+
+    def identity(self, index: int) -> int:
+        """63 bits that stand for what a document says: equal for equal tokens, in any corpus and on any machine. Computed
+        when it is first asked for."""
+        if index not in self._identities:
+            tokens = np.ascontiguousarray(self.document(index), dtype="<i8")
+            digest = hashlib.blake2b(tokens.data, digest_size=8).digest()
+            self._identities[index] = int.from_bytes(digest, "little") >> 1
+        return self._identities[index]
+
+    @cached_property
+    def _identities(self) -> dict[int, int]:
+        return {}
 
     @property
     def end_id(self) -> int:

@@ -36,6 +36,7 @@ class Batch(NamedTuple):
     reset_B: bool, True where a document starts with this window: the stream's state must be cleared before it.
     namespace_B: int64, the visit: the place in the endless queue of documents, so that a document read again in a later
         epoch cannot see what was written when it was read before. -1 for a stream that has run out of documents.
+    document_B: int64, what the document says, as `Documents.identity`: the same in every visit. -1 without a document.
     window_B: int64, how many windows of its document came before this one; -1 for a stream that has run out.
     replayed_B: bool, True where the stream pauses: the row belongs to replay, and the stream's state must outlive it.
     global_tokens: targets that are not padding in the whole global batch: all ranks, all micro-batches.
@@ -46,6 +47,7 @@ class Batch(NamedTuple):
     valid_BT: Tensor
     reset_B: Tensor
     namespace_B: Tensor
+    document_B: Tensor
     window_B: Tensor
     replayed_B: Tensor
     global_tokens: int
@@ -207,33 +209,34 @@ class StreamSampler:
             return _NO_WINDOW
         start = number * self.sequence_length
         length = min(self.sequence_length, int(self._targets[document]) - start)
-        return _Window(self.first_namespace + visit, number, int(self.documents.offsets[document]) + start, length)
+        return _Window(self.first_namespace + visit, self.documents.identity(document), number,
+                       int(self.documents.offsets[document]) + start, length)
 
     def _assemble(self, windows: list[_Window], global_tokens: int) -> Batch:
         shape = (len(windows), self.sequence_length)
         inputs_BT = np.full(shape, self.documents.end_id, dtype=np.int64)
         targets_BT = np.full(shape, IGNORED, dtype=np.int64)
-        for row, (_, _, start, length, _) in enumerate(windows):
+        for row, (_, _, _, start, length, _) in enumerate(windows):
             inputs_BT[row, :length] = self.documents.tokens[start:start + length]
             targets_BT[row, :length] = self.documents.tokens[start + 1:start + length + 1]
-        window_B = torch.tensor([window.number for window in windows])
+        namespace_B, document_B, window_B, _, _, paused_B = (torch.tensor(column) for column in zip(*windows, strict=True))
         return Batch(torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT), torch.from_numpy(targets_BT != IGNORED),
-                     window_B == 0, torch.tensor([window.namespace for window in windows]), window_B,
-                     torch.tensor([window.paused for window in windows]), global_tokens)
+                     window_B == 0, namespace_B, document_B, window_B, paused_B, global_tokens)
 
 
 class _Window(NamedTuple):
     """What one stream reads in one step: `length` inputs from position `start` of the token file."""
 
     namespace: int
+    document: int
     number: int  # within its document
     start: int
     length: int
     paused: bool = False
 
 
-_NO_WINDOW = _Window(-1, -1, 0, 0)  # of a stream that has run out of documents
-_PAUSE = _Window(-1, -1, 0, 0, True)
+_NO_WINDOW = _Window(-1, -1, -1, 0, 0)  # of a stream that has run out of documents
+_PAUSE = _Window(-1, -1, -1, 0, 0, True)
 
 
 class _Schedule:

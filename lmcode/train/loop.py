@@ -150,7 +150,8 @@ def train_step(session: Session) -> StepResult:
         with clock("forward"):
             state, reset_B = carried(session, micro, batch)
             output = engine.forward(batch.input_ids_BT, targets_BT=batch.targets_BT, state=state, reset_B=reset_B,
-                                    namespace_B=batch.namespace_B, valid_BT=batch.valid_BT)
+                                    namespace_B=batch.namespace_B, document_B=batch.document_B,
+                                    valid_BT=batch.valid_BT)
         local_sum = output.token_loss.sum()
         with clock("backward"):
             # DeepSpeed averages over ranks and accumulation steps; the loss is a mean over the tokens of the whole batch.
