@@ -145,6 +145,11 @@ class TextConfig(Section):
     document_separator: str | None = Field("<|endoftext|>", min_length=1, description="a line of a text file between two "
                                            "documents; null: a text file is one document")
 
+    @property
+    def place(self) -> str:
+        """Where these settings stand, for a message."""
+        return "data"
+
     @field_validator("exclude", mode="before")
     @classmethod
     def _one_pattern(cls, value: Any) -> Any:
@@ -157,14 +162,47 @@ class TextConfig(Section):
         return self
 
 
+class SourceConfig(TextConfig):
+    """One of several places that text comes from."""
+
+    name: str = Field(pattern=r"^[\w.-]+$", description="what its metrics are called after")
+    weight: float = Field(1.0, gt=0.0, allow_inf_nan=False, description="its share of the tokens is proportional to this")
+
+    @property
+    def place(self) -> str:
+        return f"data.sources.{self.name}"
+
+    @model_validator(mode="after")
+    def _some_place(self) -> SourceConfig:
+        if self.path is None and self.hf is None:
+            raise ValueError(f"the source '{self.name}' needs a path or hf")
+        return self
+
+
 class DataConfig(TextConfig):
     """Where text comes from. With neither `path` nor `hf` the corpus is the Python standard library's own source."""
 
+    sources: tuple[SourceConfig, ...] = Field((), description="several places, mixed by weight; instead of path and hf")
+    packing: bool | Literal["auto"] = Field("auto", description="short documents share a window; 'auto': where more than "
+                                            "3 % of the positions would be padding")
     tokenizer: str = Field("bpe", description="'bytes', 'bpe' (trained on the corpus), or a tokenizers JSON / folder")
     held_out_share: float = Field(0.03, gt=0.0, lt=1.0, description="share of documents kept for evaluation (of the text, "
                                   "at its end, where it is one text file); without effect if held_out names some")
     min_document_tokens: int = Field(2, ge=2, description="shorter documents are left out and counted")
     cache: str | None = Field(None, description="folder for tokenized corpora; the run folder's parent when None")
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> DataConfig:
+        if not self.sources:
+            return self
+        for name in ("path", "hf", "held_out", "exclude", "text_field", "document_separator"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"with data.sources, each source has its own {name}: leave data.{name} out, or set "
+                                 "data.sources=[]")
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"data.sources must have different names: got {', '.join(names)}")
+        return self
 
 
 class TrainConfig(Section):

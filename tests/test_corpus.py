@@ -245,8 +245,8 @@ def test_wide_vocabulary_is_stored_as_uint32(tmp_path):
             return [[70_000 + ord(c) % 50 for c in text] for text in texts]
 
     writer = corpus_module._SideWriter(tmp_path / "train", Wide(), 2)
-    writer.add([("a", "hello")])
-    counts = writer.finish("train")
+    writer.add("", [("a", "hello")])
+    counts = writer.finish("train", needed=[""])
     tokens = np.fromfile(tmp_path / "train.tokens", dtype=np.uint32)
     assert writer.dtype == np.uint32 and len(tokens) == counts["tokens"] == 7
     assert tokens[0] == tokens[-1] == 99_999 and tokens[1] == 70_000 + ord("h") % 50

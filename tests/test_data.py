@@ -175,8 +175,8 @@ def test_seed_and_epoch_decide_the_order():
 def test_the_shuffle_never_changes():
     """A run resumed by another version must read the same documents: these numbers are recorded, not computed."""
     sampler = StreamSampler(make_documents([2] * 8), streams=8, sequence_length=1, seed=5)
-    assert sampler._schedule._epoch_order(0).tolist() == [7, 4, 3, 5, 6, 2, 0, 1]
-    assert sampler._schedule._epoch_order(1).tolist() == [7, 6, 1, 5, 4, 2, 0, 3]
+    assert sampler._schedule._queue._epoch_order(0).tolist() == [7, 4, 3, 5, 6, 2, 0, 1]
+    assert sampler._schedule._queue._epoch_order(1).tolist() == [7, 6, 1, 5, 4, 2, 0, 3]
 
 
 def test_the_stream_that_is_free_first_takes_the_next_document():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lmcode.config import ConfigError, DataConfig, RunConfig
 from lmcode.presets import load_run_config
@@ -70,9 +70,9 @@ def held_out_documents(checkpoint: Path, config: RunConfig) -> HeldOut:
     return HeldOut(_all_documents(config, own_tokens, saved), False, True)
 
 
-def _texts(data: DataConfig) -> tuple[str, ...]:
+def _texts(data: DataConfig) -> tuple[Any, ...]:
     """The settings by which text is named."""
-    return tuple(value for value in (data.path, data.hf, data.held_out) if value is not None)
+    return tuple(value for value in (data.path, data.hf, data.held_out, data.sources) if value)
 
 
 def _all_documents(config: RunConfig, data: DataConfig, saved: RunConfig) -> Documents:

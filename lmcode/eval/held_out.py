@@ -7,6 +7,7 @@ model's, written as the documents are read, thrown away at the end. The training
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -22,12 +23,14 @@ FAR = 16  # a window this many windows into its document is "far": most of what 
 
 
 class EvalResult(NamedTuple):
-    """Mean loss in nats per token over `tokens` targets; `far_loss` over those at least 16 windows into a document."""
+    """Mean loss in nats per token over `tokens` targets; `far_loss` over those at least 16 windows into a document;
+    `by_source` where documents come from several, those of which something was read."""
 
     loss: float
     tokens: int
     far_loss: float
     far_tokens: int
+    by_source: Mapping[str, float] = MappingProxyType({})
 
 
 class ShuffledRetriever:
@@ -82,7 +85,8 @@ def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[i
     retrievers: dict[int, Retriever] = {layer: NullRetriever() for layer in banks}
     retrievers.update(shuffled or forks)
     device = next(model.parameters()).device
-    sums = torch.zeros(4, dtype=torch.float64)
+    names = sampler.documents.sources or {}
+    sums = torch.zeros(4 + 2 * len(names), dtype=torch.float64)
     was_training, state = model.training, None
     model.eval()
     with model.reading_from(retrievers):
@@ -104,10 +108,12 @@ def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[i
             loss_B = output.token_loss.double().sum(1).cpu()
             count_B = (batch.targets_BT >= 0).sum(1).cpu()
             far_B = batch.window_B.cpu() >= FAR
-            sums += torch.stack([loss_B.sum(), count_B.sum(), loss_B[far_B].sum(), count_B[far_B].sum()])
+            chosen = [torch.ones_like(far_B), far_B, *(batch.source_BP[:, 0].cpu() == one for one in range(len(names)))]
+            sums += torch.stack([column_B[of_B].sum() for of_B in chosen for column_B in (loss_B, count_B)])
     model.train(was_training)
-    loss, tokens, far_loss, far_tokens = group.all_reduce(sums.to(device), phase="evaluation").tolist()
-    return EvalResult(loss / max(tokens, 1), int(tokens), far_loss / max(far_tokens, 1), int(far_tokens))
+    loss, tokens, far_loss, far_tokens, *rest = group.all_reduce(sums.to(device), phase="evaluation").tolist()
+    by_source = {name: one / count for name, one, count in zip(names, rest[::2], rest[1::2], strict=True) if count}
+    return EvalResult(loss / max(tokens, 1), int(tokens), far_loss / max(far_tokens, 1), int(far_tokens), by_source)
 
 
 def held_out_sampler(documents: object, config: object) -> StreamSampler:

@@ -64,11 +64,11 @@ class MemoryAugmentedLayer(nn.Module):
     def forward(self, x_BTC: Tensor, *, window: Window, tape: ReadTape) -> Tensor:
         """Runs one window of each stream; [B, T, C] -> [B, T, C], side products on `tape`."""
         x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), rotation=window.rotation,
-                                                     cache=window.cache))
+                                                     cache=window.cache, seen_BTT=window.seen_BTT))
         if self.short_term is not None:
             read_BTC, slots_BSE = self.short_term(self.short_term_norm(x_BTC), slots_BSE=window.slots_BSE,
                                                   reset_B=window.reset_B, valid_BT=window.valid_BT,
-                                                  cache=window.cache)
+                                                  cache=window.cache, piece_BT=window.piece_BT)
             tape.record(slots_BSE=slots_BSE)
             x_BTC = x_BTC + self.dropout(read_BTC)
         if self.long_term_read is not None:

@@ -161,8 +161,8 @@ class MemoryLM(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, *, targets_BT: Tensor | None = None,
                 state: StreamState | None = None, reset_B: Tensor | None = None, namespace_B: Tensor | None = None,
-                document_B: Tensor | None = None, valid_BT: Tensor | None = None,
-                cache: Cache | None = None) -> LMCODEOutput:
+                document_B: Tensor | None = None, valid_BT: Tensor | None = None, cache: Cache | None = None,
+                piece_BT: Tensor | None = None) -> LMCODEOutput:
         """Runs one window of B streams.
 
         Args:
@@ -177,19 +177,28 @@ class MemoryLM(nn.Module):
                 is read. Negative, or None: unknown.
             valid_BT: bool, False marks padding, which must trail. Targets there are ignored.
             cache: an empty one, filled by this pass over the streams' first tokens of a window; see `decode.py`.
+            piece_BT: int64, where documents share a window: which of them each token belongs to, ascending from 0, which is
+                the one that `state` and `reset_B` are about; `namespace_B` and `document_B` are then [B, P], of each of
+                them. Each is read as if it had begun in a window of its own, and sees nothing of the others; the state that
+                is returned is that of the last. (Short-term segments are those of the window.)
 
         Raises:
             ValueError: wrong shape, dtype or range of an argument; a state of other streams or another model; both
                 labels and targets; padding that does not trail; a cache that is not empty.
         """
-        self._check(input_ids, labels, targets_BT, state, reset_B, namespace_B, document_B, valid_BT)
+        self._check(input_ids, labels, targets_BT, state, reset_B, namespace_B, document_B, valid_BT, piece_BT)
         input_ids_BT, labels_BT = input_ids, labels
         window = self._window(input_ids_BT, state, reset_B, namespace_B, document_B, valid_BT)
+        if piece_BT is not None:
+            if cache is not None or labels is not None or namespace_B is None:
+                raise ValueError("documents that share a window need their namespaces, and targets instead of labels; they "
+                                 "cannot fill a cache")
+            window = window._replace(piece_BT=piece_BT, seen_BTT=same_piece(piece_BT))
         if cache is not None:
             self._begin(cache, input_ids_BT, valid_BT)
         x_BTC = self.embedding(input_ids_BT)
         if self.positions is not None:
-            x_BTC = x_BTC + self.positions(torch.arange(x_BTC.shape[1], device=x_BTC.device))
+            x_BTC = x_BTC + self.positions(places(input_ids_BT, piece_BT))
         x_BTC, tapes = self._run_layers(self.dropout(x_BTC), window, state, cache)
         logits_BTV = self.head(self.norm(x_BTC))
 
@@ -265,7 +274,7 @@ class MemoryLM(nn.Module):
 
     def _check(self, input_ids_BT: Tensor, labels_BT: Tensor | None, targets_BT: Tensor | None,
                state: StreamState | None, reset_B: Tensor | None, namespace_B: Tensor | None,
-               document_B: Tensor | None, valid_BT: Tensor | None) -> None:
+               document_B: Tensor | None, valid_BT: Tensor | None, piece_BT: Tensor | None) -> None:
         """Refuses what `forward` cannot run, before anything is computed."""
         V, longest = self.config.vocab_size, self.config.context_length
         if not isinstance(input_ids_BT, Tensor):
@@ -278,11 +287,13 @@ class MemoryLM(nn.Module):
             raise ValueError(f"input_ids must have at most context_length = {longest} tokens: got {T}")
         if labels_BT is not None and targets_BT is not None:
             raise ValueError("give labels (shifted here) or targets (already aligned), not both")
+        of_documents = (B,) if piece_BT is None or namespace_B is None else (B, *namespace_B.shape[1:2])
         for name, tensor, dtype, shape in (("labels", labels_BT, torch.int64, (B, T)),
                                            ("targets", targets_BT, torch.int64, (B, T)),
                                            ("reset_B", reset_B, torch.bool, (B,)),
-                                           ("namespace_B", namespace_B, torch.int64, (B,)),
-                                           ("document_B", document_B, torch.int64, (B,)),
+                                           ("namespace_B", namespace_B, torch.int64, of_documents),
+                                           ("document_B", document_B, torch.int64, of_documents),
+                                           ("piece_BT", piece_BT, torch.int64, (B, T)),
                                            ("valid_BT", valid_BT, torch.bool, (B, T))):
             if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape):
                 raise ValueError(f"{name} must be {dtype} {list(shape)}: got {tensor.dtype} {list(tensor.shape)}")
@@ -292,6 +303,8 @@ class MemoryLM(nn.Module):
                 _check_ids(name, tensor.masked_fill(tensor == IGNORED, 0), V)
         if valid_BT is not None and bool((valid_BT[:, 1:] & ~valid_BT[:, :-1]).any()):
             raise ValueError("padding must trail: valid_BT has a True after a False")
+        if piece_BT is not None and namespace_B is not None:
+            _check_pieces(piece_BT, namespace_B)
         if state is not None:
             self.check_state(state, B)
 
@@ -315,6 +328,31 @@ def _check_ids(name: str, ids_BT: Tensor, vocab_size: int) -> None:
     smallest, largest = torch.stack(torch.aminmax(ids_BT)).tolist()
     if smallest < 0 or largest >= vocab_size:
         raise ValueError(f"{name} must lie in 0..{vocab_size - 1}: got {smallest}..{largest}")
+
+
+def _check_pieces(piece_BT: Tensor, namespace_BP: Tensor) -> None:
+    """Refuses numbers of documents that do not ascend from 0, or for which there is no namespace."""
+    steps_BT = piece_BT.diff(dim=1)
+    if namespace_BP.dim() != 2 or bool((piece_BT[:, 0] != 0).any() | ((steps_BT != 0) & (steps_BT != 1)).any()
+                                       | (piece_BT[:, -1] >= namespace_BP.shape[1]).any()):
+        raise ValueError("piece_BT must ascend from 0 by 0 or 1, within the P documents of namespace_B [B, P]: got up to "
+                         f"{int(piece_BT.max())}, namespaces {list(namespace_BP.shape)}")
+
+
+def same_piece(piece_BT: Tensor) -> Tensor:
+    """Which tokens (last dim) each token may attend to: those of its own document, at or before it; bool [B, T, T]."""
+    T = piece_BT.shape[1]
+    causal_TT = torch.ones(T, T, dtype=torch.bool, device=piece_BT.device).tril()
+    return (piece_BT[:, :, None] == piece_BT[:, None, :]) & causal_TT
+
+
+def places(input_ids_BT: Tensor, piece_BT: Tensor | None) -> Tensor:
+    """The place of each token in its window, [T]; or in its part of the window, [B, T], where documents share one."""
+    place_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
+    if piece_BT is None:
+        return place_T
+    begins_BT = F.pad(piece_BT.diff(dim=1) != 0, (1, 0))
+    return place_T - (place_T * begins_BT).cummax(dim=1).values
 
 
 def aligned_targets(labels_BT: Tensor | None, targets_BT: Tensor | None, valid_BT: Tensor | None) -> Tensor | None:
@@ -341,6 +379,8 @@ def surprises(token_loss_BT: Tensor, window: Window, state: StreamState | None) 
     if state is not None:
         first_B = state.pending_surprise_B.where(window.pending_valid_B, 0.0)
     surprise_BT = torch.cat([first_B[:, None], token_loss_BT[:, :-1]], dim=1)
+    if window.piece_BT is not None:  # nothing predicts the first token of a document
+        surprise_BT = surprise_BT.masked_fill(F.pad(window.piece_BT.diff(dim=1) != 0, (1, 0)), 0.0)
     if window.valid_BT is None:
         return surprise_BT, token_loss_BT[:, -1].clone()
     count_B = window.valid_BT.sum(dim=1)

@@ -38,6 +38,9 @@ class Window(NamedTuple):
     pending_key_BHD: this layer's key of each stream's last token; None where there is none.
     cache: what this layer is to keep for later tokens of the window; None outside generation.
     document_B: int64, the text that each stream reads, negative where unknown; None: unknown everywhere.
+    piece_BT: int64, the document within the window that each token belongs to, ascending from 0; None: there is one, and
+        else `namespace_B` and `document_B` are [B, P], of each such document.
+    seen_BTT: bool, which tokens (last dim) each token may attend to; None: itself and all before it.
     """
 
     namespace_B: Tensor
@@ -49,6 +52,12 @@ class Window(NamedTuple):
     pending_key_BHD: Tensor | None = None
     cache: LayerCache | None = None
     document_B: Tensor | None = None
+    piece_BT: Tensor | None = None
+    seen_BTT: Tensor | None = None
+
+    def of_tokens(self, of_B: Tensor, length: int) -> Tensor:
+        """A property of streams, or of their documents, for each token: [B, length]."""
+        return of_B[:, None].expand(-1, length) if self.piece_BT is None else of_B.gather(1, self.piece_BT)
 
 
 @dataclass
@@ -93,9 +102,12 @@ def merge_partials(values_HND: Sequence[Tensor], lses_HN: Sequence[Tensor]) -> t
     return torch.stack(parts).sum(dim=0), share_PHN
 
 
-def attend_own_past(query_HBTD: Tensor, key_HBTD: Tensor, value_HBTD: Tensor, *,
-                    successor_values: bool) -> tuple[Tensor, Tensor]:
+def attend_own_past(query_HBTD: Tensor, key_HBTD: Tensor, value_HBTD: Tensor, *, successor_values: bool,
+                    seen_BTT: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Softmax attention of token i over tokens j < i of its sequence: logit q_i . k_j, value v_{j+1} (or v_j).
+
+    Args:
+        seen_BTT: which tokens j are of the sequence of i; None: all.
 
     Returns:
         Value [H, B, T, D] and log-sum-exp [H, B, T]; 0 and `NO_SCORE` for the first token, which has no past.
@@ -103,12 +115,15 @@ def attend_own_past(query_HBTD: Tensor, key_HBTD: Tensor, value_HBTD: Tensor, *,
     T = query_HBTD.shape[2]
     earlier_TT = torch.ones(T, T, dtype=torch.bool, device=query_HBTD.device).tril(-1)
     has_past_T = torch.arange(T, device=query_HBTD.device) > 0
+    if seen_BTT is not None:
+        earlier_TT = earlier_TT & seen_BTT
+        has_past_T = earlier_TT.any(dim=-1)
     if successor_values:
         value_HBTD = value_HBTD.roll(-1, dims=2)  # what wraps around sits at j = T-1, which no token may see
     score_HBTT = (query_HBTD @ key_HBTD.transpose(2, 3)).masked_fill(~earlier_TT, NO_SCORE)
     lse_HBT = score_HBTT.logsumexp(dim=-1)
     mixed_HBTD = (score_HBTT - lse_HBT.unsqueeze(-1)).exp() @ value_HBTD
-    return mixed_HBTD.where(has_past_T[:, None], 0.0), lse_HBT.where(has_past_T, NO_SCORE)
+    return mixed_HBTD.where(has_past_T[..., None], 0.0), lse_HBT.where(has_past_T, NO_SCORE)
 
 
 def fill_cache(cache: LayerCache, query_HBTD: Tensor, key_HBTD: Tensor, value_HBTD: Tensor, *,
@@ -159,7 +174,8 @@ def make_candidates(key_HBTD: Tensor, value_HBTD: Tensor, window: Window, *, suc
     """
     H, B, T, D = key_HBTD.shape
     valid_BT = torch.ones(B, T, dtype=torch.bool, device=key_HBTD.device)
-    valid_BT &= (window.namespace_B >= 0)[:, None]
+    namespace_BT = window.of_tokens(window.namespace_B, T)
+    valid_BT &= namespace_BT >= 0
     if window.valid_BT is not None:
         valid_BT &= window.valid_BT
     if successor_values:
@@ -168,11 +184,13 @@ def make_candidates(key_HBTD: Tensor, value_HBTD: Tensor, window: Window, *, suc
                       else pending_BHD.to(key_HBTD.dtype).transpose(0, 1).unsqueeze(2))
         key_HBTD = torch.cat([first_HB1D, key_HBTD[:, :, :-1]], dim=2)
         valid_BT[:, 0] &= window.pending_valid_B
+        if window.piece_BT is not None:
+            valid_BT[:, 1:] &= window.piece_BT[:, 1:] == window.piece_BT[:, :-1]
     document_B = torch.full_like(window.namespace_B, -1) if window.document_B is None else window.document_B
     return Candidates(key_HBTD.detach().flatten(1, 2), value_HBTD.detach().flatten(1, 2),
-                      window.namespace_B.repeat_interleave(T),
+                      namespace_BT.flatten(),
                       torch.zeros(B * T, dtype=torch.float32, device=key_HBTD.device), valid_BT.flatten(),
-                      document_B.repeat_interleave(T))
+                      window.of_tokens(document_B, T).flatten())
 
 
 def last_keys(key_HBTD: Tensor, window: Window) -> Tensor:
@@ -208,7 +226,8 @@ class LongTermRead(nn.Module):
         query_HBTD, key_HBTD, value_HBTD = self._project(x_BTC)
         if window.cache is not None:
             fill_cache(window.cache, query_HBTD, key_HBTD, value_HBTD, successor_values=self.successor_values)
-        own_HBTD, own_lse_HBT = attend_own_past(query_HBTD, key_HBTD, value_HBTD, successor_values=self.successor_values)
+        own_HBTD, own_lse_HBT = attend_own_past(query_HBTD, key_HBTD, value_HBTD, successor_values=self.successor_values,
+                                                seen_BTT=window.seen_BTT)
         found_HBTD, found_lse_HBT = self._retrieve(query_HBTD, window, retriever, tape)
         null_lse_HBT = self.null_logit_H.float()[:, None, None].expand_as(own_lse_HBT)
         merged_HBTD, share_PHBT = merge_partials([own_HBTD, found_HBTD],
@@ -234,7 +253,7 @@ class LongTermRead(nn.Module):
     def _queries(self, query_HBTD: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         """What this pass asks the bank, and on behalf of which documents; padding asks for none."""
         _, B, T, _ = query_HBTD.shape
-        namespace_BT = window.namespace_B[:, None].expand(B, T)
+        namespace_BT = window.of_tokens(window.namespace_B, T)
         if window.valid_BT is not None:
             namespace_BT = namespace_BT.where(window.valid_BT, -1)
         return retrieval_queries(query_HBTD, namespace_BT, self.stride)
@@ -252,4 +271,8 @@ class LongTermRead(nn.Module):
         if self.stride > 1:
             value_HBGD = value_HBGD.repeat_interleave(self.stride, dim=2)[:, :, :T]
             lse_HBG = lse_HBG.repeat_interleave(self.stride, dim=2)[:, :, :T]
+            if window.piece_BT is not None:  # a document must not see what another one asked for
+                asked_BT = F.pad(window.piece_BT[:, self.stride - 1:T - 1:self.stride], (1, 0), value=-1)
+                own_BT = window.piece_BT == asked_BT.repeat_interleave(self.stride, dim=1)[:, :T]
+                value_HBGD, lse_HBG = value_HBGD.where(own_BT[..., None], 0.0), lse_HBG.where(own_BT, NO_SCORE)
         return value_HBGD, lse_HBG

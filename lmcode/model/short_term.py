@@ -48,7 +48,8 @@ class ShortTermMemory(nn.Module):
         self.address_SE = nn.Parameter(torch.empty(S, E))
 
     def forward(self, x_BTC: Tensor, *, slots_BSE: Tensor | None = None, reset_B: Tensor | None = None,
-                valid_BT: Tensor | None = None, cache: LayerCache | None = None) -> tuple[Tensor, Tensor]:
+                valid_BT: Tensor | None = None, cache: LayerCache | None = None,
+                piece_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Reads and writes one window of each stream; T need not be a multiple of the segment.
 
         Args:
@@ -57,6 +58,9 @@ class ShortTermMemory(nn.Module):
             reset_B: bool, streams that return to the initial slots although slots were carried.
             valid_BT: bool, False at padding, which is never written; a segment of padding leaves the slots as they are.
             cache: is given the slots after the last complete segment and the tokens of the segment begun since.
+            piece_BT: int64, the document within the window that each token belongs to, ascending from 0, which is the one
+                that slots were carried for; None: there is one. Each document has slots of its own, and those of the last
+                are returned.
 
         Returns:
             What each token read, [B, T, C] in the dtype of x; and the slots after the window, fp32 [B, S, E], detached.
@@ -72,10 +76,20 @@ class ShortTermMemory(nn.Module):
             history.append(slots_BSE)
             part = slice(start, start + self.segment)
             valid_BL = None if valid_BT is None else valid_BT[:, part]
+            if piece_BT is not None:
+                # Only the piece that the segment ends with may go on, so only its tokens are written, to its own slots.
+                last_B1 = piece_BT[:, part][:, -1:]
+                goes_on_B1 = last_B1 == piece_BT[:, max(0, start - 1), None] if start else last_B1 == 0
+                slots_BSE = self._first_slots(x_BTC.shape[0], slots_BSE, ~goes_on_B1[:, 0])
+                own_BL = piece_BT[:, part] == last_B1
+                valid_BL = own_BL if valid_BL is None else own_BL & valid_BL
             slots_BSE = self.write(slots_BSE, key_BTE[:, part], written_BTP[:, part], valid_BL)
         if cache is not None:
             self._fill(cache, torch.stack([*history, slots_BSE], dim=1), key_BTE, written_BTP, valid_BT)
-        return self.output(self._read(query_BTE, torch.stack(history, dim=1), self.segment)), slots_BSE.detach()
+        slots_BGSE = torch.stack(history, dim=1)
+        read_BTE = (self._read(query_BTE, slots_BGSE, self.segment) if piece_BT is None
+                    else self._read_pieces(query_BTE, slots_BGSE, piece_BT))
+        return self.output(read_BTE), slots_BSE.detach()
 
     def _fill(self, cache: LayerCache, slots_BGSE: Tensor, key_BTE: Tensor, written_BTP: Tensor,
               valid_BT: Tensor | None) -> None:
@@ -123,6 +137,15 @@ class ShortTermMemory(nn.Module):
         key_BGSE, value_BGSE = self.slots_to_read(slots_BGSE, query_BTE.dtype)
         read_BGLE = F.scaled_dot_product_attention(query_BTE.view(B, G, segment, E), key_BGSE, value_BGSE)
         return read_BGLE.reshape(B, -1, E)[:, :T]
+
+    def _read_pieces(self, query_BTE: Tensor, slots_BGSE: Tensor, piece_BT: Tensor) -> Tensor:
+        """As `_read`; but tokens of documents that begin within a segment attend to the initial slots."""
+        B, T, _ = query_BTE.shape
+        before_BT = F.pad(piece_BT[:, self.segment - 1:T - 1:self.segment], (1, 0))  # what goes on into each segment
+        goes_on_BT = piece_BT == before_BT.repeat_interleave(self.segment, dim=1)[:, :T]
+        carried_BTE = self._read(query_BTE, slots_BGSE, self.segment)
+        fresh_BTE = self._read(query_BTE, self._first_slots(B, None, None)[:, None], T)
+        return torch.where(goes_on_BT[..., None], carried_BTE, fresh_BTE)
 
     def slots_to_read(self, slots_SE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values by which tokens read slots [..., S, E]."""

@@ -23,7 +23,7 @@ import os
 import shutil
 import uuid
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from lmcode.config import ConfigError, DataConfig, RunConfig, near_match
+from lmcode.config import ConfigError, DataConfig, RunConfig, SourceConfig, TextConfig, near_match
 from lmcode.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, check_vocab, load_tokenizer
 from lmcode.train.files import PassedOver
 from lmcode.train.formats import Document
@@ -56,11 +56,13 @@ class Documents:
     tokens: uint16 or uint32, memory-mapped; all documents one after the other, each [end] text [end].
     offsets: int64, len(self) + 1 ascending positions in `tokens`.
     names: one for each document.
+    sources: by name, how many documents each source has; one follows the other. None: there is one, without a name.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     names: Sequence[str]
+    sources: Mapping[str, int] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -107,7 +109,9 @@ class Corpus:
         """One line for a person."""
         train, held_out = self.meta["train"], self.meta["held_out"]
         too_short = train["left_out"] + held_out["left_out"]
-        return (f"{self.meta['title']}: {train['documents']:,} documents, {train['tokens']:,} tokens to train on, "
+        sources = ", ".join(f"{name} {tokens:,}" for name, (_, tokens) in train["sources"].items() if name)
+        return (f"{self.meta['title']}: {train['documents']:,} documents, {train['tokens']:,} tokens to train on"
+                f"{f' ({sources})' if sources else ''}, "
                 f"{held_out['documents']:,} documents, {held_out['tokens']:,} tokens held out ({self.meta['split']}), "
                 f"{too_short:,} documents too short, {self.passed_over.describe()}; "
                 f"vocabulary {self.tokenizer.vocab_size:,}, {train['bytes'] / train['tokens']:.2f} bytes per token")
@@ -139,37 +143,52 @@ def prepare_corpus(config: DataConfig, *, vocab_size: int, folder: Path, progres
         ConfigError: if the source is missing, empty, not text, lacks the text field, or is too small to split; if the
             tokenizer cannot be read or does not fit; if the prepared corpus was damaged.
     """
-    split = _open_split(config, whole)
-    home = Path(folder) / _fingerprint(config, split, vocab_size)
+    splits = {part.name if isinstance(part, SourceConfig) else "": _open_split(part, config.held_out_share, whole)
+              for part in config.sources or (config,)}
+    home = Path(folder) / _fingerprint(config, splits, vocab_size)
     if not (home / "meta.json").is_file():
         draft = home.with_name(f".preparing-{uuid.uuid4().hex}")
         try:
             draft.mkdir(parents=True)
-            _prepare(config, split, vocab_size, draft, progress)
+            _prepare(config, splits, vocab_size, draft, progress)
             _move_into_place(draft, home)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return _open(home)
 
 
-def _prepare(config: DataConfig, split: Split, vocab_size: int, home: Path, progress: Progress | None) -> None:
-    documents, characters = split.survey()
-    tokenizer = _make_tokenizer(config.tokenizer, split, vocab_size, characters)
+def _prepare(config: DataConfig, splits: Mapping[str, Split], vocab_size: int, home: Path,
+             progress: Progress | None) -> None:
+    documents, characters = (sum(sizes) for sizes in zip(*(split.survey() for split in splits.values()), strict=True))
+    tokenizer = _make_tokenizer(config.tokenizer, splits.values(), vocab_size, characters)
     check_vocab(tokenizer, vocab_size)
     tokenizer.save(home / "tokenizer")
     sides = {side: _SideWriter(home / side, tokenizer, config.min_document_tokens) for side in SIDES}
     done = 0
-    for chunk in _chunks(split.read()):
-        for side, writer in sides.items():
-            writer.add([(name, text) for name, text, its_side in chunk if its_side == side])
-        done += len(chunk)
-        if progress:
-            progress(done, documents)
-    counts = {side: writer.finish(side, may_be_empty=side not in split.sides) for side, writer in sides.items()}
-    meta = {"format": FORMAT, "title": split.title, "split": split.rule, "dtype": sides["train"].dtype.name,
-            "digest": _digest(home), "documents": documents, "characters": characters,
-            "passed_over": split.passed_over().as_json(), **counts}
+    for source, split in splits.items():
+        prefix = f"{source}/" if source else ""
+        for chunk in _chunks(split.read()):
+            for side, writer in sides.items():
+                writer.add(source, [(prefix + name, text) for name, text, its_side in chunk if its_side == side])
+            done += len(chunk)
+            if progress:
+                progress(done, documents)
+    counts = {side: writer.finish(side, needed=[name for name, split in splits.items() if side in split.sides])
+              for side, writer in sides.items()}
+    meta = {"format": FORMAT, "dtype": sides["train"].dtype.name, "digest": _digest(home), "documents": documents,
+            "characters": characters, **_about(splits), **counts}
     (home / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _about(splits: Mapping[str, Split]) -> dict[str, Any]:
+    """What a person wants to know of where documents come from: titles, rules, and what was passed over."""
+    labels = {name: f"{name}: " if name else "" for name in splits}
+    passed_over: dict[str, list[str]] = {}
+    for name, split in splits.items():
+        for reason, names in split.passed_over().as_json().items():
+            passed_over.setdefault(reason, []).extend(labels[name] + one for one in names)
+    return {"title": "; ".join(labels[name] + split.title for name, split in splits.items()),
+            "split": "; ".join(labels[name] + split.rule for name, split in splits.items()), "passed_over": passed_over}
 
 
 class Split:
@@ -280,13 +299,13 @@ class WholeSplit(Split):
         return ((name, text, "held_out") for name, text, _ in self._all())
 
 
-def _open_split(config: DataConfig, whole: bool) -> Split:
+def _open_split(config: TextConfig, share: float, whole: bool) -> Split:
     source = open_source(config, whole=whole)
     if whole:
-        return WholeSplit(source, None, config.held_out_share)
+        return WholeSplit(source, None, share)
     if (held_out := open_held_out(config)) is not None:
-        return Split(source, held_out, config.held_out_share)
-    return (EndSplit if source.is_text else HashSplit)(source, None, config.held_out_share)
+        return Split(source, held_out, share)
+    return (EndSplit if source.is_text else HashSplit)(source, None, share)
 
 
 def _boundary_near(text: str, place: int) -> int:
@@ -301,11 +320,11 @@ def _boundary_near(text: str, place: int) -> int:
     return place
 
 
-def _make_tokenizer(setting: str, split: Split, vocab_size: int, characters: int) -> Tokenizer:
+def _make_tokenizer(setting: str, splits: Iterable[Split], vocab_size: int, characters: int) -> Tokenizer:
     if setting == "bytes":
         return ByteTokenizer()
     if setting == "bpe":
-        training = (text for _, text, side in split.read() if side == "train")
+        training = (text for split in splits for _, text, side in split.read() if side == "train")
         return BPETokenizer.train(_sample(training, min(1.0, SAMPLE_CHARACTERS / characters)), vocab_size)
     return load_tokenizer(_tokenizer_path(setting))
 
@@ -352,8 +371,11 @@ class _SideWriter:
         self._offsets = array("q", [0])
         self._names: list[str] = []
         self._left_out = self._bytes = 0
+        self._sources: dict[str, list[int]] = {}  # documents and tokens of each
 
-    def add(self, documents: Sequence[Document]) -> None:
+    def add(self, source: str, documents: Sequence[Document]) -> None:
+        """Writes documents of a source; those of one come together."""
+        counted = self._sources.setdefault(source, [0, 0])
         encoded = self._tokenizer.encode_batch([text for _, text in documents])
         end = self._tokenizer.end_id
         with open(f"{self._stem}.tokens", "ab") as file:
@@ -364,19 +386,23 @@ class _SideWriter:
                 np.array([end, *ids, end], dtype=self.dtype).tofile(file)
                 self._offsets.append(self._offsets[-1] + len(ids) + 2)
                 self._names.append(name)
+                counted[0] += 1
+                counted[1] += len(ids) + 2
                 self._bytes += len(text.encode("utf-8"))
 
-    def finish(self, side: str, *, may_be_empty: bool = False) -> dict[str, int]:
-        """Writes the rest of the side's files and returns its counts; refuses a side without documents."""
-        if not self._names and not may_be_empty:
-            raise ConfigError(f"every {side} document is shorter than data.min_document_tokens = {self._min_tokens}: "
-                              f"{self._left_out} were left out and none remains")
+    def finish(self, side: str, *, needed: Sequence[str]) -> dict[str, Any]:
+        """Writes the rest of the side's files and returns its counts; refuses a `needed` source without documents."""
+        for source in needed:
+            if not self._sources.get(source, (0, 0))[0]:
+                of_it = f" of {source}" if source else ""
+                raise ConfigError(f"every {side} document{of_it} is shorter than data.min_document_tokens = "
+                                  f"{self._min_tokens}: {self._left_out} were left out and none remains")
         if self._left_out:
             log.warning("left out %d %s documents shorter than %d tokens", self._left_out, side, self._min_tokens)
         np.save(f"{self._stem}.offsets.npy", np.frombuffer(self._offsets, dtype=np.int64))
         Path(f"{self._stem}.names.json").write_text(json.dumps(self._names), encoding="utf-8")
         return {"documents": len(self._names), "tokens": self._offsets[-1], "bytes": self._bytes,
-                "left_out": self._left_out}
+                "left_out": self._left_out, "sources": self._sources}
 
 
 def _move_into_place(draft: Path, home: Path) -> None:
@@ -403,7 +429,8 @@ def _open(home: Path) -> Corpus:
         tokens = (np.memmap(home / f"{side}.tokens", dtype=meta["dtype"], mode="r") if expected  # an empty file has no map
                   else np.empty(0, dtype=meta["dtype"]))
         names = json.loads((home / f"{side}.names.json").read_text(encoding="utf-8"))
-        sides[side] = Documents(tokens, np.load(home / f"{side}.offsets.npy"), names)
+        sources = {name: documents for name, (documents, _) in meta[side]["sources"].items() if name}
+        sides[side] = Documents(tokens, np.load(home / f"{side}.offsets.npy"), names, sources or None)
     return Corpus(sides["train"], sides["held_out"], load_tokenizer(home / "tokenizer"), home, meta)
 
 
@@ -422,11 +449,12 @@ def _digest(home: Path) -> str:
     return total.hexdigest()
 
 
-def _fingerprint(config: DataConfig, split: Split, vocab_size: int) -> str:
+def _fingerprint(config: DataConfig, splits: Mapping[str, Split], vocab_size: int) -> str:
     tokenizer = config.tokenizer
     if tokenizer not in ("bytes", "bpe"):
         path = _tokenizer_path(tokenizer)
         files = sorted((path if path.is_dir() else path.parent).glob("tokenizer*.json")) + [path] * path.is_file()
         tokenizer = "".join(hashlib.blake2b(file.read_bytes()).hexdigest() for file in files)
-    decided = [FORMAT, split.identity, tokenizer, vocab_size, config.min_document_tokens]
+    identities = {name: split.identity for name, split in splits.items()}
+    decided = [FORMAT, identities, tokenizer, vocab_size, config.min_document_tokens]
     return hashlib.blake2b(json.dumps(decided).encode(), digest_size=12).hexdigest()

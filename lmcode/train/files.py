@@ -53,7 +53,7 @@ class PassedOver:
         for reason, names in self.as_json().items():
             more = f" and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
             parts.append(f"{len(names):,} {reason} ({', '.join(names[:SHOWN_NAMES])}{more})")
-        return f"{len(self):,} passed over: {', '.join(parts)}"
+        return f"{len(self):,} passed over{': ' * bool(parts)}{', '.join(parts)}"
 
 
 def find(setting: str, value: str, passed_over: PassedOver) -> list[TextFile]:

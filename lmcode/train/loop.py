@@ -140,7 +140,8 @@ def train_step(session: Session) -> StepResult:
     engine.set_learning_rate(learning_rate(config.train, session.step))
     reads: dict[int, list[LayerMemory]] = {layer: [] for layer in session.model.banks}
     states: dict[int, StreamState] = {}
-    losses_B: list[torch.Tensor] = []
+    losses_BP: list[torch.Tensor] = []
+    by_source_2S = torch.zeros(2, max(1, len(config.data.sources)), dtype=torch.float64, device=engine.device)
     loss_sum, applied = torch.zeros((), dtype=torch.float64, device=engine.device), False
     tokens = session.sampler.global_tokens(session.step)
     for micro in range(accumulation):
@@ -150,8 +151,7 @@ def train_step(session: Session) -> StepResult:
         with clock("forward"):
             state, reset_B = carried(session, micro, batch)
             output = engine.forward(batch.input_ids_BT, targets_BT=batch.targets_BT, state=state, reset_B=reset_B,
-                                    namespace_B=batch.namespace_B, document_B=batch.document_B,
-                                    valid_BT=batch.valid_BT)
+                                    valid_BT=batch.valid_BT, **batch.reading())
         local_sum = output.token_loss.sum()
         with clock("backward"):
             # DeepSpeed averages over ranks and accumulation steps; the loss is a mean over the tokens of the whole batch.
@@ -160,19 +160,33 @@ def train_step(session: Session) -> StepResult:
             applied = engine.step()
         states[micro] = (output.state if session.replay is None
                          else keep_paused(state, output.state, batch.replayed_B))
-        losses_B.append(output.token_loss.detach().double().sum(1))
+        losses_BP.append(batch.by_piece(output.token_loss.detach()))
+        by_source_2S += sums_by_source(batch, losses_BP[-1], sources=by_source_2S.shape[1])
         loss_sum += local_sum.detach().double()
         for layer, layer_reads in reads.items():
             layer_reads.append(output.memory[layer])
     with clock("commit"):
         local = torch.stack([loss_sum, loss_sum.new_tensor(float(session.request.asked()))])
-        loss_sum, asked = group.all_reduce(local, phase="loss").tolist()
+        loss_sum, asked, *by_source = group.all_reduce(torch.cat([local, by_source_2S.flatten()]), phase="loss").tolist()
         loss = loss_sum / max(1, tokens)
         session.states = states if applied else {}  # what a refused step carried may not be finite: streams start afresh
         if applied:
             commit(session, reads)
-            remember(session, losses_B)
-    return StepResult(loss, applied, tokens, reads, asked > 0)
+            remember(session, losses_BP)
+    return StepResult(loss, applied, tokens, reads, asked > 0, source_losses(config, by_source))
+
+
+def sums_by_source(batch: Batch, loss_BP: torch.Tensor, *, sources: int) -> torch.Tensor:
+    """Sums of token losses and numbers of tokens of what each source gave to a micro-batch, [2, S]; replay left out."""
+    both_2BP = torch.stack([loss_BP, batch.by_piece(batch.valid_BT)])
+    of_S = [(batch.source_BP == source).double() for source in range(sources)]
+    return torch.stack([(both_2BP * of_BP).sum((1, 2)) for of_BP in of_S], dim=1)
+
+
+def source_losses(config: RunConfig, sums: list[float]) -> dict[str, float]:
+    """Mean token loss by name of the source, of those that the step has read."""
+    names = [source.name for source in config.data.sources]
+    return {name: loss / tokens for name, loss, tokens in zip(names, sums, sums[len(names):], strict=False) if tokens}
 
 
 def carried(session: Session, micro: int, batch: Batch) -> tuple[StreamState | None, torch.Tensor]:
@@ -187,10 +201,10 @@ def carried(session: Session, micro: int, batch: Batch) -> tuple[StreamState | N
     return state, batch.reset_B if state is None else batch.reset_B | ~state.pending_valid_B
 
 
-def remember(session: Session, losses_B: list[torch.Tensor]) -> None:
-    """Keeps what was trained on for replay: the tokens are known everywhere, the rows' losses are gathered. A collective."""
+def remember(session: Session, losses_BP: list[torch.Tensor]) -> None:
+    """Keeps what was trained on for replay: the tokens are known everywhere, the losses are gathered. A collective."""
     if isinstance(session.sampler, ReplaySampler):
-        session.sampler.remember(session.step, session.group.all_gather(torch.cat(losses_B), phase="replay"))
+        session.sampler.remember(session.step, session.group.all_gather(torch.cat(losses_BP), phase="replay"))
 
 
 def commit(session: Session, reads: dict[int, list[LayerMemory]]) -> None:

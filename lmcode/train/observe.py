@@ -50,6 +50,7 @@ def log_step(session: Session, result: StepResult) -> None:
         "train/skipped_steps": float(session.engine.skipped_steps),
         "perf/tokens_per_s": result.tokens / max(timings["step"] / steps, 1e-9),
     }
+    values.update({f"train/loss/{name}": loss for name, loss in result.by_source.items()})
     times = phase_times(session, timings, steps)
     session.costs.add(times, steps)
     values.update(times)
@@ -114,7 +115,10 @@ def layer_metrics(session: Session, result: StepResult, layer: int) -> dict[str,
 
 def result_tags(results: Mapping[str, EvalResult]) -> dict[str, float]:
     """Held-out losses under their metric names."""
-    return {EVAL_TAGS[mode]: result.loss for mode, result in results.items()}
+    tags = {EVAL_TAGS[mode]: result.loss for mode, result in results.items()}
+    if "on" in results:
+        tags.update({f"eval/loss/{name}": loss for name, loss in results["on"].by_source.items()})
+    return tags
 
 
 def log_evaluation(session: Session, results: Mapping[str, EvalResult]) -> None:

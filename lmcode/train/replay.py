@@ -15,11 +15,12 @@ from collections.abc import Callable, Collection, Mapping
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lmcode.config import RunConfig
 from lmcode.model.lm import StreamState
@@ -31,6 +32,7 @@ log = logging.getLogger("lmcode")
 FILE = "replay.safetensors"
 FORMAT = "1"
 COLUMNS = {"number": np.int64, "namespace": np.int64, "step": np.int64, "length": np.int64, "importance": np.float32}
+PACKING_PAYS = 0.03  # share of the positions of windows of one document that are padding; packed, a step costs no more
 LEAST_IMPORTANCE = 1e-6  # of a span that is known by heart: it can still be drawn
 Predicate = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
@@ -87,16 +89,17 @@ class Replay:
             return 1.0 + np.argsort(np.argsort(self.columns["number"][place_N])).astype(np.float64)
         return np.ones(len(place_N))
 
-    def store(self, batch: Batch, loss_B: np.ndarray, step: int) -> None:
-        """Keeps the rows of `batch` that streams have read. `loss_B`: mean token loss of each row, nats."""
-        length_B = batch.valid_BT.sum(1).numpy()
-        for row in np.flatnonzero((length_B > 0) & ~batch.replayed_B.numpy() & np.isfinite(loss_B)):
-            place, length = self.written % self.slots, length_B[row]
+    def store(self, batch: Batch, loss_BP: np.ndarray, step: int) -> None:
+        """Keeps the pieces of `batch` that streams have read. `loss_BP`: mean token loss of each, nats."""
+        length_BP = batch.by_piece(batch.valid_BT).long().numpy()
+        kept_BP = (length_BP > 0) & ~batch.replayed_B.numpy()[:, None] & np.isfinite(loss_BP)
+        for row, piece in np.argwhere(kept_BP):
+            place, length, start = self.written % self.slots, length_BP[row, piece], length_BP[row, :piece].sum()
             self.token_MX[place] = 0
-            self.token_MX[place, :length] = batch.input_ids_BT[row, :length]
-            self.token_MX[place, length] = batch.targets_BT[row, length - 1]
-            for name, value in (("number", self.written), ("namespace", int(batch.namespace_B[row])), ("step", step),
-                                ("length", length), ("importance", max(LEAST_IMPORTANCE, loss_B[row]))):
+            self.token_MX[place, :length] = batch.input_ids_BT[row, start:start + length]
+            self.token_MX[place, length] = batch.targets_BT[row, start + length - 1]
+            for name, value in (("number", self.written), ("namespace", int(batch.namespace_BP[row, piece])), ("step", step),
+                                ("length", length), ("importance", max(LEAST_IMPORTANCE, loss_BP[row, piece]))):
                 self.columns[name][place] = value
             self.written += 1
         self.version += 1
@@ -132,15 +135,25 @@ class Replay:
         return int(chosen_M.sum())
 
 
+class Placed(NamedTuple):
+    """A span in a batch: its row, which piece of it it is and where that begins; and its slot in the store."""
+
+    row: int
+    piece: int
+    start: int
+    place: int
+
+
 class ReplaySampler:
-    """Batches of a `StreamSampler` in which paused rows hold spans of a `Replay`.
+    """Batches of a `StreamSampler` in which paused rows hold spans of a `Replay`, one each; packed, as many as there is
+    room for.
 
     What a step reads is a function of the step and of what is stored. A row that finds no span is padding.
     """
 
     def __init__(self, streams: StreamSampler, replay: Replay) -> None:
         self.streams, self.replay = streams, replay
-        self._mixed: tuple[tuple[int, int], Batch, np.ndarray] | None = None
+        self._mixed: tuple[tuple[int, int], Batch, list[Placed]] | None = None
         self._rows = self._replayed_rows = self._replayed_tokens = 0
         self._replayed_loss = 0.0
 
@@ -153,6 +166,10 @@ class ReplaySampler:
         """As `StreamSampler.num_steps`: replay stops when the streams have read everything."""
         return self.streams.num_steps
 
+    def describe_padding(self) -> str:
+        """That of the streams, between replayed rows."""
+        return self.streams.describe_padding()
+
     def batch(self, step: int, *, rank: int = 0, world_size: int = 1, micro: int = 0, num_micro: int = 1) -> Batch:
         """As `StreamSampler.batch`, replayed rows filled in: their streams' places are marked by `replayed_B`."""
         part = self.streams.batch(step, rank=rank, world_size=world_size, micro=micro, num_micro=num_micro)
@@ -164,38 +181,58 @@ class ReplaySampler:
         """Targets that are not padding in the whole global batch of `step`, replayed ones included."""
         return self._mix(step)[0].global_tokens
 
-    def _mix(self, step: int) -> tuple[Batch, np.ndarray]:
-        """The global batch and the slots of the spans in it, one for each of the first replayed rows."""
+    def _mix(self, step: int) -> tuple[Batch, list[Placed]]:
+        """The global batch and the spans in it."""
         key = step, self.replay.version
         if self._mixed is None or self._mixed[0] != key:
             batch = self.streams.batch(step)
-            place_N = self.replay.draw(step, int(batch.replayed_B.sum()))
-            for row, place in zip(np.flatnonzero(batch.replayed_B.numpy()), place_N, strict=False):
-                length = int(self.replay.columns["length"][place])
-                token_X = torch.from_numpy(self.replay.token_MX[place, :length + 1].astype(np.int64))
-                batch.input_ids_BT[row, :length], batch.targets_BT[row, :length] = token_X[:-1], token_X[1:]
+            placed = self._fill(step, np.flatnonzero(batch.replayed_B.numpy()))
+            for row, piece, start, place in placed:
+                end = start + int(self.replay.columns["length"][place])
+                token_X = torch.from_numpy(self.replay.token_MX[place, :end - start + 1].astype(np.int64))
+                batch.input_ids_BT[row, start:end], batch.targets_BT[row, start:end] = token_X[:-1], token_X[1:]
+                batch.piece_BT[row, start:] = piece
             valid_BT = batch.targets_BT != IGNORED
             batch = batch._replace(valid_BT=valid_BT, reset_B=batch.reset_B | batch.replayed_B,
                                    global_tokens=int(valid_BT.sum()))
-            self._mixed = key, batch, place_N
+            missing = 1 + max((one.piece for one in placed), default=0) - batch.namespace_BP.shape[1]
+            if missing > 0:
+                tables = {name: F.pad(getattr(batch, name), (0, missing), value=-1)
+                          for name in ("namespace_BP", "document_BP", "source_BP")}
+                batch = batch._replace(**tables)
+            self._mixed = key, batch, placed
         return self._mixed[1], self._mixed[2]
 
-    def remember(self, step: int, loss_G: Tensor) -> None:
+    def _fill(self, step: int, row_N: np.ndarray) -> list[Placed]:
+        """Where the spans go that are drawn for `step`: each into the first row with room for it."""
+        if not self.streams.packed:
+            drawn = self.replay.draw(step, len(row_N))
+            return [Placed(row, 0, 0, place) for row, place in zip(row_N.tolist(), drawn.tolist(), strict=False)]
+        used, pieces, placed = dict.fromkeys(row_N.tolist(), 0), dict.fromkeys(row_N.tolist(), 0), []
+        for place in self.replay.draw(step, self.replay.slots).tolist() if len(row_N) else ():
+            length = int(self.replay.columns["length"][place])
+            row = next((row for row, filled in used.items() if filled + length <= self.streams.sequence_length), None)
+            if row is not None:
+                placed.append(Placed(row, pieces[row], used[row], place))
+                used[row], pieces[row] = used[row] + length, pieces[row] + 1
+        return placed
+
+    def remember(self, step: int, loss_GP: Tensor) -> None:
         """Stores what the streams read in `step`, which was trained on, and measures what was replayed.
 
         Args:
-            loss_G: sum of the token losses of each row of the global batch, nats; the same on every rank.
+            loss_GP: sum of the token losses of each piece of each row of the global batch, nats; the same on every rank.
         """
-        batch, place_N = self._mix(step)
-        length_G, loss_G = batch.valid_BT.sum(1), loss_G.double().cpu()
-        mean_G = (loss_G / length_G.clamp(min=1)).numpy()
-        row_N = np.flatnonzero(batch.replayed_B.numpy())[:len(place_N)]
-        self._rows += len(loss_G)
-        self._replayed_rows += len(row_N)
-        self._replayed_tokens += int(length_G[row_N].sum())
-        self._replayed_loss += float(loss_G[row_N].sum())
-        self.replay.update(place_N, mean_G[row_N], step)
-        self.replay.store(batch, mean_G, step)
+        batch, placed = self._mix(step)
+        length_GP, loss_GP = batch.by_piece(batch.valid_BT), loss_GP.double().cpu()
+        mean_GP = (loss_GP / length_GP.clamp(min=1)).numpy()
+        row_N, piece_N, _, place_N = np.array(placed, dtype=np.int64).reshape(-1, 4).T
+        self._rows += len(loss_GP)
+        self._replayed_rows += len(set(row_N.tolist()))
+        self._replayed_tokens += int(length_GP[row_N, piece_N].sum())
+        self._replayed_loss += float(loss_GP[row_N, piece_N].sum())
+        self.replay.update(place_N, mean_GP[row_N, piece_N], step)
+        self.replay.store(batch, mean_GP, step)
 
     def take(self) -> dict[str, float]:
         """Share of the rows that were replayed since the last call, and their mean token loss (NaN if there were none)."""
@@ -215,6 +252,14 @@ def make_replay(config: RunConfig) -> Replay | None:
                   sampler=train.replay_sampler, seed=train.seed)
 
 
+def packs(config: RunConfig, documents: Documents) -> bool:
+    """Whether documents share a window: as `data.packing` says, or, left to us, where that saves more than it costs."""
+    if config.data.packing != "auto":
+        return config.data.packing
+    single = StreamSampler(documents, streams=1, sequence_length=config.train.sequence_length, seed=0)
+    return single.unpacked_padding_share > PACKING_PAYS
+
+
 def make_sampler(config: RunConfig, documents: Documents, replay: Replay | None, *, data_pass: Pass,
                  epochs: int | None = None) -> StreamSampler | ReplaySampler:
     """What a run trains on: its streams, and with a `replay` spans between them."""
@@ -224,7 +269,8 @@ def make_sampler(config: RunConfig, documents: Documents, replay: Replay | None,
         pauses = Pauses(ratio, train.streams, data_pass.first_pause)
     streams = StreamSampler(documents, streams=train.streams, sequence_length=train.sequence_length, seed=train.seed,
                             epochs=epochs, pauses=pauses, first_step=data_pass.first_step,
-                            first_namespace=data_pass.first_namespace)
+                            first_namespace=data_pass.first_namespace, packed=packs(config, documents),
+                            weights=[source.weight for source in config.data.sources] or None)
     return streams if replay is None else ReplaySampler(streams, replay)
 
 

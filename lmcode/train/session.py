@@ -78,10 +78,12 @@ class Session:
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step did: global mean loss in nats per token, whether the update was applied, the targets of the
-    global batch, each memory layer's traffic by micro-batch, and whether any rank was asked to save and end."""
+    global batch, each memory layer's traffic by micro-batch, whether any rank was asked to save and end, and the loss by
+    source where there are several."""
 
     loss: float
     applied: bool
     tokens: int
     reads: dict[int, list[LayerMemory]]
     asked: bool = False
+    by_source: dict[str, float] = field(default_factory=dict)

@@ -57,7 +57,8 @@ def open_source(config: TextConfig, *, whole: bool = False) -> Source:
     passed_over = PassedOver()
     if config.path is None:
         return _of_files("the Python standard library", _standard_library(), config, passed_over, lenient=True)
-    found = _readable(files.find("data.path", config.path, passed_over), f"data.path '{config.path}'", config, passed_over)
+    place = f"{config.place}.path"
+    found = _readable(files.find(place, config.path, passed_over), f"{place} '{config.path}'", config, passed_over)
     return _of_files(f"'{config.path}'", found if whole else _to_train_on(found, config), config, passed_over)
 
 
@@ -75,8 +76,10 @@ def open_held_out(config: TextConfig) -> Source | None:
 def _held_out_files(config: TextConfig, passed_over: PassedOver) -> list[TextFile]:
     if config.held_out is None or config.held_out == SHARE:
         return []
-    found = files.find("data.held_out", config.held_out, passed_over)
-    return _readable(found, f"data.held_out '{config.held_out}'", config, passed_over)
+    place = f"{config.place}.held_out"
+    found = files.find(place, config.held_out, passed_over)
+    return _readable(found, f"{place} '{config.held_out}'", config, passed_over)
+
 
 
 def _to_train_on(found: list[TextFile], config: TextConfig) -> list[TextFile]:
@@ -85,17 +88,17 @@ def _to_train_on(found: list[TextFile], config: TextConfig) -> list[TextFile]:
     if held_out:
         found = files.without_files(found, held_out)
         if not found:
-            raise ConfigError(f"data.held_out '{config.held_out}' takes every file of data.path '{config.path}': nothing is "
-                              "left to train on")
+            raise ConfigError(f"{config.place}.held_out '{config.held_out}' takes every file of path '{config.path}': "
+                              "nothing is left to train on")
     odd = [file.name for file in found if files.looks_held_out(file.name) and formats.format_of(file.name).kind != "code"]
     if not odd or len(odd) == len(found) or config.held_out == SHARE:
         return found
     names = ", ".join(odd[:SHOWN_FILES]) + (f" and {len(odd) - SHOWN_FILES} more" if len(odd) > SHOWN_FILES else "")
     if not held_out:
-        raise ConfigError(f"data.path '{config.path}' holds files that look held out beside files to train on: {names}; "
-                          "name them in data.held_out, leave them out by data.exclude, or train on them like any other by "
-                          f"data.held_out={SHARE}")
-    log.warning("trained on, though they look held out, since data.held_out names others: %s", names)
+        raise ConfigError(f"{config.place}.path '{config.path}' holds files that look held out beside files to train on: "
+                          f"{names}; name them in {config.place}.held_out, leave them out by {config.place}.exclude, or "
+                          f"train on them like any other by {config.place}.held_out={SHARE}")
+    log.warning("trained on, though they look held out, since %s.held_out names others: %s", config.place, names)
     return found
 
 

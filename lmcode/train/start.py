@@ -148,6 +148,7 @@ def record_in(run_folder: Path, session: Session) -> Metrics:
 def announce(session: Session) -> None:
     """Says what starts, and warns of a learning rate that will stay below its peak."""
     log.info("%s", observe.describe_start(session.config, session.me, session.model))
+    log.info("windows: %s", session.sampler.describe_padding())
     if session.config.train.warmup_steps > session.last_step:
         log.warning("train.warmup_steps (%d) exceeds the steps of this job (%d): the learning rate never reaches its peak",
                     session.config.train.warmup_steps, session.last_step)

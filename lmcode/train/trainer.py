@@ -18,7 +18,7 @@ import torch
 
 from lmcode import dist
 from lmcode.cluster import network
-from lmcode.config import ConfigError, RunConfig, TrainConfig, build
+from lmcode.config import ConfigError, DataConfig, RunConfig, TrainConfig, build
 from lmcode.dist import Group
 from lmcode.eval.held_out import EvalResult, evaluate
 from lmcode.lmcode import LMCODE
@@ -190,7 +190,8 @@ class MemoryAwareTrainer:
         train = self.config.model_copy(update={
             name: getattr(saved, name) for name in ("streams", "sequence_length", "memory_sample_ratio", "replay_sampler",
                                                     "replay_slots")})
-        config = RunConfig(preset="trainer", model=self.model.config, memory=self.model.memory_config, train=train)
+        config = RunConfig(preset="trainer", model=self.model.config, memory=self.model.memory_config, train=train,
+                           data=DataConfig(packing=False))
         checkpoint.check_resumable(config, folder, self.group.size)
         trainer, corpus = path_checkpoint.corpus_of(folder)
         session = self._make_session(config, corpus, make_replay(config), Pass(**trainer.get("pass", {})), None)
@@ -224,7 +225,7 @@ class MemoryAwareTrainer:
         config: RunConfig = build(RunConfig, {
             "preset": "trainer", "model": self.model.config, "memory": self.model.memory_config,
             "train": {**self.config.model_dump(), **called, "sequence_length": self._window(data)},
-            "eval": {"every": 0, "streams": batch_size}})
+            "data": {"packing": False}, "eval": {"every": 0, "streams": batch_size}})
         config.check_world_size(self.group.size)
         return config
 
