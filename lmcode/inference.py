@@ -48,6 +48,7 @@ def evaluate_run(run: Path, overrides: list[str], *, as_json: bool = False) -> s
     lines = [f"step {step}, {results['on'].tokens:,} of {sampler.num_targets:,} {kind}tokens, nats per token "
              "(far: 16 windows into a document)"]
     lines += [f"  memory {mode:<9} {r.loss:.4f}   far {r.far_loss:.4f}" for mode, r in results.items()]
+    lines += [f"  {name:<16} {loss:.4f}" for name, loss in results["on"].by_source.items()]
     return "\n".join(lines if held_out.same_corpus else [*lines, OTHER_CORPUS])
 
 
