@@ -2,9 +2,9 @@
 
 A `Replay` keeps tokens and loss of the last windows (of each piece of one, where documents share it), the same on every
 rank: what is stored and drawn follows from the step and from losses that all ranks gather. `ReplaySampler` fills the rows of
-streams that pause (`Pauses`) with drawn spans. A replayed row starts from a blank state, and its namespace is -1, so it neither reads nor writes a bank: the
-entries written from itself could tell it its own tokens. Letters: M slots, X tokens of a span (a window and the target of
-its last token).
+streams that pause (`Pauses`) with drawn spans. A replayed row starts from a blank state, and its namespace is -1, so it
+neither reads nor writes a bank: the entries written from itself could tell it its own tokens. Letters: M slots, X tokens of
+a span (a window and the target of its last token).
 """
 
 from __future__ import annotations
