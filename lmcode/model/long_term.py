@@ -245,7 +245,9 @@ class LongTermRead(nn.Module):
         H, B, T, D = query_HBTD.shape
         query_HND, namespace_N = self._queries(query_HBTD, window)
         if tape.hits is None:
-            tape.record(hits=retriever.search(query_HND.detach(), namespace_N))
+            document_N = (None if window.document_B is None
+                          else window.document_B.repeat_interleave(len(namespace_N) // B))
+            tape.record(hits=retriever.search(query_HND.detach(), namespace_N, document_N))
         value_HND, lse_HN = retriever.attend(query_HND, tape.hits)
         value_HBGD = value_HND.float().view(H, B, -1, D)
         lse_HBG = lse_HN.float().view(H, B, -1) + self.retrieved_bias_H.float()[:, None, None]
