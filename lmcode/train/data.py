@@ -34,8 +34,8 @@ class Batch(NamedTuple):
     targets_BT: int64, the token after each input, across windows too; -100 for padding.
     valid_BT: bool, True where the input is a token of the document.
     reset_B: bool, True where a document starts with this window: the stream's state must be cleared before it.
-    namespace_B: int64, the visit: the place in the endless queue of documents, so that a document read again in a later
-        epoch cannot see what was written when it was read before. -1 for a stream that has run out of documents.
+    namespace_B: int64, the visit: the place in the endless queue of documents, so that what one reading of a document has
+        written can be told from what other readings have. -1 for a stream that has run out of documents.
     document_B: int64, what the document says, as `Documents.identity`: the same in every visit. -1 without a document.
     window_B: int64, how many windows of its document came before this one; -1 for a stream that has run out.
     replayed_B: bool, True where the stream pauses: the row belongs to replay, and the stream's state must outlive it.
