@@ -178,7 +178,8 @@ def search_traffic(config: RunConfig, G: int, N: int) -> dict[str, int]:
     lists = G * N * H * K * HIT_BYTES
     switched = N * H * (K * HIT_BYTES + CUT_BYTES)
     hits = {"all_gather": lists, "all_to_all": switched, "auto": min(lists, switched)}[config.memory.exchange]
-    return {"queries": (G - 1) * N * (H * D * 4 + 8), "hits": (G - 1) * hits}
+    names = 8 if config.memory.scope == "document" else 16  # a namespace, and where others can be seen a document
+    return {"queries": (G - 1) * N * (H * D * 4 + names), "hits": (G - 1) * hits}
 
 
 def traffic_bytes(config: RunConfig, R: int, stage: int, parameters: int) -> dict[str, int]:

@@ -57,12 +57,15 @@ class Retriever(Protocol):
 
     top_k: int
 
-    def search(self, query_HND: Tensor, namespace_N: Tensor) -> Hits:
+    def search(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None) -> Hits:
         """The best `top_k` entries for each head and query, by query . key + log-importance; without gradient.
 
         Args:
             query_HND: queries already scaled by the temperature, so that a score is a softmax logit.
             namespace_N: int64; a negative namespace sees nothing (padding).
+            document_N: int64, the text that each query was made from. It does not see entries that were written when the
+                same text was read under another namespace, which could hold the very token it is to predict. Negative, or
+                None: unknown, nothing is hidden.
         """
         ...
 
@@ -74,7 +77,8 @@ class Retriever(Protocol):
         ...
 
 
-def look_up(retriever: Retriever, query_HND: Tensor, namespace_N: Tensor) -> tuple[Tensor, Tensor]:
+def look_up(retriever: Retriever, query_HND: Tensor, namespace_N: Tensor,
+            document_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What `attend` returns for a fresh `search`, where nobody needs the hits; without gradient.
 
     A retriever that has a faster way than these two has a method of this name.
@@ -82,8 +86,8 @@ def look_up(retriever: Retriever, query_HND: Tensor, namespace_N: Tensor) -> tup
     with torch.no_grad():
         shortcut = getattr(retriever, "look_up", None)
         if shortcut is not None:
-            return shortcut(query_HND, namespace_N)
-        return retriever.attend(query_HND, retriever.search(query_HND, namespace_N))
+            return shortcut(query_HND, namespace_N, document_N)
+        return retriever.attend(query_HND, retriever.search(query_HND, namespace_N, document_N))
 
 
 class ConsolidationReport(NamedTuple):
@@ -112,7 +116,7 @@ class NullRetriever:
     def __init__(self, top_k: int = 1) -> None:
         self.top_k = top_k
 
-    def search(self, query_HND: Tensor, namespace_N: Tensor) -> Hits:
+    def search(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None) -> Hits:
         H, N, _ = query_HND.shape
         score_HNK = torch.full((H, N, self.top_k), NO_SCORE, dtype=torch.float32, device=query_HND.device)
         return Hits(score_HNK, torch.full_like(score_HNK, -1, dtype=torch.int64))

@@ -34,7 +34,7 @@ class OracleRetriever:
         self.num_searches = self.num_attends = 0
         self.queries: list[tuple[Tensor, Tensor]] = []
 
-    def search(self, query_HND: Tensor, namespace_N: Tensor) -> Hits:
+    def search(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None) -> Hits:
         self.num_searches += 1
         self.queries.append((query_HND.clone(), namespace_N.clone()))
         with torch.no_grad():

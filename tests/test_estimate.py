@@ -83,7 +83,7 @@ def counted_by(group: Group, config: RunConfig) -> dict[str, int]:
 
 def test_traffic_is_what_the_group_counts() -> None:
     settings = [{}, {"exchange": "all_to_all", "dtype": "bf16"}, {"write": "every_nth"}, {"fetch": "rows"},
-                {"group_size": 1}]
+                {"group_size": 1}, {"scope": "global"}]
     configs = [config_of(**memory) for memory in settings]
     for counted in run_on_ranks(counted_bytes, 2, configs):
         for config, memory, phases in zip(configs, settings, counted, strict=True):

@@ -376,8 +376,8 @@ def test_activation_checkpointing_changes_no_number_and_searches_once(changes: d
 class ForgetfulRetriever(OracleRetriever):
     """Finds everything the first time and nothing later: a bank that changes between forward and recomputation."""
 
-    def search(self, query_HND: Tensor, namespace_N: Tensor) -> Hits:
-        hits = super().search(query_HND, namespace_N)
+    def search(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None) -> Hits:
+        hits = super().search(query_HND, namespace_N, document_N)
         return hits if self.num_searches == 1 else NullRetriever(self.top_k).search(query_HND, namespace_N)
 
 

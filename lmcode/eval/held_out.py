@@ -18,6 +18,7 @@ from lmcode.memory.bank import LongTermMemory
 from lmcode.retrieval import Hits, NullRetriever, Retriever
 from lmcode.train.data import StreamSampler
 
+APART = 2**62  # from here on namespaces are those of readings that only measure: beyond those of training and of names
 MODES = ("on", "off", "shuffled")
 FAR = 16  # a window this many windows into its document is "far": most of what it could recall is out of reach of attention
 
@@ -45,13 +46,19 @@ class ShuffledRetriever:
         self.top_k = bank.top_k
         self.other: dict[int, int] = {}
 
-    def search(self, query_HND: Tensor, namespace_N: Tensor) -> Hits:
+    def search(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None) -> Hits:
         other = torch.tensor([self.other.get(n, -1) for n in namespace_N.tolist()], dtype=torch.int64,
                              device=namespace_N.device)
-        return self._bank.search(query_HND, other)
+        return self._bank.search(query_HND, other, document_N)
 
     def attend(self, query_HND: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
         return self._bank.attend(query_HND, hits)
+
+
+def apart(namespace_B: Tensor) -> Tensor:
+    """The namespaces of a reading that only measures: other ones than any that the model's banks hold, so that what was
+    written from the same text in training is known to be of another reading."""
+    return torch.where(namespace_B >= 0, namespace_B + APART, namespace_B)
 
 
 def evaluation_banks(banks: Mapping[int, LongTermMemory], slots: int | None) -> dict[int, LongTermMemory]:
@@ -94,12 +101,12 @@ def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[i
             if between is not None:
                 between()
             if shuffled:
-                everyone = sampler.batch(step, rank=0, world_size=1).namespace_B.tolist()
+                everyone = apart(sampler.batch(step, rank=0, world_size=1).namespace_B).tolist()
                 for retriever in shuffled.values():
                     retriever.other = dict(zip(everyone, everyone[1:] + everyone[:1], strict=True))
             batch = sampler.batch(step, rank=group.rank, world_size=group.size).to(device)
             output = model(batch.input_ids_BT, targets_BT=batch.targets_BT, state=state, reset_B=batch.reset_B,
-                           namespace_B=batch.namespace_B, valid_BT=batch.valid_BT)
+                           namespace_B=apart(batch.namespace_B), document_B=batch.document_B, valid_BT=batch.valid_BT)
             state = output.state
             for layer, fork in forks.items():
                 fork.commit([output.memory[layer].candidates], [output.memory[layer].hits], step=step)

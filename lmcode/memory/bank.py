@@ -43,7 +43,7 @@ class LongTermMemory:
     rank. Reads stay inside; between the groups travel candidates and hit statistics, so that all change alike.
 
     A read, `search` then `attend`, goes through these phases:
-      1. all_gather of queries and namespaces: every rank sees all G queries.
+      1. all_gather of queries, namespaces and, unless the scope is "document", documents: every rank sees all G queries.
       2. Each rank searches its shard for all of them: its local top K in total order.
       3. The (score, id) lists are exchanged and merged: with `all_gather` all of them by every rank, with `all_to_all`
          each by its query's owner, who then shares the K-th hit and the log-sum-exp, 16 bytes a query. So each rank
@@ -86,17 +86,21 @@ class LongTermMemory:
             raise ConfigError(f"bank: {error}") from None
         self.next_id = self.rejected = self.clipped = 0
         self.search_seconds, self.blind_queries = 0.0, 0
-        self._sample = (torch.zeros(heads, 0, head_dim), torch.zeros(0, dtype=torch.int64)), config.scope
+        nobody_N = torch.zeros(0, dtype=torch.int64)
+        self._sample = (torch.zeros(heads, 0, head_dim), nobody_N, nobody_N), config.scope
         self._version = next(_VERSIONS)
 
     @torch.no_grad()
-    def search(self, query_HND: Tensor, namespace_N: Tensor, *, scope: Scope | None = None, top_k: int | None = None,
-               tier: str | None = None, ragged: bool = False) -> Hits:
+    def search(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None, *,
+               scope: Scope | None = None, top_k: int | None = None, tier: str | None = None,
+               ragged: bool = False) -> Hits:
         """Phases 1 to 3: the best entries for each head and query by query . key + weight * log importance. Collective.
 
         Args:
             query_HND: fp32 or bf16, scaled by the temperature; N may be 0.
             namespace_N: int64; a negative namespace sees nothing.
+            document_N: int64; a query does not see entries of its own document that have another namespace. Negative, or
+                None: unknown, nothing is hidden.
             scope: "document" (entries of the query's namespace), "global", or the namespaces that every query may see;
                 the config's scope when None. The same on every rank, like `top_k` and `tier`.
             tier: "exact" or "faiss-flat"; the config's when None.
@@ -107,22 +111,27 @@ class LongTermMemory:
         """
         k, N = self.top_k if top_k is None else top_k, query_HND.shape[1]
         scope = self.config.scope if scope is None else scope
-        check_search(query_HND, namespace_N, scope, k, heads=self.heads, head_dim=self.head_dim)
+        document_N = torch.full_like(namespace_N, entry.UNKNOWN) if document_N is None else document_N
+        check_search(query_HND, namespace_N, document_N, scope, k, heads=self.heads, head_dim=self.head_dim)
         started, waited = time.perf_counter(), sum(self.group.seconds.values())
         n = max(1, *self.inside.all_gather_int(N, phase="queries", device=self.device) if ragged else (N,))
         seeing_N = (query_HND.abs() < MAX_QUERY).all(-1).all(0)
         self.blind_queries += N - int(seeing_N.sum())
         query_NHD = query_HND.where(seeing_N[:, None], 0).transpose(0, 1)
         query_GHD = self.inside.all_gather(pad(query_NHD, n), phase="queries")
-        namespace_G = self.inside.all_gather(pad(namespace_N.where(seeing_N, -1), n, -1), phase="queries")
+        names_NX = namespace_N.where(seeing_N, -1)[:, None]
+        if scope != "document":
+            names_NX = torch.cat([names_NX, document_N[:, None]], dim=1)
+        names_GX = self.inside.all_gather(pad(names_NX, n, -1), phase="queries").cpu().numpy()
         query_HGE = F.pad(query_GHD.transpose(0, 1).float(), (0, 1), value=1.0)
         tier = tier or self._tiers["document" if scope == "document" else "global"]
-        found = self.shard.search(query_HGE, namespace_G.cpu().numpy(), k, scope=scope, tier=TIERS[tier])
+        # In document scope the second column is not there, and nobody looks at it.
+        found = self.shard.search(query_HGE, names_GX[:, 0], names_GX[:, -1], k, scope=scope, tier=TIERS[tier])
         score_GHK, id_GHK, slot_GHK = (part.transpose(0, 1).contiguous() for part in found)
         (own_score_NHK, own_id_NHK), (cut_score_GH, cut_id_GH, lse_GH) = self._exchange(score_GHK, id_GHK, n)
         ticket = self.shard.ticket(winners(score_GHK, id_GHK, cut_score_GH, cut_id_GH), score_GHK, slot_GHK, lse_GH,
                                    rows_per_rank=n, version=self._version)
-        self._sample = self._sample_of(query_HND, namespace_N), scope
+        self._sample = self._sample_of(query_HND, namespace_N, document_N), scope
         self.search_seconds += time.perf_counter() - started - (sum(self.group.seconds.values()) - waited)
         return Hits(*(part[:N].transpose(0, 1).contiguous() for part in (own_score_NHK, own_id_NHK)), ticket)
 
@@ -138,23 +147,28 @@ class LongTermMemory:
         return own, unpack_cuts(self.inside.all_gather(pack_cuts(*own), phase="hits"))
 
     @torch.no_grad()
-    def look_up(self, query_HND: Tensor, namespace_N: Tensor) -> tuple[Tensor, Tensor]:
+    def look_up(self, query_HND: Tensor, namespace_N: Tensor,
+                document_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`attend` to a fresh `search`, without gradient; faster for few queries on one rank. Collective."""
-        found = self._looked_up(query_HND, namespace_N)
+        document_N = torch.full_like(namespace_N, entry.UNKNOWN) if document_N is None else document_N
+        found = self._looked_up(query_HND, namespace_N, document_N)
         if found is None:
-            return self.attend(query_HND, self.search(query_HND, namespace_N))
+            return self.attend(query_HND, self.search(query_HND, namespace_N, document_N))
         value_HND, lse_HN, doubtful_N = found
         if bool(doubtful_N.any()):
             query_HnD = query_HND[:, doubtful_N]
-            parts = self.attend(query_HnD, self.search(query_HnD, namespace_N[doubtful_N]))
+            parts = self.attend(query_HnD, self.search(query_HnD, namespace_N[doubtful_N], document_N[doubtful_N]))
             value_HND[:, doubtful_N], lse_HN[:, doubtful_N] = parts[0].float(), parts[1]
         return value_HND.to(query_HND.dtype), lse_HN
 
-    def _looked_up(self, query_HND: Tensor, namespace_N: Tensor) -> tuple[Tensor, ...] | None:
-        """See `Shard.look_up`; None where this is no case for it."""
+    def _looked_up(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor) -> tuple[Tensor, ...] | None:
+        """See `Shard.look_up`; None where this is no case for it, as where something might be hidden."""
         if self.inside.size > 1 or not 0 < query_HND.shape[1] <= LOOKED_UP:
             return None
-        check_search(query_HND, namespace_N, self.config.scope, self.top_k, heads=self.heads, head_dim=self.head_dim)
+        check_search(query_HND, namespace_N, document_N, self.config.scope, self.top_k, heads=self.heads,
+                     head_dim=self.head_dim)
+        if self.config.scope != "document" and bool((document_N >= 0).any()):
+            return None
         started = time.perf_counter()
         longest = float(torch.linalg.vector_norm(query_HND, dim=-1, dtype=torch.float32).max())
         if not longest < MAX_QUERY:  # it may be NaN
@@ -355,23 +369,27 @@ class LongTermMemory:
     def recall(self) -> float:
         """`check_recall` of this bank as it is now, on queries of the latest search. Collective."""
         sample, scope = self._sample
-        return self.check_recall(*sample, self.search(*sample, scope=scope), scope=scope)
+        query_HND, namespace_N, document_N = sample
+        return self.check_recall(query_HND, namespace_N, self.search(*sample, scope=scope), document_N=document_N,
+                                 scope=scope)
 
-    def check_recall(self, query_HND: Tensor, namespace_N: Tensor, hits: Hits, *, scope: Scope | None = None) -> float:
+    def check_recall(self, query_HND: Tensor, namespace_N: Tensor, hits: Hits, *, document_N: Tensor | None = None,
+                     scope: Scope | None = None) -> float:
         """Recall@K of fresh `hits` against an exact search, on `recall_queries` queries of every rank. Collective.
 
-        1.0 where there was nothing to find. N must be the same on every rank, `scope` that of the search.
+        1.0 where there was nothing to find. N must be the same on every rank, documents and `scope` those of the search.
         """
-        found_id_HNK, _ = self._sample_of(hits.id_HNK, namespace_N)
-        sample = self._sample_of(query_HND, namespace_N)
+        document_N = torch.full_like(namespace_N, entry.UNKNOWN) if document_N is None else document_N
+        found_id_HNK, *_ = self._sample_of(hits.id_HNK, namespace_N, document_N)
+        sample = self._sample_of(query_HND, namespace_N, document_N)
         exact = self.search(*sample, scope=scope, top_k=hits.id_HNK.shape[-1], tier="exact")
         found_HNK = (exact.id_HNK.unsqueeze(-1) == found_id_HNK.unsqueeze(-2)).any(-1) & exact.valid_HNK
         found, wanted = self._totals(self.group, int(found_HNK.sum()), int(exact.valid_HNK.sum()))
         return found / wanted if wanted else 1.0
 
-    def _sample_of(self, rows_HNX: Tensor, namespace_N: Tensor) -> tuple[Tensor, Tensor]:
+    def _sample_of(self, rows_HNX: Tensor, *names: Tensor) -> tuple[Tensor, ...]:
         count = self.config.recall_queries
-        return spread(rows_HNX, count), spread(namespace_N[None], count)[0]
+        return spread(rows_HNX, count), *(spread(name_N[None], count)[0] for name_N in names)
 
     def fork(self, *, empty: bool, slots: int | None = None) -> LongTermMemory:
         """An independent bank with the same settings: empty (only then may `slots` differ) or a copy of all entries."""

@@ -4,6 +4,10 @@ Scores come from matrix products of fixed width (rows are padded to a block), so
 bits wherever the entry sits and however many ranks share the bank. `torch.topk` gives no order among equals and cuts
 ties at the k-th place as it likes; here every row that reaches the k-th score is kept and then put in total order.
 Letters: E = D + 1, the width of a stored key; Q queries and P rows of a block.
+
+What a search must not show is hidden pair by pair, in scores that were computed all the same: every other score keeps its
+bits. `Hidden` says which queries do not see which rows: positions of queries, each in at most one item, and of rows, both
+int64 and ascending.
 """
 
 from __future__ import annotations
@@ -27,10 +31,12 @@ _REAL = NO_SCORE / 2  # scores below come from empty slots
 ROUNDING = 4e-6  # more than fp32 products over a few hundred components are off, relative to the lengths
 
 Found = tuple[Tensor, Tensor, Tensor]  # score fp32, id int64, slot int64; (NO_SCORE, -1, -1) where invalid
-Search = Callable[[Tensor, Tensor, Tensor, int], Found]
+Hidden = Sequence[tuple[Tensor, Tensor]]
+Search = Callable[..., Found]  # (query_HNE, key_HME, id_M, k, *, hidden): see `search_exact`
 
 
-def search_exact(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, *, least_queries: int = LEAST_QUERIES) -> Found:
+def search_exact(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, *, hidden: Hidden = (),
+                 least_queries: int = LEAST_QUERIES) -> Found:
     """The k best rows for each head and query, in total order: (score_HNK, id_HNK, slot_HNK).
 
     Args:
@@ -38,6 +44,7 @@ def search_exact(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, *, le
         key_HME: fp32 or bf16; the trailing component is an addend to the score, `NO_SCORE` in an empty slot.
         id_M: int64, ids of the rows, in any order; -1 in an empty slot.
         k: hits wanted; may exceed M.
+        hidden: rows that some queries do not see.
         least_queries: blocks of queries are padded to at least this many; `QUERY_BLOCK` makes products of one shape
             only, for callers whose number of queries depends on the ranks.
     """
@@ -46,7 +53,8 @@ def search_exact(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, *, le
         return no_hits((H, 0, k), query_HNE.device)
     width = max(1, QUERY_BLOCK // N)  # heads whose few queries are sorted together
     blocks = [[_search_block(query_HNE[head:head + width, start:start + QUERY_BLOCK], key_HME[head:head + width], id_M,
-                             k, least_queries) for start in range(0, N, QUERY_BLOCK)] for head in range(0, H, width)]
+                             k, hidden_from(hidden, start, QUERY_BLOCK), least_queries)
+               for start in range(0, N, QUERY_BLOCK)] for head in range(0, H, width)]
     found = [[torch.cat(parts, dim=1) for parts in zip(*row, strict=True)] for row in blocks]
     score_HNK, id_HNK, slot_HNK = (torch.cat(parts) for parts in zip(*found, strict=True))
     return score_HNK, id_HNK, slot_HNK
@@ -187,7 +195,21 @@ def candidates_above(score_QM: Tensor, bound_Q1: Tensor, id_M: Tensor) -> Found:
     return score_QL, id_QL, slot_QL
 
 
-def _search_block(query_HQE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, least_queries: int) -> Found:
+def hidden_from(hidden: Hidden, start: int, length: int) -> Hidden:
+    """What is hidden from the `length` queries beyond `start`, with their positions among these."""
+    inside = [(query_Q[(query_Q >= start) & (query_Q < start + length)] - start, row_P) for query_Q, row_P in hidden]
+    return [(query_Q, row_P) for query_Q, row_P in inside if len(query_Q)]
+
+
+def _hide(score_HQP: Tensor, hidden: Hidden, start: int) -> None:
+    """Takes away, in place, the scores of hidden pairs in a chunk of rows that begins at `start`."""
+    for query_Q, row_P in hidden:
+        first, last = torch.searchsorted(row_P, row_P.new_tensor([start, start + score_HQP.shape[-1]])).tolist()
+        if first < last:
+            score_HQP[:, query_Q[:, None], row_P[first:last] - start] = NO_SCORE
+
+
+def _search_block(query_HQE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, hidden: Hidden, least_queries: int) -> Found:
     """A block of queries of some heads against all rows, chunk by chunk; the k-th score so far bounds what a chunk may
     add."""
     (H, Q, _), M = query_HQE.shape, key_HME.shape[1]
@@ -196,7 +218,9 @@ def _search_block(query_HQE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, leas
     found = no_hits((H * Q, k), query_HQE.device)
     for start in range(0, M, CHUNK):
         chunk = slice(start, start + CHUNK)
-        score_QP = _scores(query_HQE, key_HME[:, chunk])[:, :Q].flatten(0, 1)  # of one head no copy
+        score_HQP = _scores(query_HQE, key_HME[:, chunk])[:, :Q]
+        _hide(score_HQP, hidden, start)
+        score_QP = score_HQP.flatten(0, 1)  # of one head no copy
         bound_Q1 = kth_largest(score_QP, k) if start == 0 else found[0][:, -1:]
         score_QL, id_QL, slot_QL = candidates_above(score_QP, bound_Q1, id_M[chunk])
         more = (score_QL, id_QL, slot_QL + start)

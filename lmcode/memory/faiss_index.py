@@ -19,7 +19,18 @@ import torch
 from torch import Tensor
 
 from lmcode.config import FAISS_GPU_MAX_K, ConfigError, MemoryConfig
-from lmcode.memory.exact import ROUNDING, Found, Search, candidates_above, in_order, kth_largest, no_hits, search_exact
+from lmcode.memory.exact import (
+    ROUNDING,
+    Found,
+    Hidden,
+    Search,
+    candidates_above,
+    in_order,
+    kth_largest,
+    no_hits,
+    search_exact,
+)
+from lmcode.retrieval import NO_SCORE
 
 log = logging.getLogger("lmcode")
 
@@ -40,19 +51,38 @@ def check_top_k(k: int) -> None:
         raise ConfigError(f"top_k must lie in 1..{FAISS_GPU_MAX_K}: got {k}")
 
 
-def search_flat(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int) -> Found:
+def search_flat(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, *, hidden: Hidden = ()) -> Found:
     """The k best rows for each head and query, in total order; arguments and result as in `exact.search_exact`.
 
-    bf16 rows are converted to fp32 on a CPU.
+    bf16 rows are converted to fp32 on a CPU; of rows of which some are hidden, a head's at a time are copied.
 
     Raises:
         ConfigError: if k lies outside 1..2048.
     """
     check_top_k(k)
-    heads = [_search_head(query_NE.contiguous(), key_ME.float().contiguous(), id_M, k)
+    heads = [_search_groups(query_NE, key_ME.float().contiguous(), id_M, k, hidden)
              for query_NE, key_ME in zip(query_HNE, key_HME, strict=True)]
     score_HNK, id_HNK, slot_HNK = (torch.stack(parts) for parts in zip(*heads, strict=True))
     return score_HNK, id_HNK, slot_HNK
+
+
+def _search_groups(query_NE: Tensor, key_ME: Tensor, id_M: Tensor, k: int, hidden: Hidden) -> Found:
+    """One head's queries: those that the same rows are hidden from together, for FAISS knows no mask for single pairs.
+
+    Hidden rows are empty slots then.
+    """
+    if not hidden:
+        return _search_head(query_NE.contiguous(), key_ME, id_M, k)
+    found, key_ME = no_hits((len(query_NE), k), query_NE.device), key_ME.clone()
+    sees_all_N = torch.ones(len(query_NE), dtype=torch.bool, device=query_NE.device)
+    sees_all_N[torch.cat([query_Q for query_Q, _ in hidden])] = False
+    for query_Q, row_P in [(sees_all_N.nonzero().squeeze(1), id_M.new_empty(0)), *hidden]:
+        addend_P = key_ME[row_P, -1]
+        key_ME[row_P, -1] = NO_SCORE
+        for whole, part in zip(found, _search_head(query_NE[query_Q], key_ME, id_M, k), strict=True):
+            whole[query_Q] = part
+        key_ME[row_P, -1] = addend_P
+    return found
 
 
 def _search_head(query_NE: Tensor, key_ME: Tensor, id_M: Tensor, k: int) -> Found:

@@ -20,12 +20,13 @@ from lmcode.retrieval import NO_SCORE, Hits
 SCOPES = ("document", "global")
 
 
-def check_search(query_HND: Tensor, namespace_N: Tensor, scope: Scope, k: int, *, heads: int, head_dim: int) -> None:
+def check_search(query_HND: Tensor, namespace_N: Tensor, document_N: Tensor, scope: Scope, k: int, *, heads: int,
+                 head_dim: int) -> None:
     """Raises ValueError for shapes that do not fit a bank, an unknown scope, or K outside 1..2048."""
     H, N, D = query_HND.shape
-    if (H, D) != (heads, head_dim) or namespace_N.shape != (N,):
-        raise ValueError(f"queries must be [{heads}, N, {head_dim}] and namespaces [N]: "
-                         f"got {tuple(query_HND.shape)} and {tuple(namespace_N.shape)}")
+    if (H, D) != (heads, head_dim) or not namespace_N.shape == document_N.shape == (N,):
+        raise ValueError(f"queries must be [{heads}, N, {head_dim}], namespaces and documents [N]: got "
+                         f"{tuple(query_HND.shape)}, {tuple(namespace_N.shape)} and {tuple(document_N.shape)}")
     if isinstance(scope, str) and scope not in SCOPES:
         raise ValueError(f"scope must be 'document', 'global' or a list of namespaces: got '{scope}'")
     check_top_k(k)

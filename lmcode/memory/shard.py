@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from lmcode.config import MemoryConfig
 from lmcode.memory.consolidate import merge_columns, merge_vectors, pack_columns, unit_keys
-from lmcode.memory.entry import COUNTERS, EMPTY, MASS_UNIT, MAX_IMPORTANCE, METADATA, Entries, check_content
+from lmcode.memory.entry import COUNTERS, EMPTY, MASS_UNIT, MAX_IMPORTANCE, METADATA, UNKNOWN, Entries, check_content
 from lmcode.memory.evict import choose_slots
-from lmcode.memory.exact import Found, Search, Stack, attend_best, no_hits, stack_rows
+from lmcode.memory.exact import Found, Hidden, Search, Stack, attend_best, no_hits, stack_rows
 from lmcode.memory.placement import capacity_of, virtual_shard_of
 from lmcode.memory.ticket import Ticket, make_ticket, query_gradients, weighted_sums, winning_rows
 from lmcode.retrieval import NO_SCORE
@@ -214,12 +214,14 @@ class Shard:
         found = np.flatnonzero(np.isin(names, namespaces))
         return np.concatenate([order[:0], *(order[starts[at]:starts[at + 1]] for at in found)])
 
-    def search(self, query_HGE: Tensor, namespace_G: np.ndarray, k: int, *, scope: Scope, tier: Search) -> Found:
+    def search(self, query_HGE: Tensor, namespace_G: np.ndarray, document_G: np.ndarray, k: int, *, scope: Scope,
+               tier: Search) -> Found:
         """The k best rows of this rank for each head and query: score, id and slot, [H, G, K], in total order.
 
-        A query with a negative namespace sees nothing, whatever the scope.
+        A query with a negative namespace sees nothing, whatever the scope; one of a known document sees nothing that was
+        written from this document under another namespace.
         """
-        return self._search(query_HGE, namespace_G, k, scope, tier, self._own_keys)
+        return self._search(query_HGE, namespace_G, document_G, k, scope, tier, self._own_keys)
 
     def look_up(self, query_HNE: Tensor, namespace_N: np.ndarray, k: int, *, scope: Scope,
                 longest: float) -> tuple[Tensor, ...] | None:
@@ -264,11 +266,13 @@ class Shard:
             unit_GF: rows of `unit_keys`; so are the rows that they are compared with, a namespace at a time.
         """
         query_1GE = F.pad(unit_GF, (0, 1), value=1.0).unsqueeze(0)
-        score_1G2, id_1G2, slot_1G2 = self._search(query_1GE, namespace_G, 2, "document", tier, self._own_unit_keys)
+        unknown_G = np.full_like(namespace_G, UNKNOWN)
+        score_1G2, id_1G2, slot_1G2 = self._search(query_1GE, namespace_G, unknown_G, 2, "document", tier,
+                                                   self._own_unit_keys)
         return score_1G2[0], id_1G2[0], slot_1G2[0]
 
-    def _search(self, query_HGE: Tensor, namespace_G: np.ndarray, k: int, scope: Scope, tier: Search,
-                keys_of: Callable[[Tensor | None], Tensor]) -> Found:
+    def _search(self, query_HGE: Tensor, namespace_G: np.ndarray, document_G: np.ndarray, k: int, scope: Scope,
+                tier: Search, keys_of: Callable[[Tensor | None], Tensor]) -> Found:
         H, G, _ = query_HGE.shape
         found = no_hits((H, G, k), query_HGE.device)
         for queries, names in _groups(namespace_G, scope):
@@ -276,12 +280,31 @@ class Shard:
             if len(rows.id_P) == 0:
                 continue
             positions = self._on_device(queries)
-            score_HQK, id_HQK, slot_HQK = tier(query_HGE.index_select(1, positions), rows.key_HPE, rows.id_P, k)
+            hidden = self._hidden(rows.slot_P, namespace_G[queries], document_G[queries]) if scope != "document" else ()
+            score_HQK, id_HQK, slot_HQK = tier(query_HGE.index_select(1, positions), rows.key_HPE, rows.id_P, k,
+                                               hidden=hidden)
             if rows.slot_P is not None:
                 slot_HQK = rows.slot_P[slot_HQK.clamp(min=0)].where(slot_HQK >= 0, -1)
             for whole, part in zip(found, (score_HQK, id_HQK, slot_HQK), strict=True):
                 whole.index_copy_(1, positions, part)
         return found
+
+    def _hidden(self, slot_P: Tensor | None, namespace_Q: np.ndarray, document_Q: np.ndarray) -> Hidden:
+        """Which of these rows (None: of all slots) are hidden from whom: those of a query's own document, written under
+        another namespace, so in another reading. What its own reading has written comes from earlier tokens."""
+        documents = np.unique(document_Q[document_Q >= 0])
+        if len(documents) == 0:
+            return ()
+        document_P, namespace_P = (self.columns[name] if slot_P is None else self.columns[name][slot_P.cpu().numpy()]
+                                   for name in ("document", "namespace"))
+        own_L = np.flatnonzero(np.isin(document_P, documents))
+        if len(own_L) == 0:
+            return ()
+        readings, reading_Q = np.unique(np.stack([document_Q, namespace_Q], axis=1), axis=0, return_inverse=True)
+        pairs = [(np.flatnonzero(reading_Q.reshape(-1) == number),
+                  own_L[(document_P[own_L] == document) & (namespace_P[own_L] != namespace)])
+                 for number, (document, namespace) in enumerate(readings) if document >= 0]
+        return [(self._on_device(query_Q), self._on_device(row_P)) for query_Q, row_P in pairs if len(row_P)]
 
     def _rows_of(self, names: tuple[int, ...] | None, keys_of: Callable[[Tensor | None], Tensor]) -> Rows:
         """The rows of these namespaces (None: of all), by `keys_of`; few rows are kept until the shard changes."""

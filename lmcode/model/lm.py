@@ -174,7 +174,7 @@ class MemoryLM(nn.Module):
             namespace_B: int64, the document each stream is in; arange(B) if None. A negative one is no document: it
                 finds nothing and offers nothing for writing.
             document_B: int64, the text that each stream reads: the same number whenever, and under whatever namespace, it
-                is read. Negative, or None: unknown.
+                is read. What was written from it under another namespace is not seen. Negative, or None: unknown.
             valid_BT: bool, False marks padding, which must trail. Targets there are ignored.
             cache: an empty one, filled by this pass over the streams' first tokens of a window; see `decode.py`.
             piece_BT: int64, where documents share a window: which of them each token belongs to, ascending from 0, which is

@@ -151,8 +151,14 @@ def retrieval_queries(query_HBTD: Tensor, namespace_BT: Tensor, stride: int) -> 
     H, _, T, D = query_HBTD.shape
     if stride > 1:
         query_HBTD = F.pad(query_HBTD[:, :, stride - 1:T - 1:stride], (0, 0, 1, 0))
-        namespace_BT = F.pad(namespace_BT[:, stride - 1:T - 1:stride], (1, 0), value=-1)
-    return query_HBTD.reshape(H, -1, D), namespace_BT.reshape(-1)
+    return query_HBTD.reshape(H, -1, D), per_query(namespace_BT, stride).reshape(-1)
+
+
+def per_query(of_BT: Tensor, stride: int) -> Tensor:
+    """What is known of the token that each query was made from, [B, ceil(T / stride)]; -1 for that of the first chunk."""
+    if stride == 1:
+        return of_BT
+    return F.pad(of_BT[:, stride - 1:of_BT.shape[1] - 1:stride], (1, 0), value=-1)
 
 
 def share_per_query(share_HBT: Tensor, stride: int) -> Tensor:
@@ -264,7 +270,9 @@ class LongTermRead(nn.Module):
         H, B, T, D = query_HBTD.shape
         query_HND, namespace_N = self._queries(query_HBTD, window)
         if tape.hits is None:
-            tape.record(hits=retriever.search(query_HND.detach(), namespace_N))
+            document_N = (None if window.document_B is None else
+                          per_query(window.of_tokens(window.document_B, T), self.stride).flatten())
+            tape.record(hits=retriever.search(query_HND.detach(), namespace_N, document_N))
         value_HND, lse_HN = retriever.attend(query_HND, tape.hits)
         value_HBGD = value_HND.float().view(H, B, -1, D)
         lse_HBG = lse_HN.float().view(H, B, -1) + self.retrieved_bias_H.float()[:, None, None]
@@ -272,7 +280,7 @@ class LongTermRead(nn.Module):
             value_HBGD = value_HBGD.repeat_interleave(self.stride, dim=2)[:, :, :T]
             lse_HBG = lse_HBG.repeat_interleave(self.stride, dim=2)[:, :, :T]
             if window.piece_BT is not None:  # a document must not see what another one asked for
-                asked_BT = F.pad(window.piece_BT[:, self.stride - 1:T - 1:self.stride], (1, 0), value=-1)
-                own_BT = window.piece_BT == asked_BT.repeat_interleave(self.stride, dim=1)[:, :T]
+                asked_BT = per_query(window.piece_BT, self.stride).repeat_interleave(self.stride, dim=1)[:, :T]
+                own_BT = window.piece_BT == asked_BT
                 value_HBGD, lse_HBG = value_HBGD.where(own_BT[..., None], 0.0), lse_HBG.where(own_BT, NO_SCORE)
         return value_HBGD, lse_HBG

@@ -109,9 +109,9 @@ class Recorder(NullRetriever):
 
     query_HND: Tensor
 
-    def search(self, query_HND: Tensor, namespace_N: Tensor) -> Hits:
+    def search(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None) -> Hits:
         self.query_HND = query_HND
-        return super().search(query_HND, namespace_N)
+        return super().search(query_HND, namespace_N, document_N)
 
 
 class Items(NamedTuple):

@@ -24,8 +24,8 @@ class Everything:
     def __init__(self, bank: LongTermMemory) -> None:
         self._bank, self.top_k = bank, bank.top_k
 
-    def search(self, query_HND: Tensor, namespace_N: Tensor) -> Hits:
-        return self._bank.search(query_HND, namespace_N, scope="global")
+    def search(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None) -> Hits:
+        return self._bank.search(query_HND, namespace_N, document_N, scope="global")
 
     def attend(self, query_HND: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
         return self._bank.attend(query_HND, hits)

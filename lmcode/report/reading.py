@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lmcode.eval.held_out import evaluation_banks
+from lmcode.eval.held_out import apart, evaluation_banks
 from lmcode.lmcode import LMCODE
 from lmcode.memory.bank import LongTermMemory
 from lmcode.memory.entry import choose
@@ -158,7 +158,7 @@ class _Reader:
 
     def _forward(self, batch: Batch, state: object) -> LMCODEOutput:
         return self.model(batch.input_ids_BT, targets_BT=batch.targets_BT, state=state, reset_B=batch.reset_B,
-                          namespace_B=batch.namespace_B, valid_BT=batch.valid_BT)
+                          namespace_B=apart(batch.namespace_B), document_B=batch.document_B, valid_BT=batch.valid_BT)
 
     def _keep_losses(self, batch: Batch, place_BT: np.ndarray, on: LMCODEOutput, off: LMCODEOutput) -> None:
         valid_BT = batch.valid_BT.cpu().numpy()

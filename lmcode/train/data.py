@@ -40,8 +40,8 @@ class Batch(NamedTuple):
     valid_BT: bool, True where the input is a token of the document.
     reset_B: bool, True where a document starts with this window: the stream's state must be cleared before it.
     namespace_B: int64, of the first piece (the only one, unless packed): the visit, which is the place in the endless queue
-        of documents, so that a document read again in a later epoch cannot see what was written when it was read before.
-        -1 for a stream that has run out of documents.
+        of documents, so that what one reading of a document has written can be told from what other readings have. -1 for
+        a stream that has run out of documents.
     document_B: int64, of the first piece: what the document says, as `Documents.identity`, the same in every visit. -1
         without a document.
     window_B: int64, of the first piece: how many windows of its document came before this one; -1 for a stream that has run
