@@ -22,7 +22,7 @@ from lmcode.lmcode import LMCODE
 from lmcode.model.lm import MemoryLM
 from lmcode.train import loop
 from lmcode.train.corpus import Documents, prepare_corpus
-from lmcode.train.data import Batch, Pauses, StreamSampler
+from lmcode.train.data import Batch, Pauses, StreamSampler, _Queue
 from lmcode.train.replay import Replay, ReplaySampler
 from lmcode.train.start import set_up
 
@@ -255,6 +255,14 @@ def test_sources_are_read_in_proportion_to_their_weights() -> None:
         again, evenly = (StreamSampler(documents, streams=4, sequence_length=8, seed=0, weights=some, packed=packed)
                          for some in (weights, None))
         assert equal(again.batch(200), sampler.batch(200)) and not equal(evenly.batch(2), sampler.batch(2))
+
+
+def test_every_source_is_shuffled_anew_in_every_epoch() -> None:
+    queue = _Queue(np.full(40, 5), [20, 20], [1.0, 1.0], seed=3, shuffle=True)
+    taken = [queue.take() for _ in range(80)]
+    orders = [[document for document in taken if document // 20 == source] for source in range(2)]
+    epochs = [tuple(one % 20 for one in order[start:start + 20]) for order in orders for start in (0, 20)]
+    assert len(set(epochs)) == 4 and all(sorted(epoch) == list(range(20)) for epoch in epochs)
 
 
 def test_the_padding_of_a_mixture_is_that_of_what_is_read() -> None:
