@@ -183,8 +183,8 @@ class DataConfig(TextConfig):
     """Where text comes from. With neither `path` nor `hf` the corpus is the Python standard library's own source."""
 
     sources: tuple[SourceConfig, ...] = Field((), description="several places, mixed by weight; instead of path and hf")
-    packing: bool | Literal["auto"] = Field("auto", description="short documents share a window; 'auto': where more than "
-                                            "3 % of the positions would be padding")
+    packing: Literal[True, False, "auto"] = Field("auto", description="short documents share a window; 'auto': where more "
+                                                  "than 3 % of the positions would be padding")
     tokenizer: str = Field("bpe", description="'bytes', 'bpe' (trained on the corpus), or a tokenizers JSON / folder")
     held_out_share: float = Field(0.03, gt=0.0, lt=1.0, description="share of documents kept for evaluation (of the text, "
                                   "at its end, where it is one text file); without effect if held_out names some")

@@ -227,6 +227,10 @@ def test_pieces_are_stored_and_replayed_with_losses_of_their_own() -> None:
             place = number % replay.slots
             assert replay.columns["namespace"][place] == batch.namespace_BP[row, piece]
             assert replay.columns["importance"][place] == mean_GP[row, piece]
+            here_T = (batch.piece_BT[row] == piece) & batch.valid_BT[row]
+            length = int(replay.columns["length"][place])
+            assert replay.token_MX[place, :length].tolist() == batch.input_ids_BT[row][here_T].tolist()
+            assert replay.token_MX[place, 1:length + 1].tolist() == batch.targets_BT[row][here_T].tolist()
         for row, piece, _, place in placed:
             assert replay.columns["importance"][place] == mean_GP[row, piece] and replay.columns["step"][place] == step
     assert len(placed) > 1, "a row holds several spans"
