@@ -7,7 +7,8 @@
 # Needs bash and Python >= 3.10. Everything is installed into one virtual environment with the versions of
 # launch/constraints.txt: torch first and alone (a looser requirement could pull a much larger build), then the project.
 # Settings (environment variables):
-#     LMCODE_VENV             where the environment lives (default: .venv in the checkout); a folder for it alone
+#     LMCODE_VENV             where the environment lives (default: .venv in the checkout); a new or empty folder, or one
+#                             that this script has made
 #     PYTHON                  the Python to make it with (default: python3)
 #     LMCODE_SKIP_INSTALL=1   install nothing: use LMCODE_VENV as it is, or else PYTHON itself (containers, clusters)
 # Package sources, proxies and the like are pip's own settings (PIP_* variables, pip.conf).
@@ -75,11 +76,10 @@ lmcode_install() {
     # An installation that was cut short may have left half a package that pip takes for a whole one: start over.
     if [ -e "$lmcode_venv/lmcode.unfinished" ]; then
         lmcode_say "environment: the last installation did not finish; starting over"
-        find "$lmcode_venv" -mindepth 1 -maxdepth 1 ! -name lmcode.lock ! -name lmcode.unfinished \
-            -exec rm -rf {} + || return 1
+        (cd "$lmcode_venv" && rm -rf bin include lib lib64 share etc pyvenv.cfg .gitignore) || return 1
     fi
-    rm -f "$lmcode_venv/lmcode.stamp" || return 1
     : >"$lmcode_venv/lmcode.unfinished" || return 1
+    rm -f "$lmcode_venv/lmcode.stamp" || return 1
     : >"$lmcode_venv/lmcode-install.log" || return 1
     if ! "$python" -m pip --version >/dev/null 2>&1; then
         lmcode_stage "environment: making $lmcode_venv" "$base" -m venv "$lmcode_venv" || return 1
@@ -94,12 +94,23 @@ lmcode_install() {
     rm -f "$lmcode_venv/lmcode.unfinished"
 }
 
+# Whether the folder is ours to fill: new, empty but for a lock, or with the stamp of an environment, whole or not.
+lmcode_is_ours() {
+    [ -e "$lmcode_venv/lmcode.stamp" ] || [ -e "$lmcode_venv/lmcode.unfinished" ] || [ ! -e "$lmcode_venv" ] ||
+        { [ -d "$lmcode_venv" ] && [ -z "$(find "$lmcode_venv/" -mindepth 1 ! -name lmcode.lock -print -quit)" ]; }
+}
+
 # A subshell, so that its variables and its lock do not reach a shell that sources this file.
 lmcode_environment() (
     base="$(lmcode_base_python)" || return 1
     kind="$(lmcode_faiss_kind)"
     wanted="$(lmcode_wanted "$base" "$kind")" || return 1
     if lmcode_is_ready "$wanted"; then return 0; fi
+    if ! lmcode_is_ours; then
+        lmcode_say "error: '$lmcode_venv' holds something else than an environment of this script, and is not changed;" \
+            "give a new or empty folder as LMCODE_VENV"
+        return 1
+    fi
     started=$SECONDS
     mkdir -p "$lmcode_venv" || return 1
     if command -v flock >/dev/null 2>&1; then

@@ -8,10 +8,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lmcode.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, RunConfig, TrainConfig
-    from lmcode.experience.experiences import Retrieved
-    from lmcode.lmcode import LMCODE
+    from lmcode.data.dataset import MemoryDataset, create_synthetic_dataset
+    from lmcode.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
+    from lmcode.language_model import LMCODE
+    from lmcode.memories.experiences import Retrieved
     from lmcode.memory.bank import LongTermMemory
     from lmcode.model.layer import MemoryAugmentedLayer
     from lmcode.model.lm import LMCODEOutput, StreamState
@@ -21,11 +25,8 @@ if TYPE_CHECKING:
     from lmcode.report.monitor import MemoryMonitor
     from lmcode.report.plots import plot_training_history, visualize_memory_flow
     from lmcode.report.run import generate_memory_report
-    from lmcode.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
-    from lmcode.train.dataset import MemoryDataset, create_synthetic_dataset
     from lmcode.train.trainer import MemoryAwareTrainer
 
-__version__ = "0.1.0"
 __all__ = ["BPETokenizer", "ByteTokenizer", "ConfigError", "LMCODE", "LMCODEConfig", "LMCODEOutput", "LongTermMemory",
            "MemoryAugmentedLayer", "MemoryAwareTrainer", "MemoryConfig", "MemoryDataset", "MemoryMonitor", "Retrieved",
            "RunConfig", "ShortTermMemory", "StreamState", "TrainConfig", "analyze_memory_capacity",
@@ -34,8 +35,8 @@ __all__ = ["BPETokenizer", "ByteTokenizer", "ConfigError", "LMCODE", "LMCODEConf
 
 _MODULES = {
     "lmcode.config": ("ConfigError", "LMCODEConfig", "MemoryConfig", "RunConfig", "TrainConfig"),
-    "lmcode.experience.experiences": ("Retrieved",),
-    "lmcode.lmcode": ("LMCODE",),
+    "lmcode.memories.experiences": ("Retrieved",),
+    "lmcode.language_model": ("LMCODE",),
     "lmcode.memory.bank": ("LongTermMemory",),
     "lmcode.model.layer": ("MemoryAugmentedLayer",),
     "lmcode.model.lm": ("LMCODEOutput", "StreamState"),
@@ -45,8 +46,8 @@ _MODULES = {
     "lmcode.report.monitor": ("MemoryMonitor",),
     "lmcode.report.plots": ("plot_training_history", "visualize_memory_flow"),
     "lmcode.report.run": ("generate_memory_report",),
-    "lmcode.tokenizer": ("BPETokenizer", "ByteTokenizer", "load_tokenizer"),
-    "lmcode.train.dataset": ("MemoryDataset", "create_synthetic_dataset"),
+    "lmcode.data.tokenizer": ("BPETokenizer", "ByteTokenizer", "load_tokenizer"),
+    "lmcode.data.dataset": ("MemoryDataset", "create_synthetic_dataset"),
     "lmcode.train.trainer": ("MemoryAwareTrainer",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -8,10 +8,11 @@ combinations that cannot work are refused here, before any rank starts.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 FAISS_GPU_MAX_K = 2048  # largest k of GPU FAISS without cuVS; kept on every machine so that a config is portable
 
@@ -108,9 +109,11 @@ class MemoryConfig(Section):
     write_every: int = Field(4, ge=1, description="n of write=every_nth")
     write_share: float = Field(0.25, gt=0.0, le=1.0, description="share of tokens that write=surprise keeps")
     eviction: Literal["fifo"] = "fifo"
-    second_chance_importance: float = Field(2.0, gt=0.0, description="from here on FIFO passes an entry over once")
+    second_chance_importance: float = Field(1.5, gt=0.0, description="from here on FIFO passes an entry over once; surprise "
+                                            "alone does not reach 1.5")
     importance_weight: float = Field(0.25, ge=0.0, description="factor on log-importance in an entry's score")
-    importance_growth: float = Field(0.01, ge=0.0, description="importance gained per unit of attention received")
+    importance_growth: float = Field(0.25, ge=0.0, description="importance gained per unit of attention received: the whole "
+                                     "softmax of one token and head")
     consolidation_threshold: float = Field(0.1, gt=0.0, le=2.0, description="cosine distance below which entries of a "
                                            "namespace merge, every train.memory_consolidation_interval steps")
     max_norm: float = Field(100.0, gt=0.0, description="longer values are scaled down to this length")
@@ -132,16 +135,77 @@ class MemoryConfig(Section):
         return ranks if self.group_size == 0 or ranks % self.group_size else self.group_size
 
 
-class DataConfig(Section):
+class TextConfig(Section):
+    """Documents, and which of them are held out."""
+
+    path: str | None = Field(None, description="file, folder or glob of text, source code, JSON lines or Parquet, also "
+                             "compressed")
+    hf: str | None = Field(None, description="Hugging Face dataset, 'name' or 'name:config:split'")
+    held_out: str | None = Field(None, description="file, folder or glob of the documents to hold out; 'share': whatever "
+                                 "held_out_share takes, even where files are called valid or test")
+    exclude: tuple[str, ...] = Field((), description="patterns of files and folders to leave out")
+    text_field: str = Field("text", description="field of a JSON row, Parquet row or dataset row that holds the text")
+    document_separator: str | None = Field("<|endoftext|>", min_length=1, description="a line of a text file between two "
+                                           "documents; null: a text file is one document")
+
+    @property
+    def place(self) -> str:
+        """Where these settings stand, for a message."""
+        return "data"
+
+    @field_validator("exclude", mode="before")
+    @classmethod
+    def _one_pattern(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_place(self) -> TextConfig:
+        if self.path is not None and self.hf is not None:
+            raise ValueError("give either path or hf, not both")
+        return self
+
+
+class SourceConfig(TextConfig):
+    """One of several places that text comes from."""
+
+    name: str = Field(pattern=r"^[\w.-]+$", description="what its metrics are called after")
+    weight: float = Field(1.0, gt=0.0, allow_inf_nan=False, description="its share of the tokens is proportional to this")
+
+    @property
+    def place(self) -> str:
+        return f"data.sources.{self.name}"
+
+    @model_validator(mode="after")
+    def _some_place(self) -> SourceConfig:
+        if self.path is None and self.hf is None:
+            raise ValueError(f"the source '{self.name}' needs a path or hf")
+        return self
+
+
+class DataConfig(TextConfig):
     """Where text comes from. With neither `path` nor `hf` the corpus is the Python standard library's own source."""
 
-    path: str | None = Field(None, description="file, folder or glob of text or JSONL")
-    hf: str | None = Field(None, description="Hugging Face dataset, 'name' or 'name:config:split'")
-    text_field: str = Field("text", description="field of a JSONL row or dataset row that holds the text")
+    sources: tuple[SourceConfig, ...] = Field((), description="several places, mixed by weight; instead of path and hf")
+    packing: Literal[True, False, "auto"] = Field("auto", description="short documents share a window; 'auto': where more "
+                                                  "than 3 % of the positions would be padding")
     tokenizer: str = Field("bpe", description="'bytes', 'bpe' (trained on the corpus), or a tokenizers JSON / folder")
-    held_out_share: float = Field(0.03, gt=0.0, lt=1.0, description="share of documents kept for evaluation")
+    held_out_share: float = Field(0.03, gt=0.0, lt=1.0, description="share of documents kept for evaluation (of the text, "
+                                  "at its end, where it is one text file); without effect if held_out names some")
     min_document_tokens: int = Field(2, ge=2, description="shorter documents are left out and counted")
     cache: str | None = Field(None, description="folder for tokenized corpora; the run folder's parent when None")
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> DataConfig:
+        if not self.sources:
+            return self
+        for name in ("path", "hf", "held_out", "exclude", "text_field", "document_separator"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"with data.sources, each source has its own {name}: leave data.{name} out, or set "
+                                 "data.sources=[]")
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"data.sources must have different names: got {', '.join(names)}")
+        return self
 
 
 class TrainConfig(Section):
@@ -223,8 +287,6 @@ class RunConfig(Section):
         if self.memory.scope == "global" and self.eval.slots not in (None, slots):
             raise ValueError("eval.slots must be left out with memory.scope=global, where an evaluation reads a copy of the "
                              f"bank: got {self.eval.slots}")
-        if self.data.path is not None and self.data.hf is not None:
-            raise ValueError("give either data.path or data.hf, not both")
         return self
 
     def check_world_size(self, world_size: int) -> None:
@@ -250,7 +312,8 @@ class RunConfig(Section):
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a YAML text without aliases, with which a few lines can describe more than fits into memory.
+    """The value of a YAML text without aliases, with which a few lines can describe more than fits into memory, and without
+    keys that are given twice, of which YAML drops one.
 
     Raises:
         ValueError: for anything else, in one line.
@@ -263,6 +326,14 @@ def read_yaml(text: str) -> Any:
                 raise ValueError(f"an alias is not allowed: got '*{self.peek_event().anchor}'")
             return super().compose_node(parent, index)
 
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen: set[tuple[str, str]] = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if (key.tag, key.value) in seen:
+                    raise ValueError(f"a key is given once: got '{key.value}' again in line {key.start_mark.line + 1}")
+                seen.add((key.tag, key.value))
+            return super().construct_mapping(node, deep)
+
     try:
         return yaml.load(text, Loader=PlainLoader)
     # PyYAML lets through what its constructors meet in a day 2001-99-99, 5,000 digits, '!!timestamp x' or '!!bool x'.
@@ -271,7 +342,8 @@ def read_yaml(text: str) -> Any:
 
 
 def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
-    """Splits 'train.learning_rate=1e-3' into its path and its YAML value.
+    """Splits 'train.learning_rate=1e-3' into its path and its value: YAML, but for a setting that is text, which takes the
+    words as they are. Where such a setting may be left out, 'null' or nothing leaves it out.
 
     Raises:
         ConfigError: without '=' or with an empty path part.
@@ -280,6 +352,9 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     parts = tuple(path.split("."))
     if not equals or not all(parts):
         raise ConfigError(f"an override looks like section.key=value: got '{text}'")
+    alternatives = alternatives_of(parts)
+    if str in alternatives:
+        return parts, None if type(None) in alternatives and value in ("", "null") else value
     try:
         parsed = read_yaml(value)
     except ValueError as error:
@@ -290,6 +365,26 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
         except ValueError:
             pass
     return parts, parsed
+
+
+def alternatives_of(path: Sequence[str]) -> tuple[Any, ...]:
+    """The types that the run config's setting of this dotted path may have; none for a section or an unknown name."""
+    section: Any = RunConfig
+    for part in path[:-1]:
+        field = section.model_fields.get(part)
+        section = None if field is None else field.annotation
+        if not (isinstance(section, type) and issubclass(section, Section)):
+            return ()
+    field = section.model_fields.get(path[-1])
+    return () if field is None else get_args(field.annotation) or (field.annotation,)
+
+
+def expanded(setting: str, path: str) -> Path:
+    """A path from the settings, '~' being the user's home; ConfigError, with the setting's name, if there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{setting} = '{path}' begins with a home folder that cannot be found: {error}") from None
 
 
 def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -320,6 +415,17 @@ def build(cls: type[Section], values: Mapping[str, Any]) -> Any:
         message = first["msg"].removeprefix("Value error, ")
         given = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
         raise ConfigError(f"{place}: {message}{given}" if place else f"{message}{given}") from None
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'train': {'seed': 0}} -> {'train.seed': 0}."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def to_yaml(config: Section) -> str:

@@ -8,10 +8,12 @@ where the run's `perf/bytes_sent` and `perf/exchange_ms` come from.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import logging
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,7 +45,8 @@ def discover(env: Mapping[str, str] = os.environ) -> Rank:
     """Reads who we are from the launcher's environment: deepspeed or torchrun, Open MPI, Slurm, or none.
 
     Of Slurm only the variables of an srun step count: a batch script has SLURM_PROCID and SLURM_NTASKS too, and a command
-    that it starts without srun is alone.
+    that it starts without srun is alone. So is one that a person types into a shell of srun --pty: the other tasks of that
+    step never come.
 
     Raises:
         ValueError: if the launcher's variables are incomplete or not integers.
@@ -55,6 +58,8 @@ def discover(env: Mapping[str, str] = os.environ) -> Rank:
                    "OMPI_COMM_WORLD_LOCAL_SIZE"),
         "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     }
+    if "SLURM_PTY_PORT" in env:
+        del names["slurm"]
     for launcher, (rank, size, local, local_size) in names.items():
         if rank in env and size in env and (launcher != "deepspeed" or local_size in env):
             try:
@@ -332,8 +337,19 @@ def log_into(folder: Path, me: Rank, *, step: Callable[[], int] | None = None, l
     """Every rank's lines also go into a file of its own in `folder`, rank-00000.log and so on; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank-{me.rank:05d}.log"
-    log.addHandler(_handler(logging.FileHandler(path, encoding="utf-8"), me, step, level))
+    log.addHandler(_handler(_LogFile(path, encoding="utf-8", errors="backslashreplace"), me, step, level))
     return path
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that a full disk silences, with one warning on the console and no traceback for every line."""
+
+    silenced = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
+        if not self.silenced:
+            self.silenced = True
+            log.warning("'%s' takes no more lines: %s", self.baseFilename, sys.exc_info()[1])
 
 
 def _handler(handler: logging.Handler, me: Rank, step: Callable[[], int] | None, level: int) -> logging.Handler:
@@ -353,6 +369,20 @@ def raise_together(group: Group, problem: str | None) -> None:
                 for rank, one in enumerate(group.all_gather_object(problem)) if one]
     if problems:
         raise ConfigError(problems[0])
+
+
+def check_same(group: Group, name: str, *arguments: Any) -> None:
+    """Refuses, on every rank, arguments of the collective `name` that differ between ranks. A collective.
+
+    It must come before anything that one rank alone could refuse: the others would wait for it.
+
+    Args:
+        arguments: values that are spelled alike (`repr`) wherever they are equal.
+    """
+    if group.size > 1:
+        digest = hashlib.blake2b(repr(arguments).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if len(set(group.all_gather_object(digest))) > 1:
+            raise ConfigError(f"{name} is a collective: all ranks must pass the same arguments")
 
 
 def on_rank_0(group: Group, action: Callable[[], Any]) -> Any:

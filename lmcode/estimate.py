@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lmcode.config import RunConfig
+from lmcode.processor import BF16_IS_SLOW
 
 Device = Literal["cpu", "gpu"]
 GIB = 2**30
@@ -21,9 +22,9 @@ MIB = 2**20
 # What a process has beyond the parts below. CPU: taken from runs (tools/estimate_check.py); importing everything is 264 MiB
 # of it, the rest belongs to DeepSpeed, gloo and the allocator. GPU: a CUDA context and NCCL, not measured.
 BASE_BYTES = {"cpu": 450 * MIB, "gpu": 1200 * MIB}
-FAISS_GPU_BYTES = 256 * MIB  # the limit that memory/faiss_index.py sets
-COLUMN_BYTES = 53  # of one slot's metadata: six int64, one fp32, one bool
-FACT_BYTES = 16  # what decides about a candidate: its namespace and its surprise
+FAISS_GPU_BYTES = 256 * MIB  # the limit that memory/search/faiss_index.py sets
+COLUMN_BYTES = 61  # of one slot's metadata: seven int64, one fp32, one bool
+FACT_BYTES = 24  # what is known of a candidate: its namespace, its document and its surprise
 CUT_BYTES = 16  # per query and head, memory.exchange = all_to_all
 HIT_BYTES = 12  # score and id
 ROOM = 0.9  # share of the memory that a run may plan to use
@@ -38,7 +39,7 @@ class Estimate:
     traffic: received per optimizer step, by phase; the "zero ..." phases are DeepSpeed's and follow the formulas of
         Rajbhandari et al. 2020 (section 7), the others are what `lmcode.dist.Group` counts.
     checkpoint: by part.
-    warnings: what will not fit, or only just.
+    warnings: what will not fit, or only just; and bf16 on a processor that emulates it.
     """
 
     ranks: int
@@ -59,12 +60,13 @@ class Estimate:
 
 
 def estimate(config: RunConfig, world_size: int, *, device: Device = "cpu", memory_bytes: int | None = None,
-             ranks_per_host: int | None = None) -> Estimate:
+             ranks_per_host: int | None = None, has_bf16: bool | None = None) -> Estimate:
     """Adds up a run of `config` on `world_size` ranks.
 
     Args:
         memory_bytes: of the host (cpu) or of one GPU, to warn about; None warns about nothing.
         ranks_per_host: ranks that share a host's memory; all of them when None.
+        has_bf16: whether the processor multiplies bf16; None says nothing about it.
 
     Raises:
         ConfigError: settings that cannot work on this number of ranks.
@@ -79,9 +81,11 @@ def estimate(config: RunConfig, world_size: int, *, device: Device = "cpu", memo
     # Rank 0 gathers the weights, and every rank its part of the moments, on the host before they are written.
     (memory if device == "cpu" else on_host)["saving"] = 4 * parameters + math.ceil(8 * parameters / world_size)
     sharing = 1 if device == "gpu" else (ranks_per_host or world_size)
+    emulated = device == "cpu" and config.train.precision == "bf16" and has_bf16 is False
+    slow = [f"train.precision = bf16, and {BF16_IS_SLOW}"] if emulated else []
     return Estimate(world_size, device, zero["stage"], parameters, memory, on_host,
                     traffic_bytes(config, world_size, zero["stage"], parameters), checkpoint_bytes(config, parameters),
-                    tuple(fit_warnings(sum(memory.values()), memory_bytes, sharing, device)))
+                    (*fit_warnings(sum(memory.values()), memory_bytes, sharing, device), *slow))
 
 
 def count_parameters(config: RunConfig) -> int:
@@ -178,7 +182,8 @@ def search_traffic(config: RunConfig, G: int, N: int) -> dict[str, int]:
     lists = G * N * H * K * HIT_BYTES
     switched = N * H * (K * HIT_BYTES + CUT_BYTES)
     hits = {"all_gather": lists, "all_to_all": switched, "auto": min(lists, switched)}[config.memory.exchange]
-    return {"queries": (G - 1) * N * (H * D * 4 + 8), "hits": (G - 1) * hits}
+    names = 8 if config.memory.scope == "document" else 16  # a namespace, and where others can be seen a document
+    return {"queries": (G - 1) * N * (H * D * 4 + names), "hits": (G - 1) * hits}
 
 
 def traffic_bytes(config: RunConfig, R: int, stage: int, parameters: int) -> dict[str, int]:
@@ -194,12 +199,13 @@ def traffic_bytes(config: RunConfig, R: int, stage: int, parameters: int) -> dic
         sums = memory.fetch == "sums"
         once = {**search_traffic(config, G, N),
                 "values": (G - 1) * N * H * (D if sums else 2 * D * K) * 4,
-                "gradients": (G - 1) * N * H * (2 * D + 2) * 4 if sums else 0}
+                "gradients": (G - 1) * N * H * (2 * D + 2) * 4 if sums else 0,
+                "writes": (G - 1) * N * H * 4}  # the attention that each query paid
         traffic = {phase: layers * micro * size for phase, size in once.items()}
         vectors = math.ceil(share * offered) * 2 * H * D * BYTES[memory.dtype]
         # Between memory groups the hits of every slot are added up, 8 bytes each.
         counted = 2 * 8 * slots_per_rank(config, R, model.long_term_memory_slots) * (R // G - 1) // (R // G)
-        traffic["writes"] = layers * ((R - 1) * (8 + offered * FACT_BYTES + vectors) + counted)
+        traffic["writes"] += layers * ((R - 1) * (8 + offered * FACT_BYTES + vectors) + counted)
         # A logged step measures recall on a sample: one search as it is, one exact.
         sample = min(memory.recall_queries, N)
         traffic["recall"] = 2 * layers * sum(search_traffic(config, G, sample).values()) // train.log_every

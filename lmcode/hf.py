@@ -30,8 +30,8 @@ from transformers.generation import GenerationMixin, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutput
 
 from lmcode.config import LMCODEConfig, MemoryConfig, build, near_match
-from lmcode.experience.experiences import Namespace, namespace_number
-from lmcode.lmcode import LMCODE
+from lmcode.language_model import LMCODE
+from lmcode.memories.experiences import Namespace, namespace_number
 from lmcode.saved.pretrained import MODEL_TYPE
 
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, "min_length": 0}  # all we can do
@@ -105,6 +105,23 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.lmcode.head
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None,
+                                mean_resizing: bool = True) -> torch.nn.Embedding:
+        """`LMCODE.resize_token_embeddings` with transformers' arguments; new rows are the mean of the old ones.
+
+        Raises:
+            ValueError: as there, and for `mean_resizing=False`; nothing has changed then.
+        """
+        if not mean_resizing:
+            raise ValueError("new rows of the embedding are the mean of the old ones: got mean_resizing=False")
+        size = self.lmcode.config.vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        embedding = self.lmcode.resize_token_embeddings(size)
+        self.config.lmcode_model = self.lmcode.config.model_dump(mode="json")
+        self.config.vocab_size = size
+        return embedding
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
                 past_key_values: Any = None, inputs_embeds: Tensor | None = None, namespace: Namespace = 0,

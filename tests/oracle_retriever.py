@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lmcode.config import LMCODEConfig
-from lmcode.retrieval import NO_SCORE, Hits
+from lmcode.protocol import NO_SCORE, Hits
 
 
 class OracleRetriever:
@@ -34,7 +34,7 @@ class OracleRetriever:
         self.num_searches = self.num_attends = 0
         self.queries: list[tuple[Tensor, Tensor]] = []
 
-    def search(self, query_HND: Tensor, namespace_N: Tensor) -> Hits:
+    def search(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None) -> Hits:
         self.num_searches += 1
         self.queries.append((query_HND.clone(), namespace_N.clone()))
         with torch.no_grad():

@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from patience import PATIENCE_S
+
 from lmcode.dist import free_port
 
 
@@ -26,7 +28,7 @@ class RankError(RuntimeError):
     """A rank raised, died or did not finish; the message names it and shows where it was."""
 
 
-def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = PATIENCE_S) -> list[Any]:
     """Calls `function(*args)` on every rank of a fresh group; returns the results in rank order.
 
     Each process has one torch thread, one FAISS thread and the environment of a launcher, and is in the default
@@ -34,26 +36,27 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, time
 
     Args:
         function: importable by name (defined at module level), as are picklable arguments and results.
-        timeout_s: for the whole call, starting included.
+        timeout_s: for the function, and as long again for starting.
 
     Raises:
         RankError: as soon as one rank raises or dies, with its traceback; or after `timeout_s`, with the ranks that
             had not finished and their stacks. The other processes are killed.
     """
     context = multiprocessing.get_context("spawn")
-    port, deadline = free_port(), time.monotonic() + timeout_s
+    port = free_port()
     processes, pipes = [], []
     with tempfile.TemporaryDirectory() as folder:
         try:
             for rank in range(world_size):
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(target=_child, daemon=True,
-                                          args=(rank, world_size, port, theirs, folder, timeout_s, function, args))
+                                          args=(rank, world_size, port, theirs, folder, function, args))
                 process.start()
                 theirs.close()
                 processes.append(process)
                 pipes.append(ours)
-            return _collect(processes, pipes, deadline, Path(folder))
+            _collect(processes, pipes, PATIENCE_S, Path(folder))
+            return _collect(processes, pipes, timeout_s, Path(folder))
         finally:
             for process in processes:
                 process.kill()
@@ -62,9 +65,10 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, time
                 pipe.close()
 
 
-def _collect(processes: list[Any], pipes: list[Connection], deadline: float, folder: Path) -> list[Any]:
-    """Waits for one message of every rank; the first that is not a result ends it all."""
+def _collect(processes: list[Any], pipes: list[Connection], timeout_s: float, folder: Path) -> list[Any]:
+    """Waits for one message of every rank: that it has begun, then its result. The first that is neither ends it all."""
     results: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout_s
     while len(results) < len(pipes):
         waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
         ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
@@ -88,17 +92,23 @@ def _stack_of(process: Any, file: Path, rank: int) -> str:
     """Where a process stands, if it has come far enough to say so."""
     if file.exists() and process.is_alive():
         os.kill(process.pid, signal.SIGUSR1)
-        time.sleep(0.3)
-        return f"rank {rank}:\n{file.read_text()}"
+        said, deadline = "", time.monotonic() + PATIENCE_S
+        while not (said and said == file.read_text()) and time.monotonic() < deadline:  # until it has said all
+            said = file.read_text()
+            time.sleep(0.3)
+        return f"rank {rank}:\n{said}"
     return f"rank {rank}: not started"
 
 
-def _child(rank: int, world_size: int, port: int, pipe: Connection, folder: str, timeout_s: float,
-           function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _child(rank: int, world_size: int, port: int, pipe: Connection, folder: str, function: Callable[..., Any],
+           args: tuple[Any, ...]) -> None:
     with open(Path(folder) / str(rank), "w") as file:
         faulthandler.register(signal.SIGUSR1, file=file)
         try:
-            result = True, _call(rank, world_size, port, timeout_s, function, args)
+            leave = _join(rank, world_size, port)
+            pipe.send_bytes(pickle.dumps((True, "begun")))
+            result = True, function(*args)
+            leave()  # not after an error: the others would then be the first to report one
         except BaseException:
             result = False, traceback.format_exc()
         pipe.send_bytes(pickle.dumps(result))  # by value: tensors sent by handle die with the process
@@ -106,8 +116,8 @@ def _child(rank: int, world_size: int, port: int, pipe: Connection, folder: str,
         faulthandler.unregister(signal.SIGUSR1)
 
 
-def _call(rank: int, world_size: int, port: int, timeout_s: float, function: Callable[..., Any],
-          args: tuple[Any, ...]) -> Any:
+def _join(rank: int, world_size: int, port: int) -> Callable[[], None]:
+    """Enters the group; returns how to leave it."""
     import torch
     import torch.distributed as td
 
@@ -120,7 +130,5 @@ def _call(rank: int, world_size: int, port: int, timeout_s: float, function: Cal
         pass
     else:
         faiss.omp_set_num_threads(1)
-    td.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
-    result = function(*args)
-    td.destroy_process_group()  # not after an error: the others would then be the first to report one
-    return result
+    td.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=2 * PATIENCE_S))
+    return td.destroy_process_group

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from lmcode.config import LMCODEConfig, MemoryConfig
+from lmcode.data.tokenizer import ByteTokenizer
 from lmcode.dist import Group
-from lmcode.lmcode import LMCODE
-from lmcode.tokenizer import ByteTokenizer
+from lmcode.language_model import LMCODE
 
 SHAPE = {"vocab_size": 257, "hidden_size": 32, "num_layers": 3, "num_heads": 2, "context_length": 32,
          "memory_layers": (0, 2), "short_term_memory_size": 4, "short_term_dim": 8, "short_term_segment": 8,

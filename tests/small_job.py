@@ -14,13 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from patience import PATIENCE_S
+
 from lmcode.dist import free_port
 
 SETTINGS = ["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.vocab_size=257",
             "model.memory_layers=[1]", "model.context_length=32", "model.long_term_memory_slots=600",
             "model.memory_top_k=8", "model.short_term_memory_size=8", "data.tokenizer=bytes", "train.sequence_length=32",
             "train.streams=4", "eval.streams=4", "train.warmup_steps=2", "train.log_every=1", "eval.every=0",
-            "eval.final_windows=2", "train.heartbeat_s=2"]
+            "eval.final_windows=2"]
 PRELOAD = ["small_job", "lmcode.train.loop", "deepspeed.runtime.zero.stage_1_and_2", "faiss", "torch.utils.tensorboard",
            "torch._inductor.compile_fx"]
 
@@ -76,7 +78,7 @@ class Job:
         path = self.run / "logs" / f"rank-{rank:05d}.log"
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
-    def until(self, condition: Callable[[], bool], *, timeout_s: float = 120.0) -> None:
+    def until(self, condition: Callable[[], bool], *, timeout_s: float = PATIENCE_S) -> None:
         """Waits for something to become true while every rank runs."""
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -95,7 +97,7 @@ class Job:
         os.kill(self.processes[rank].pid, number)
         return now
 
-    def end(self, *, timeout_s: float = 120.0) -> list[int]:
+    def end(self, *, timeout_s: float = PATIENCE_S) -> list[int]:
         """The exit codes of all ranks, when all have ended."""
         deadline = time.monotonic() + timeout_s
         for process in self.processes:

@@ -13,7 +13,7 @@ from report_models import TEXTS, ids_of, remember, small_model
 
 from lmcode import analyze_memory_capacity, compute_memory_efficiency
 from lmcode.dist import Group
-from lmcode.lmcode import LMCODE
+from lmcode.language_model import LMCODE
 from lmcode.report.analysis import entry_columns, mass_share, read_items
 from lmcode.report.flow import memory_flow
 from lmcode.report.sequences import token_sequences

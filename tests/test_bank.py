@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import RankError, run_on_ranks
+from same_hits import assert_same_hits
 from test_evict import choose_slots_slowly
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,7 +26,7 @@ from lmcode.dist import Group
 from lmcode.memory import LongTermMemory
 from lmcode.memory.entry import MASS_UNIT, MAX_IMPORTANCE
 from lmcode.memory.placement import capacity_of, holder_of, virtual_shard_of
-from lmcode.retrieval import NO_SCORE, Candidates
+from lmcode.protocol import NO_SCORE, Candidates
 
 H, D, K, S = 2, 8, 5, 6
 QUERIES = 48  # over all ranks, in four documents
@@ -43,6 +44,12 @@ def make_bank(group: Group | None = None, *, slots: int = 90, top_k: int = K, **
 
 def unit(*shape: int, seed: int) -> Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def credits_of(seed: int, N: int) -> Tensor:
+    """What N queries pay their hits: a share of a softmax, of several, or nothing."""
+    credit = torch.rand(H, N, generator=torch.Generator().manual_seed(seed)) * 2
+    return credit.where(credit > 0.4, 0.0)
 
 
 def twins(E: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -74,7 +81,8 @@ def train_a_little(group: Group, settings: dict[str, Any]) -> dict[str, Any]:
         for name, one in zip(seen, (hits.id_HNK, hits.score_HNK, value, lse, query.grad), strict=False):
             seen[name].append(one.detach())
         seen["ages"].append(bank.ages(hits, step=step))
-        bank.commit(micro_batches(group, step), [hits], step=step)
+        credit = my_part(credits_of(step, QUERIES), group, 1) if step != 1 else None
+        bank.commit(micro_batches(group, step), [hits._replace(credit_HN=credit)], step=step)
         if step == 2:
             bank.delete(ids=range(0, 40, 7))
             bank.delete(namespace=1, before_step=1)
@@ -123,7 +131,7 @@ def read_raggedly(group: Group, size: int) -> list[tuple[Tensor, ...]]:
             hits = bank.search(query.detach(), torch.arange(count) % 4, ragged=True)
             value, lse = bank.attend(query, hits)
             (value.sum() + lse.sum()).backward()
-            seen.append((hits.id_HNK, value.detach(), lse.detach(), query.grad))
+            seen.append((*hits[:2], value.detach(), lse.detach(), query.grad))
         bank.commit([], [hits], step=0)
     return seen
 
@@ -167,6 +175,14 @@ def on_one_rank() -> dict[str, Any]:
 
 
 SIZES = {2: [0], 3: [0], 4: [4, 2, 1]}  # of the memory groups, by the number of ranks; 0: all are one
+
+
+def same_bits(run: int, R: int, size: int) -> bool:
+    """Whether a run promises the bits of one rank: FAISS's hits are scored pair by pair, but the exact tier multiplies all
+    queries of a memory group at once, and a BLAS may sum in another order where these are fewer."""
+    return RUNS[run]["tier"] == "faiss-flat" or size in (0, R)
+
+
 RANKS = pytest.mark.parametrize(("R", "size"), [(R, size) for R, sizes in SIZES.items() for size in sizes])
 
 
@@ -290,17 +306,19 @@ def read_and_commit(bank: LongTermMemory, plain: PlainBank, rng: np.random.Gener
     if not commit:
         return
     mass: dict[int, int] = {}
+    credit = credits_of(step, 4 * R)
     everyone = bank.group.all_gather_object((hits.id_HNK, hits.score_HNK))
-    for ids, scores in everyone:
+    for at, (ids, scores) in enumerate(everyone):
         weight = (scores.double() - scores.double().logsumexp(-1, keepdim=True)).exp()
-        for one, share in zip(ids.flatten().tolist(), weight.flatten().tolist(), strict=True):
+        paid = weight.float().double() * credit[:, 4 * at:4 * at + 4, None]
+        for one, share in zip(ids.flatten().tolist(), paid.flatten().tolist(), strict=True):
             if one >= 0:
-                mass[one] = mass.get(one, 0) + round(float(np.float32(share)) * MASS_UNIT)
+                mass[one] = mass.get(one, 0) + round(share * MASS_UNIT)
     plain.touch(mass, step)
     parts = np.array_split(np.arange(len(batch)), R)[rank]
     key, value, namespace = stacked[0][:, parts], stacked[1][:, parts], stacked[2][parts]
     report = bank.commit([Candidates(key, value, namespace, torch.ones(len(parts)), torch.ones(len(parts)).bool())],
-                         [hits], step=step)
+                         [hits._replace(credit_HN=credit[:, mine])], step=step)
     plain.write(batch)
     assert report.offered == len(batch) == report.written + report.rejected
 
@@ -342,8 +360,11 @@ def test_hits_values_and_gradients_do_not_depend_on_the_number_of_ranks(R: int, 
         for step in range(4):
             joined = {name: torch.cat([rank[run][name][step] for rank in together], dim=1)
                       for name in ("id", "score", "value", "lse", "grad")}
-            for name in ("id", "score"):
-                assert torch.equal(joined[name], alone[run][name][step]), (run, step, name)
+            if same_bits(run, R, size):
+                for name in ("id", "score"):
+                    assert torch.equal(joined[name], alone[run][name][step]), (run, step, name)
+            assert_same_hits((joined["score"], joined["id"]), (alone[run]["score"][step], alone[run]["id"][step]),
+                             tolerance=1e-5)
             for name in ("value", "lse", "grad"):
                 assert torch.allclose(joined[name], alone[run][name][step], atol=1e-5), (run, step, name)
             ages = torch.cat([rank[run]["ages"][step] for rank in together])
@@ -354,8 +375,8 @@ def test_hits_values_and_gradients_do_not_depend_on_the_number_of_ranks(R: int, 
 def test_contents_do_not_depend_on_the_number_of_ranks(R: int, size: int) -> None:
     alone = on_one_rank()["runs"]
     for rank in on_ranks(R, size):
-        for run, wanted in zip(rank["runs"], alone, strict=True):
-            assert run["hash"] == wanted["hash"]
+        for number, (run, wanted) in enumerate(zip(rank["runs"], alone, strict=True)):
+            assert run["hash"] == wanted["hash"] or not same_bits(number, R, size)
             assert run["stats"] == wanted["stats"]
 
 
@@ -399,7 +420,8 @@ def test_bytes_are_those_of_the_formulas(R: int, size: int) -> None:
                     "gradients": n * (D + 2) * b + n * D * b}
             if fetch == "rows":
                 del read["gradients"]
-            writes = (R - 1) * (8 + E * 16 + E * H * 2 * D * b) + 2 * 8 * slots * (R // G - 1) // (R // G)
+            writes = (R - 1) * (8 + E * 24 + E * H * 2 * D * b) + 2 * 8 * slots * (R // G - 1) // (R // G)
+            writes += (G - 1) * n * b
             # A group of one rank reads for nothing, and a single group has no hits to add up.
             assert counted == {**{name: (G - 1) * each for name, each in read.items() if G > 1}, "writes": writes}
 
@@ -409,13 +431,13 @@ def test_ranks_may_ask_differently_many_queries(R: int, size: int) -> None:
     bank = make_bank()
     bank.write(*twins(60, 0), torch.arange(60) % 4)
     for rank, outcome in enumerate(on_ranks(R, size)):
-        for at, (ids, value, lse, grad) in enumerate(outcome["ragged"]):
+        for at, (score, ids, value, lse, grad) in enumerate(outcome["ragged"]):
             count = 3 * rank if at % 2 == 0 else 0
             query = unit(H, 12, D, seed=5)[:, :count].clone().requires_grad_()
             hits = bank.search(query.detach(), torch.arange(count) % 4)
             wanted_value, wanted_lse = bank.attend(query, hits)
             (wanted_value.sum() + wanted_lse.sum()).backward()
-            assert torch.equal(ids, hits.id_HNK)
+            assert_same_hits((score, ids), hits[:2], tolerance=1e-5)
             for found, wanted in ((value, wanted_value), (lse, wanted_lse), (grad, query.grad)):
                 assert found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-5)
 
@@ -525,8 +547,10 @@ def test_recall_counts_what_was_missed() -> None:
     spoiled = hits.id_HNK.clone()
     spoiled[..., 0] = 999
     assert bank.check_recall(query, names, hits._replace(id_HNK=spoiled)) == pytest.approx((K - 1) / K)
-    assert make_bank().recall() == 1.0
-    assert make_bank(recall_queries=0).recall() == 1.0
+    assert make_bank().recall() is None, "where nothing is stored nothing is measured"
+    unasked, *_ = filled(recall_queries=0)
+    unasked.search(query, names)
+    assert unasked.recall() is None
 
 
 def test_hits_by_rank() -> None:
@@ -635,6 +659,56 @@ def test_hit_mass_does_not_depend_on_how_a_step_is_split() -> None:
     assert mass == pytest.approx(12 * H * MASS_UNIT, abs=12 * H * K)
 
 
+@pytest.mark.parametrize("fetch", ["sums", "rows"])
+def test_an_entry_is_credited_with_its_weight_times_what_its_query_paid(fetch: str) -> None:
+    bank, *_ = filled(fetch=fetch)
+    query, names, credit = unit(H, 12, D, seed=1) * 3, torch.arange(12) % 4, credits_of(3, 12)
+    hits = bank.search(query, names)
+    paid: dict[int, float] = {}
+    for h, n, k in itertools.product(range(H), range(12), range(K)):
+        weight = float(hits.score_HNK[h, n].softmax(0)[k] * credit[h, n])
+        paid[int(hits.id_HNK[h, n, k])] = paid.get(int(hits.id_HNK[h, n, k]), 0.0) + weight
+    bank.commit([], [hits._replace(credit_HN=credit)], step=1)
+    columns = bank.shard.columns
+    for one, mass in zip(columns["id"].tolist(), (columns["hit_mass"] / MASS_UNIT).tolist(), strict=True):
+        assert mass == pytest.approx(paid.get(one, 0.0), abs=1e-4)
+    assert (credit == 0).any() and sum(paid.values()) == pytest.approx(float(credit.sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("credit", [0.0, -1.0, math.nan, math.inf])
+def test_who_is_paid_nothing_or_no_finite_amount_earns_nothing(credit: float) -> None:
+    bank, *_ = filled()
+    before = {name: bank.shard.columns[name].copy() for name in ("hit_mass", "importance", "chance")}
+    hits = bank.search(unit(H, 12, D, seed=1), torch.arange(12) % 4)
+    bank.commit([], [hits._replace(credit_HN=torch.full((H, 12), credit))], step=1)
+    for name, column in before.items():
+        assert np.array_equal(bank.shard.columns[name], column), name
+    assert (bank.shard.columns["last_hit"] == 1).any()
+
+
+def test_at_the_defaults_who_is_read_again_and_again_gets_and_spends_a_second_chance() -> None:
+    bank = LongTermMemory(heads=H, head_dim=D, slots=8, top_k=K, config=MemoryConfig(virtual_shards=1))
+    key, value = twins(24, 3)
+    bank.write(key[:, :8], value[:, :8], torch.zeros(8).long())
+    chances = []
+    for step in range(5):  # each read gives entry 0 part of a token's softmax in each head
+        hits = bank.search(key[:, :1] * 50, torch.zeros(1).long())
+        bank.commit([], [hits._replace(credit_HN=torch.full((H, 1), 0.3))], step=step)
+        chances.append(bank.stats()["chances"])
+    assert chances == [0, 0, 0, 1, 1]
+    for first, last, survives in ((8, 15, True), (15, 22, False)):
+        bank.write(key[:, first:last], value[:, first:last], torch.zeros(7).long())
+        assert (bank.stats()["chances"], bank.stats()["spared"]) == (0, int(survives))
+        assert (0 in bank.shard.columns["id"]) == survives and 1 not in bank.shard.columns["id"]
+
+
+def test_a_credit_is_one_number_for_each_query() -> None:
+    bank, *_ = filled()
+    hits = bank.search(unit(H, 12, D, seed=1), torch.arange(12) % 4)
+    with pytest.raises(ValueError, match=r"credit of hits must be \[2, 12\].*got \(12, 2\)"):
+        bank.commit([], [hits._replace(credit_HN=torch.ones(12, H))], step=1)
+
+
 def test_search_time_is_counted() -> None:
     bank, *_ = filled()
     bank.search(unit(H, 6, D, seed=1), torch.arange(6) % 4)
@@ -694,8 +768,8 @@ def test_a_failing_rank_is_named_with_its_traceback() -> None:
 
 
 def test_a_hanging_rank_is_named_with_its_stack() -> None:
-    with pytest.raises(RankError, match=r"ranks \[0\] of 1 did not finish in time:\nrank 0:"):
-        run_on_ranks(hang, 1, timeout_s=6)
+    with pytest.raises(RankError, match=r"ranks \[0\] of 1 did not finish in time:\nrank 0:(.|\n)* in hang\n"):
+        run_on_ranks(hang, 1, timeout_s=1)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -8,8 +8,8 @@ from oracle_retriever import random_retriever
 
 from lmcode.config import LMCODEConfig
 from lmcode.model.cache import Cache
-from lmcode.model.decode import Decoder
-from lmcode.model.generate import Reader
+from lmcode.model.generation.decode import Decoder
+from lmcode.model.generation.generate import Reader
 from lmcode.model.lm import LMCODEOutput, MemoryLM
 
 V, WINDOW, EOS = 61, 11, 60  # the window is a multiple of neither segment nor stride

@@ -25,7 +25,7 @@ import soak
 import traced
 from traced import Op
 
-from lmcode.train import durable
+from lmcode.files import durable
 
 
 def test_killed_saves_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

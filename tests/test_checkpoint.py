@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import os
 import random
@@ -17,14 +19,17 @@ import torch
 import yaml
 from ranks import run_on_ranks
 from safetensors.torch import load_file
+from same_hits import assert_same_hits
 from small_job import Job, write_text
-from test_loop import settings, write_corpus
+from test_loop import settings, start, write_corpus
 
-from lmcode import dist
+from lmcode import LMCODE, MemoryAwareTrainer, create_synthetic_dataset, dist, opening
 from lmcode.cli import command as cli
-from lmcode.config import ConfigError, RunConfig, build
+from lmcode.config import ConfigError, LMCODEConfig, RunConfig, build
+from lmcode.files import commit, durable
 from lmcode.model.lm import StreamState
-from lmcode.train import checkpoint, commit, durable, loop, saving, stream_files
+from lmcode.saved import checkpoint
+from lmcode.train import loop, resuming, saving, stream_files
 from lmcode.train.metrics import drop_rows_beyond
 from lmcode.train.session import Session
 from lmcode.train.start import open_run, set_up
@@ -77,7 +82,7 @@ def train_whole_and_half(pairs: list[tuple[dict, dict]]) -> list:
         session = set_up(build(RunConfig, half), dist.discover())
         assert advance(session, HALF) == first[:HALF]
         session.training_seconds = 7.0
-        assert saving.save(session) == checkpoint.place_of(session)
+        assert saving.save(session) == resuming.place_of(session)
         session.close()
     return results
 
@@ -96,6 +101,66 @@ def train_rest(runs: list[dict]) -> list:
         results.append((advance(session, WHOLE - HALF), outcome(session)))
         session.close()
     return results
+
+
+def save_both(jobs: list[dict], target: str) -> None:
+    """Trains each a little, then saves it as a checkpoint and as a model for others; the last one also after a change."""
+    for number, values in enumerate(jobs):
+        session = start(values)
+        advance(session, 2)
+        assert saving.save(session) is not None
+        session.model.save_pretrained(f"{target}/{number}")
+        session.close()
+    with torch.no_grad():
+        session.model.embedding.weight[0] = 0.25  # by hand: no longer the rounded master
+    session.model.save_pretrained(f"{target}/changed")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_save_pretrained_writes_the_weights_that_the_optimizer_keeps(folder: Path, tmp_path: Path, world_size: int) -> None:
+    stages = ("zero3-bf16", "zero3_offload-bf16", "cpu-bf16", "zero2-bf16")
+    jobs = [values_of(folder, f"masters-{stage}-{world_size}", stage, gradient_accumulation_steps=1) for stage in stages]
+    run_on_ranks(save_both, world_size, jobs, str(tmp_path))
+    for number, (stage, job) in enumerate(zip(stages, jobs, strict=True)):
+        masters = load_file(checkpoint.find(Path(job["train"]["run_dir"])) / "model.safetensors")
+        given = load_file(tmp_path / str(number) / "model.safetensors")
+        model = LMCODE.from_pretrained(tmp_path / str(number))
+        assert given.keys() == masters.keys() == dict(model.named_parameters()).keys()
+        for name, parameter in model.named_parameters():
+            assert torch.equal(given[name], masters[name]) and torch.equal(parameter, masters[name]), (stage, name)
+        rounded = [torch.equal(weight, weight.bfloat16().float()) for weight in masters.values()]
+        assert not all(rounded), "the masters would be the parameters"
+        card = (tmp_path / str(number) / "README.md").read_text(encoding="utf-8")
+        assert f"{sum(weight.numel() for weight in masters.values()):,} weights" in card
+    changed, name = load_file(tmp_path / "changed" / "model.safetensors"), "embedding.weight"
+    assert torch.equal(changed[name][0], torch.full_like(changed[name][0], 0.25))
+    assert torch.equal(changed[name][1:], masters[name][1:]), "what nobody has changed is exact"
+
+
+def test_a_trained_model_is_saved_exactly_when_its_trainer_is_gone(tmp_path: Path) -> None:
+    run_on_ranks(train_and_let_go, 1, str(tmp_path))
+    masters = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    for name in ("model", "fp32", "more"):
+        given = load_file(tmp_path / name / "model.safetensors")
+        assert all(torch.equal(given[weight], masters[weight]) for weight in masters), name
+    copied = load_file(tmp_path / "copy" / "model.safetensors")
+    assert all(torch.equal(copied[weight], masters[weight].bfloat16().float()) for weight in masters)
+
+
+def train_and_let_go(target: str) -> None:
+    torch.manual_seed(0)
+    model = LMCODE(LMCODEConfig(vocab_size=256, hidden_size=32, num_layers=1, num_heads=2, context_length=16,
+                                long_term_memory_slots=0))
+    trainer = MemoryAwareTrainer(model, {"precision": "bf16", "warmup_steps": 0, "deepspeed": "cpu", "sequence_length": 8})
+    trainer.train(create_synthetic_dataset(4, 9, seed=0), num_epochs=2, batch_size=4)
+    trainer.save_checkpoint(f"{target}/checkpoint")
+    assert model.embedding.weight.dtype == torch.bfloat16
+    del trainer
+    gc.collect()
+    model.save_pretrained(f"{target}/model")
+    LMCODE.from_pretrained(f"{target}/model").save_pretrained(f"{target}/more")
+    copy.deepcopy(model).save_pretrained(f"{target}/copy")
+    model.float().save_pretrained(f"{target}/fp32")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -144,8 +209,9 @@ def load_grid(runs: list[dict]) -> list:
         results = [loop.train_step(session)]
         session.step += 1
         results.append(loop.train_step(session))
-        ids = session.group.all_gather_object(results[0].reads[1][0].hits.id_HNK)
-        seen.append((content, [result.loss for result in results], ids))
+        hits = session.group.all_gather_object(results[0].reads[1][0].hits[:2])
+        seen.append((content, [result.loss for result in results],
+                     tuple(torch.cat(parts, dim=1) for parts in zip(*hits, strict=True))))
         session.close()
     return seen
 
@@ -155,13 +221,13 @@ def test_any_number_of_ranks_and_any_stage_goes_on_from_any_other(folder: Path) 
     saved = [run_on_ranks(train_and_save, world_size, values)[0] for world_size, values in zip(RANKS, runs, strict=True)]
     loaded = [run_on_ranks(load_grid, world_size, runs)[0] for world_size in RANKS]
     for number, content in enumerate(saved):
-        same, losses, ids = zip(*(seen[number] for seen in loaded), strict=True)
+        same, losses, hits = zip(*(seen[number] for seen in loaded), strict=True)
         assert set(same) == {content}
         for first, second in losses:
             assert first == pytest.approx(losses[0][0], abs=1e-6)
             assert second == pytest.approx(losses[0][1], abs=1e-5)  # one update later: the optimizer went along
-        for everyones in ids:
-            assert torch.equal(torch.cat(everyones, dim=1), torch.cat(ids[0], dim=1))
+        for found in hits:
+            assert_same_hits(found, hits[0])
 
 
 # One finished run that the tests below read, copy and damage
@@ -227,7 +293,7 @@ def test_resume_falls_back_drops_what_lies_beyond_and_refuses_what_does_not_fit(
             (ruined, str(run / "ruined" / "checkpoints" / "step-00000003")), (empty, "auto"),
             (empty, str(run / "nowhere")), (longer, "none")]
     before = (run / "done" / "metrics.jsonl").read_bytes()
-    first, second = run_on_ranks(resume_all, 2, jobs, timeout_s=280)
+    first, second = run_on_ranks(resume_all, 2, jobs)
     assert first == second
     *codes, ruin, wide, chosen, fresh, nowhere, again = first
     assert codes == [0, 0, 0, 0] and fresh == 0
@@ -263,7 +329,7 @@ def test_inference_reads_only_what_verifies(finished: Path) -> None:
     run = finished.with_name("inference")
 
     def load(path: Path) -> int:
-        return checkpoint.load_model(path, [], group=dist.Group(), device=torch.device("cpu"))[3]
+        return opening.open_model(path, group=dist.Group(), device=torch.device("cpu")).step
 
     assert load(run) == 6
     newest = run / "checkpoints" / "step-00000006"
@@ -395,7 +461,7 @@ def check_failures(run: Path, reports: list[dict]) -> None:
     assert durable.newest_verified(run / "checkpoints") == (reports[0]["last"], [])
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000001", "step-00000006"]
     assert [row["train/failed_saves"] for row in rows_of(run) if "train/failed_saves" in row] == [1, 2, 3, 4, 5]
-    model, _, _, step = checkpoint.load_model(run, [], group=dist.Group(), device=torch.device("cpu"))
+    model, *_, step = opening.open_model(run, group=dist.Group(), device=torch.device("cpu"))
     assert (step, model.banks[1].content_hash()) == (6, reports[0]["hash"])
 
 
@@ -498,3 +564,21 @@ def test_ten_kills_and_resumes_in_a_row_equal_one_run(tmp_path: Path) -> None:
     assert sum(name.startswith("banks/layer-01/") for name in seals) == 12
     assert_tensorboard_has_no_overlap(killed, last)
     assert sorted(path.name[:5] for path in (killed / "checkpoints").iterdir()) == ["step-", "step-"]
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lmcode.train.start.time.strftime", lambda _: "now")
+    starts = [open_run(RunConfig(), dist.Group()) for _ in range(3)]
+    assert [one.run_folder for one in starts] == [Path("runs") / name for name in
+                                                      ("custom-now", "custom-now-2", "custom-now-3")]
+    for one in starts:
+        one.close()
+
+
+def test_a_run_folder_may_lie_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    start = open_run(build(RunConfig, {"train": {"run_dir": "~/mine"}}), dist.Group())
+    assert start.run_folder == tmp_path / "mine" and start.run_folder.is_dir()
+    start.close()

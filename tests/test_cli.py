@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
+import os
 import shlex
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -13,6 +17,7 @@ import pytest
 import lmcode.train
 from lmcode import presets
 from lmcode.cli import command as cli
+from lmcode.cli.console import Spelling
 from lmcode.config import ConfigError, RunConfig
 from lmcode.presets import load_run_config
 
@@ -178,3 +183,40 @@ def test_every_preset_passes_the_check_and_survives_show(preset: str, tmp_path: 
 def test_the_schema_is_json_and_knows_every_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "schema"]) == 0
     assert set(json.loads(capsys.readouterr().out)["properties"]) == set(RunConfig.model_fields)
+
+
+def run_with(*words: str, **env: str) -> subprocess.CompletedProcess[bytes]:
+    """The command in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "lmcode", *words], cwd=Path(__file__).parents[1], capture_output=True,
+                          timeout=300, env={**os.environ, **env})
+
+
+def test_an_encoding_that_lacks_characters_shows_escapes_and_warns() -> None:
+    done = run_with("config", "check", "preset=\u00fcber \U0001f600", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and done.stdout.startswith(rb"ok: preset \u00fcber \ud83d\ude00, ")
+    line, = done.stderr.decode("ascii").splitlines()
+    assert line.startswith("lmcode: warning: the output's encoding (ascii) lacks some characters")
+
+
+@pytest.mark.parametrize("words", [["generate", "run", "--prompt", "a\udcffb"], ["eval", "r\udcffn"],
+                                   ["train", "data.path=\udcff"]])
+def test_words_that_are_no_utf_8_are_refused_in_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert r"must be UTF-8: got '" in refused(capsys, *words)
+
+
+def test_settings_without_effect_are_named_by_the_check(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "check", "memory.write_every=9"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("ok: ")
+    assert err == "lmcode: warning: memory.write_every = 9 has no effect here: it needs memory.write=every_nth\n"
+
+
+def test_spelling_keeps_json_and_bytes() -> None:
+    buffer = io.BytesIO()
+    stream, spelling = io.TextIOWrapper(buffer, encoding="ascii"), Spelling()
+    codecs.register_error("lmcode-test", spelling)
+    stream.reconfigure(errors="lmcode-test")
+    print("a\udcffb", file=stream, flush=True)
+    assert buffer.getvalue() == b"a\xffb\n" and not spelling.escaped
+    print(json.dumps("\u00e9 \U0001f600", ensure_ascii=False), file=stream, flush=True)
+    assert json.loads(buffer.getvalue().splitlines()[1]) == "\u00e9 \U0001f600" and spelling.escaped

@@ -22,15 +22,18 @@ from safetensors.numpy import load_file
 from test_loop import settings, write_corpus
 from test_reshard import plain, states_of
 
-from lmcode import LMCODE, dist
+from lmcode import LMCODE, dist, opening
 from lmcode.cli import command as cli
 from lmcode.config import ConfigError, RunConfig, build
-from lmcode.inference import evaluate_run
+from lmcode.data.replay import ReplaySampler
+from lmcode.eval.run import evaluate_path
+from lmcode.files import durable
+from lmcode.memories import files as saved_memory
+from lmcode.memories.experiences import VISITS, spelled
 from lmcode.memory import LongTermMemory
 from lmcode.presets import load_run_config
-from lmcode.saved import memory as saved_memory
-from lmcode.train import amend, checkpoint, durable, loop
-from lmcode.train.replay import ReplaySampler
+from lmcode.saved import amend, checkpoint, files
+from lmcode.train import loop
 from lmcode.train.start import open_run
 
 KINDS = ("add", "search", "stats", "inspect", "export", "import", "delete", "expire", "consolidate", "reshard", "verify")
@@ -101,7 +104,7 @@ def checkpoints(run: Path) -> list[str]:
 
 def memory_of(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The experiences and the hashes of the banks of a run or checkpoint."""
-    model, *_ = checkpoint.load_model(path, [], group=dist.Group(), device=torch.device("cpu"))
+    model, *_ = opening.open_model(path, group=dist.Group(), device=torch.device("cpu"))
     return [one.row() for one in model.experiences.all()], [bank.content_hash() for bank in model.banks.values()]
 
 
@@ -162,7 +165,7 @@ def content_of(path: Path) -> bytes:
 
 
 def loaded_bank(path: Path) -> LongTermMemory:
-    return checkpoint.load_model(path, [], group=dist.Group(), device=torch.device("cpu"))[0].banks[1]
+    return opening.open_model(path, group=dist.Group(), device=torch.device("cpu"))[0].banks[1]
 
 
 def secrets_of(path: Path, namespace: int) -> list[bytes]:
@@ -179,8 +182,9 @@ def test_training_goes_on_without_what_was_deleted_and_resharded(folder: Path, r
     reshard goes on with what that made, again and again."""
     folders = run / "checkpoints"
     said("add", run, *TEXTS[:2])
-    namespace = next(name for name, mine in spans_of(folders / "step-00000004.1").items() if name and len(mine) > 1)
-    said("add", run, TEXTS[2], "--namespace", namespace)
+    namespace = next(name for name, mine in spans_of(folders / "step-00000004.1").items() if len(mine) > 1)
+    assert namespace >= VISITS
+    said("add", run, TEXTS[2], "--namespace", spelled(namespace))
     before = folders / "step-00000004.2"
     spans, gone = spans_of(before).pop(namespace), [b"A whale is no fish", *secrets_of(before, namespace)]
     kept = [span for name, some in spans_of(before).items() if name != namespace for span in some]
@@ -188,7 +192,7 @@ def test_training_goes_on_without_what_was_deleted_and_resharded(folder: Path, r
     content = content_of(before)
     assert all(secret in content for secret in [*gone, *kept])
 
-    done = json.loads(said("delete", run, "--namespace", namespace, "--json"))
+    done = json.loads(said("delete", run, "--namespace", spelled(namespace), "--json"))
     assert (done["count"], done["entries"], done["replay_spans"]) == (1, entries, len(spans))
     assert "slots are the fewest that hold everything" in said("reshard", run, "--virtual-shards", 5, "--slots", 5, code=2)
     assert "from 12 to 5 virtual shards, 600 slots a layer" in said("reshard", run, "--virtual-shards", 5, "--slots", 600)
@@ -226,7 +230,7 @@ def check_what_resumes(folder: Path, run: Path) -> None:
 
 
 def found_in(run: Path) -> list[tuple[int, float, str]]:
-    model, *_ = checkpoint.load_model(run, [], group=dist.Group(), device=torch.device("cpu"))
+    model, *_ = opening.open_model(run, group=dist.Group(), device=torch.device("cpu"))
     return [(one.id, one.score, one.text) for one in model.query_memory("Ishmael, some years")[0]]
 
 
@@ -256,31 +260,31 @@ def test_a_reshard_changes_where_things_lie_and_nothing_else(run: Path, said: Ca
 def test_spans_go_with_the_namespace_of_what_is_deleted(run: Path, said: Callable[..., str], tmp_path: Path) -> None:
     """By id, by age, by namespace; and only those: a text that is older than its neighbours takes theirs along."""
     spans = spans_of(run / "checkpoints" / "step-00000004")
-    first, second, third, *_ = (name for name in spans if name)
-    rows = [{"text": f"text {name}", "namespace": name, "stored_at": moment}
+    first, second, third, *_ = spans
+    rows = [{"text": f"text {name}", "namespace": spelled(name) if name in spans else name, "stored_at": moment}
             for name, moment in ((first, 5), (first, int(time.time())), (second, 5), ("house", 5))]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     said("import", run, file)
     assert "deleted 1 experiences, 9 entries of layers' banks and 0 replay spans" in said("delete", run, "--id", 3)
-    done = json.loads(said("expire", run, "--older-than", "1h", "--namespace", first, "--json"))
+    done = json.loads(said("expire", run, "--older-than", "1h", "--namespace", spelled(first), "--json"))
     assert (done["count"], done["replay_spans"]) == (1, len(spans.pop(first)))
     assert spans_of(run / "checkpoints" / done["checkpoint"]) == spans
     done = json.loads(said("expire", run, "--older-than", "1h", "--json"))
     assert (done["count"], done["replay_spans"]) == (1, len(spans.pop(second)))
     live = loaded_bank(run / "checkpoints" / done["checkpoint"]).shard.columns["namespace"]
     assert (live == second).any() and (live == third).any(), "a document's entries have no time of day"
-    done = json.loads(said("delete", run, "--namespace", third, "--json"))
+    done = json.loads(said("delete", run, "--namespace", spelled(third), "--json"))
     assert (done["count"], done["entries"]) == (0, int((live == third).sum()))
     assert done["replay_spans"] == len(spans.pop(third))
     assert spans_of(run / "checkpoints" / done["checkpoint"]) == spans
-    assert "nothing is stored under the namespace" in said("delete", run, "--namespace", third, code=2)
+    assert "nothing is stored under the namespace" in said("delete", run, "--namespace", spelled(third), code=2)
 
 
 def test_a_saved_model_is_looked_at_and_resharded_into_another_folder(run: Path, said: Callable[..., str], tmp_path: Path
                                                                       ) -> None:
     said("add", run, *TEXTS)
-    model, *_ = checkpoint.load_model(run, [], group=dist.Group(), device=torch.device("cpu"))
+    model, *_ = opening.open_model(run, group=dist.Group(), device=torch.device("cpu"))
     old, new = tmp_path / "old", tmp_path / "new"
     model.save_pretrained(old)
     before, stored = content_of(old), said("export", old)
@@ -390,7 +394,7 @@ def test_generation_reads_the_namespace_it_is_told(run: Path, said: Callable[...
                                                    capsys: pytest.CaptureFixture[str],
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     said("add", run, *TEXTS, "--namespace", "house")
-    model, *_ = checkpoint.load_model(run, [], group=dist.Group(), device=torch.device("cpu"))
+    model, *_ = opening.open_model(run, group=dist.Group(), device=torch.device("cpu"))
     model.save_pretrained(tmp_path / "model")
     asked, call = [], LMCODE.generate
     monkeypatch.setattr(LMCODE, "generate", lambda *given, **words: (asked.append(words["namespace"]),
@@ -405,15 +409,41 @@ def test_generation_reads_the_namespace_it_is_told(run: Path, said: Callable[...
     assert asked == ["house", 999, "huose"] * 2 and texts[:2] == texts[2:]
 
 
+def test_all_of_another_text_is_evaluated_and_how_much_of_how_much_is_said(run: Path, tmp_path: Path) -> None:
+    own = json.loads(evaluate_path(run, [], as_json=True))
+    assert own["same_corpus"] and own["on"]["tokens"] < own["tokens_in_all"], "as many windows as the settings say"
+    assert f"{own['on']['tokens']:,} of {own['tokens_in_all']:,} held-out tokens" in evaluate_path(run, [])
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.txt").write_text(f"The key is under the {name}. " * 80)
+    here, lone = f"data.path={tmp_path}/*.txt", f"data.held_out={tmp_path / 'valid.txt'}"
+    size = sum(len((tmp_path / f"{name}.txt").read_bytes()) + 1 for name in ("train", "valid"))
+    other = json.loads(evaluate_path(run, [here], as_json=True))
+    assert other["on"]["tokens"] == other["off"]["tokens"] == other["tokens_in_all"] == size
+    lone_file = json.loads(evaluate_path(run, [lone], as_json=True))
+    assert lone_file["on"]["tokens"] == len((tmp_path / "valid.txt").read_bytes()) + 1
+    assert f" of {size:,} tokens" in evaluate_path(run, [here, "eval.final_windows=3"])
+    assert json.loads(evaluate_path(run, [here, "eval.final_windows=3"], as_json=True))["on"]["tokens"] == 2 * 3 * 16
+
+
 def test_consolidation_says_what_it_does_to_held_out_loss(run: Path, said: Callable[..., str], tmp_path: Path) -> None:
-    model, *_ = checkpoint.load_model(run, [], group=dist.Group(), device=torch.device("cpu"))
+    model, *_ = opening.open_model(run, group=dist.Group(), device=torch.device("cpu"))
     model.save_pretrained(tmp_path / "model")
-    before = json.loads(evaluate_run(run, [], as_json=True))["on"]["loss"]
+    before = json.loads(evaluate_path(run, [], as_json=True))["on"]["loss"]
     done = json.loads(said("consolidate", run, "--threshold", "0.5", "--measure", "--json"))
     assert done["held_out_loss_before"] == before and done["count"] > 0
     assert before != done["held_out_loss"] == pytest.approx(before, rel=0.1)
     assert "held-out loss" in said("consolidate", run, "--measure")
     assert "is a saved model without any" in said("consolidate", tmp_path / "model", "--measure", code=2)
+
+
+def test_eval_says_what_its_documents_cannot_tell(run: Path) -> None:
+    words = ["eval.streams=1", "eval.final_windows=4"]
+    found = json.loads(evaluate_path(run, words, as_json=True))
+    assert found["shuffled"] is None and found["on"]["far_loss"] is None and found["off"]["loss"] > 0
+    assert "no two held-out documents are read side by side" in found["not_measurable"]["shuffled"]
+    text = evaluate_path(run, words)
+    assert "memory shuffled  not measurable: no two" in text and "far 0.0" not in text
+    assert "far is not measurable: no held-out document was read as far as 16 windows" in text
 
 
 @pytest.fixture(params=["saved model", "checkpoint"])
@@ -422,7 +452,7 @@ def lone(request: pytest.FixtureRequest, run: Path, tmp_path: Path) -> Path:
     place, newest = tmp_path / "lone", run / "checkpoints" / "step-00000004"
     if request.param == "checkpoint":
         return Path(shutil.copytree(newest, place))
-    model, *_ = checkpoint.load_model(newest, [], group=dist.Group(), device=torch.device("cpu"))
+    model, *_ = opening.open_model(newest, group=dist.Group(), device=torch.device("cpu"))
     model.save_pretrained(place)
     (place / "generation_config.json").write_text("{}")  # somebody else's file
     return place
@@ -439,7 +469,7 @@ def remembered(place: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 def test_a_lone_folder_lives_as_a_run_does(lone: Path, run: Path, said: Callable[..., str], tmp_path: Path) -> None:
     """The same commands leave the same memory, say the same, and touch nothing else."""
-    memory = ("banks", "experiences", "replay.safetensors", "README.md", "manifest.json")
+    memory = ("banks", "experiences", "replay.safetensors", "README.md", "manifest.json", files.RECORD)
     others = {path: path.read_bytes() for path in lone.rglob("*")
               if path.is_file() and path.relative_to(lone).parts[0] not in memory}
     (tmp_path / "more.jsonl").write_text(json.dumps({"text": "from a file", "namespace": 7}))
@@ -474,13 +504,16 @@ def test_a_model_card_says_what_is_held_unless_somebody_has_edited_it(lone: Path
 def test_a_lone_folder_is_changed_whole_or_not_at_all(lone: Path, said: Callable[..., str], tmp_path: Path,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.read_bytes() for path in lone.rglob("*") if path.is_file()}
-    with durable.held(next(path for name in ("config.json", "config.yaml") if (path := lone / name).exists())):
+    model = (lone / "config.json").exists()
+    with files.replacing(lone) if model else durable.held(lone / "config.yaml"):
         assert "is being changed by another process" in said("add", lone, "x", code=2)
     for module in (saved_memory, amend):
         monkeypatch.setattr(module, "save_memory", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert "No space left on device" in said("add", lone, "x", code=2)
     assert {path: path.read_bytes() for path in lone.rglob("*") if path.is_file()} == before
     monkeypatch.undo()
+    if model:
+        return  # see test_pretrained
     lone.rename(tmp_path / "away")
     (tmp_path / ".lone.saving").mkdir()
     (tmp_path / "away").rename(tmp_path / ".lone.saving" / "new")  # a kill between the two renames
@@ -500,7 +533,7 @@ def test_a_change_of_a_lone_folder_that_breaks_off_leaves_the_old_memory_or_the_
         outcomes.add((tuple(texts), code))
         said("add", copy, "another one")
         assert [row["text"] for row in remembered(copy)[0]] == [*texts, "another one"]
-        assert not (copy.parent / f".{copy.name}.saving").exists()
+        assert not (copy.parent / f".{copy.name}.saving").exists() and not (copy / files.WORK).exists()
     assert outcomes >= {((TEXTS[0],), None), ((), 0)}
 
 

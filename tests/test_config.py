@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcode import presets
-from lmcode.config import ConfigError, LMCODEConfig, RunConfig, build, parse_override, to_yaml
+from lmcode.config import ConfigError, LMCODEConfig, RunConfig, build, expanded, parse_override, read_yaml, to_yaml
 from lmcode.presets import load_run_config
 
 
@@ -133,3 +133,49 @@ def test_any_mapping_validates_or_is_refused_in_one_line(values: dict) -> None:
         build(RunConfig, values)
     except ConfigError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize("words", ["books/#1", "#1", "*.txt", "{a,b}.txt", "@x", "&a", "2024-11-25", "yes", "1e3", "12", "~",
+                                   "-", "a: b", "[1]", "'quoted'", "  spaces ", "!!str x", "|", "=", "a=b", "%", "Null"])
+def test_a_setting_that_is_text_takes_the_words_as_they_are(words: str, tmp_path: Path) -> None:
+    config = load_run_config("tiny", [f"{name}={words}" for name in ("data.path", "data.text_field", "preset", "data.cache",
+                                                                     "train.run_dir", "data.tokenizer", "train.deepspeed")])
+    assert config.data.path == config.data.text_field == config.preset == config.train.run_dir == words
+    (tmp_path / "run.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert load_run_config(tmp_path / "run.yaml") == config
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
+def test_any_words_reach_a_setting_that_is_text_and_come_back_from_the_file(words: str) -> None:
+    config = load_run_config("tiny", [f"data.text_field={words}"])
+    assert config.data.text_field == words
+    assert build(RunConfig, read_yaml(to_yaml(config))) == config
+
+
+def test_text_that_may_be_left_out_is_left_out_by_null_or_nothing() -> None:
+    for words in ("null", ""):
+        config = load_run_config("tiny", ["data.path=a", f"data.path={words}", f"data.text_field={words}"])
+        assert (config.data.path, config.data.text_field) == (None, words)
+
+
+def test_other_settings_are_yaml_as_before() -> None:
+    changed = load_run_config("tiny", ["train.learning_rate=1e-3", "train.betas=[0.8, 0.9]", "eval.slots=null",
+                                       "train.activation_checkpointing=yes", "model.memory_layers=all",
+                                       "memory.write=surprise"])
+    assert (changed.train.betas, changed.eval.slots, changed.train.activation_checkpointing) == ((0.8, 0.9), None, True)
+    assert (changed.model.memory_layers, changed.memory.write, changed.train.learning_rate) == ("all", "surprise", 1e-3)
+
+
+@pytest.mark.parametrize("content", ["train: {seed: 1}\ntrain: {streams: 8}\n",
+                                     "train:\n  seed: 1\n  streams: 8\n  seed: 2\n"])
+def test_a_key_that_is_given_twice_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"given once: got '(train|seed)' again in line [24]"):
+        load_run_config(tmp_path / "run.yaml")
+
+
+def test_the_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expanded("data.cache", "~/cache") == Path("/home/me/cache") and expanded("data.cache", "a~") == Path("a~")
+    with pytest.raises(ConfigError, match="data.cache = '~nobody-here/x' begins with a home folder that cannot be found"):
+        expanded("data.cache", "~nobody-here/x")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmcode.config import ConfigError, DataConfig
-from lmcode.tokenizer import BPETokenizer
-from lmcode.train import corpus as corpus_module
-from lmcode.train import sources
-from lmcode.train.corpus import Corpus, prepare_corpus
+from lmcode.config import ConfigError, DataConfig, RunConfig, build
+from lmcode.data import corpus as corpus_module
+from lmcode.data import sources
+from lmcode.data.corpus import Corpus, load_corpus, prepare_corpus
+from lmcode.data.tokenizer import BPETokenizer, ByteTokenizer
 
 
 @pytest.fixture
@@ -70,6 +70,7 @@ def test_counts_are_true(text, tmp_path):
     corpus = prepare(text, tmp_path / "cache", min_document_tokens=100)
     assert "exact.txt" in contents(corpus) and "short.txt" not in contents(corpus)
     sides = {"train": corpus.train, "held_out": corpus.held_out}
+    assert len(corpus.passed_over) == 0
     assert sum(corpus.meta[side]["documents"] + corpus.meta[side]["left_out"] for side in sides) == 63
     assert corpus.meta["documents"] == 63
     for name, side in sides.items():
@@ -112,12 +113,105 @@ def test_folder_glob_and_file_agree(text, tmp_path):
         Path(name).name for name in contents(folder) if name.startswith("deep/") and name.endswith(".md")}
 
 
-def test_hidden_and_foreign_files_of_a_folder_are_passed_over(text, tmp_path):
+def test_hidden_and_foreign_files_of_a_folder_are_passed_over_and_named(text, tmp_path):
     before = set(contents(prepare(text, tmp_path / "cache")))
     (text / ".git").mkdir()
     for name in (".git/x.txt", ".hidden.txt", "image.png"):
         (text / name).write_bytes(b"\0\0")
-    assert set(contents(prepare(text, tmp_path / "cache"))) == before
+    (text / "settings.json").write_text('{"indent": 4}')
+    for _ in range(2):  # the second time the corpus is found ready, and its line says the same
+        corpus = prepare(text, tmp_path / "cache")
+        assert set(contents(corpus)) == before
+        assert ("4 passed over: 1 JSON without the field 'text' (settings.json), 2 hidden (.git, .hidden.txt), 1 of a kind "
+                "that is not read (image.png)") in corpus.describe()
+
+
+def rows_of(corpus: Corpus) -> tuple[set[str], set[str]]:
+    return set(corpus.train.names), set(corpus.held_out.names)
+
+
+LOOKALIKES = {
+    "plain": ("train.txt", "val.txt"), "wiki": ("wiki.train.txt", "wiki.valid.txt", "wiki.test.txt"),
+    "stories": ("TinyStories-train.txt", "TinyStories-valid.txt"), "mixed": ("text.jsonl", "dev.jsonl"),
+    "hub": ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"),
+    "folders": ("train/a.txt", "valid/a.txt", "test/b.txt")}
+
+
+def write_texts(root: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        row = json.dumps({"text": name * 20}) if name.endswith("jsonl") else name * 20
+        (root / name).write_text(row)
+
+
+@pytest.mark.parametrize("names", LOOKALIKES.values(), ids=LOOKALIKES)
+def test_nobody_trains_on_files_that_look_held_out_unless_a_setting_says_so(tmp_path, names):
+    root = tmp_path / "text"
+    write_texts(root, names)
+    refused(root, tmp_path, f"look held out beside files to train on: .*{names[1]}.*data.held_out.*data.exclude")
+    refused(root / "**", tmp_path, "look held out beside files to train on")
+    corpus = prepare(root, tmp_path / "cache", held_out=str(root / names[1].split("/")[0]), exclude=names[2:])
+    train, held_out = (name + ":1" * name.endswith("jsonl") for name in names[:2])
+    assert rows_of(corpus) == ({train}, {held_out.removeprefix("valid/")})
+    assert "held out (named by data.held_out)" in corpus.describe()
+    mixed = prepare(root, tmp_path / "cache", held_out="share")
+    assert len(mixed.train) + len(mixed.held_out) == len(names)
+
+
+def test_source_code_may_be_called_as_it_likes(tmp_path):
+    write_texts(tmp_path / "code", ("module.py", "test/test_module.py", "eval.py"))
+    assert len(contents(prepare(tmp_path / "code", tmp_path / "cache"))) == 3
+
+
+def test_held_out_files_are_never_trained_on_and_others_that_look_so_are_named(text, tmp_path, caplog):
+    write_texts(text, ("val.txt", "test.txt"))
+    corpus = prepare(text, tmp_path / "cache", held_out=str(text / "deep"))
+    train, held_out = rows_of(corpus)
+    assert train == {file.name for file in text.glob("*.*") if file.stat().st_size} and {"val.txt", "test.txt"} <= train
+    assert held_out == {file.name for file in (text / "deep").iterdir()}
+    assert sum("though they look held out" in record.message and "test.txt, val.txt" in record.message
+               for record in caplog.records) == 1
+    refused(text / "deep", tmp_path, "nothing is left to train on", held_out=str(text))
+    refused(text, tmp_path, "data.held_out '.*nowhere' does not exist", held_out=str(text / "nowhere"))
+
+
+def held_out_share(corpus: Corpus) -> float:
+    return len(corpus.held_out.tokens) / (len(corpus.held_out.tokens) + len(corpus.train.tokens))
+
+
+def test_the_end_of_one_text_file_is_held_out(tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text("".join(f"Chapter {number}.\n" + "word " * 50 + "\n\n" for number in range(40)))
+    corpus = prepare(file, tmp_path / "cache", held_out_share=0.1)
+    parts = contents(corpus)
+    assert list(parts) == ["book.txt", "book.txt (end)"] and "".join(parts.values()) == file.read_text()
+    assert parts["book.txt (end)"].startswith("Chapter "), "cut where a paragraph begins"
+    assert 0.08 < held_out_share(corpus) < 0.12
+    assert "(the end of the file, 10.0% of it" in corpus.describe()
+    file.write_text("x" * 100)
+    assert list(contents(prepare(file, tmp_path / "cache", held_out_share=0.1)).values()) == ["x" * 90, "x" * 10]
+
+
+def test_documents_of_one_text_file_are_kept_whole_and_the_last_held_out(tmp_path):
+    file = tmp_path / "stories.txt"
+    stories = [f"Story {number}.\r\n" + "word " * number for number in range(1, 41)]
+    file.write_bytes("\n<|endoftext|>\n".join(stories).encode())
+    corpus = prepare(file, tmp_path / "cache", held_out_share=0.2)
+    parts = contents(corpus)
+    assert [text.removesuffix("\n") for text in parts.values()] == stories
+    assert list(parts)[:2] == ["stories.txt:1", "stories.txt:4"], "the line at which it begins"
+    assert 0.18 < held_out_share(corpus) < 0.22
+    assert list(corpus.held_out.names) == list(parts)[-len(corpus.held_out):]
+    assert f"the last {len(corpus.held_out)} documents" in corpus.describe()
+    (whole,) = set(contents(prepare(file, tmp_path / "cache", document_separator=None))) - {"stories.txt (end)"}
+    assert whole == "stories.txt"
+
+
+def test_everything_can_be_held_out_for_measuring(text, tmp_path):
+    write_texts(text, ("val.txt",))
+    config = DataConfig(path=str(text), tokenizer="bytes")
+    corpus = prepare_corpus(config, vocab_size=257, folder=tmp_path / "cache", whole=True)
+    assert len(corpus.train) == 0 and len(corpus.held_out) == 61 and "val.txt" in corpus.held_out.names
 
 
 def test_bpe_sees_training_documents_only(text, tmp_path):
@@ -152,8 +246,8 @@ def test_wide_vocabulary_is_stored_as_uint32(tmp_path):
             return [[70_000 + ord(c) % 50 for c in text] for text in texts]
 
     writer = corpus_module._SideWriter(tmp_path / "train", Wide(), 2)
-    writer.add([("a", "hello")])
-    counts = writer.finish("train")
+    writer.add("", [("a", "hello")])
+    counts = writer.finish("train", needed=[""])
     tokens = np.fromfile(tmp_path / "train.tokens", dtype=np.uint32)
     assert writer.dtype == np.uint32 and len(tokens) == counts["tokens"] == 7
     assert tokens[0] == tokens[-1] == 99_999 and tokens[1] == 70_000 + ord("h") % 50
@@ -173,6 +267,7 @@ def test_every_decision_is_in_the_fingerprint(text, tmp_path):
     BPETokenizer.train(["other words, other words"], 300).save(tmp_path / "b")
     folders = [prepare(text, tmp_path / "cache", **settings).folder for settings in (
         {}, {"vocab_size": 401}, {"tokenizer": "bpe"}, {"held_out_share": 0.3}, {"min_document_tokens": 3},
+        {"held_out": str(text / "deep")}, {"exclude": "deep"}, {"document_separator": "--"},
         {"tokenizer": str(tmp_path / "a")}, {"tokenizer": str(tmp_path / "b")})]
     os.utime(text / "00.txt", ns=(1, 1))
     folders.append(prepare(text, tmp_path / "cache").folder)
@@ -198,7 +293,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from lmcode.config import DataConfig
-from lmcode.train import corpus
+from lmcode.data import corpus
 def die(draft, home): os._exit(9)
 corpus._move_into_place = die
 corpus.prepare_corpus(DataConfig(path=sys.argv[1], tokenizer="bytes"), vocab_size=257, folder=Path(sys.argv[2]))
@@ -275,14 +370,11 @@ def standard_library(text, tmp_path, monkeypatch) -> Path:
     return text
 
 
-def test_standard_library_is_the_default_and_odd_files_are_counted(standard_library, tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, logger="lmcode"):
-        corpus = prepare_corpus(DataConfig(tokenizer="bytes"), vocab_size=257, folder=tmp_path / "cache")
+def test_standard_library_is_the_default_and_odd_files_are_counted(standard_library, tmp_path):
+    corpus = prepare_corpus(DataConfig(tokenizer="bytes"), vocab_size=257, folder=tmp_path / "cache")
     assert set(contents(corpus)) == {file.relative_to(standard_library).as_posix()
                                      for file in standard_library.rglob("[0-9]*.py")}
-    assert corpus.meta["skipped_files"] == 2
-    (record,) = (record for record in caplog.records if "skipped" in record.message)
-    assert "test/latin.py, test/nul.py" in record.message
+    assert "2 passed over: 2 not UTF-8 text (test/latin.py, test/nul.py)" in corpus.describe()
 
 
 def test_the_real_standard_library_is_found():
@@ -301,13 +393,19 @@ def refused(path: object, tmp_path: Path, match: str, **settings: object) -> Non
 def test_missing_paths_are_refused(text, tmp_path):
     refused(text.with_name("texd"), tmp_path, "texd' does not exist. Did you mean 'text'")
     refused(text / "*.rst", tmp_path, "matches no file")
+    refused(text / "**" / "*.rst", tmp_path, "matches no file")
     (tmp_path / "bare").mkdir()
-    refused(tmp_path / "bare", tmp_path, r"without \.txt, \.md, \.py, \.jsonl files")
+    refused(tmp_path / "bare", tmp_path, r"has no file to read \(\.txt, ")
+    (tmp_path / "bare" / "image.png").touch()
+    refused(tmp_path / "bare", tmp_path, r"1 passed over: 1 of a kind that is not read \(image\.png\)")
 
 
 def test_corpora_that_cannot_be_split_are_refused(text, tmp_path):
     refused(text / "empty.txt", tmp_path, "is empty")
-    refused(text / "00.txt", tmp_path, "at least 2 documents with text.*got 1")
+    (text / "one.txt").write_text("x")
+    refused(text / "one.txt", tmp_path, "one character: too little to train on and to hold out")
+    refused(write_jsonl(text / "one.jsonl", [{"text": "row"}]), tmp_path, "at least 2 documents with text.*got 1")
+    (text / "one.jsonl").unlink()
     refused(text, tmp_path, "every train document is shorter than data.min_document_tokens = 5000",
             min_document_tokens=5000)
 
@@ -329,7 +427,7 @@ def test_bad_jsonl_rows_are_refused_by_line(tmp_path, row, match):
     refused(write_jsonl(tmp_path / "rows.jsonl", [{"text": "ok"}, {"text": "fine"}, row]), tmp_path, match)
 
 
-@pytest.mark.parametrize(("line", "match"), [(b"{oops\n", r"rows\.jsonl:2' is not a JSON object"),
+@pytest.mark.parametrize(("line", "match"), [(b"{oops\n", r"rows\.jsonl:2' is not valid JSON: "),
                                              (b'{"text": "\xff"}\n', r"rows\.jsonl:2' is not UTF-8")])
 def test_lines_that_are_no_json_are_refused(tmp_path, line, match):
     file = write_jsonl(tmp_path / "rows.jsonl", [{"text": "ok"}])
@@ -381,3 +479,31 @@ def test_hugging_face_refusals(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match="needs the package 'datasets'"):
         prepare_corpus(DataConfig(hf="set"), vocab_size=300, folder=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("stage", ["mkdir", "tokenizer", "tokens", "rename"])
+def test_a_cache_that_takes_nothing_is_one_line_that_names_it(text, tmp_path, monkeypatch, stage):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full_for_rust(*_, **__):
+        raise Exception("No space left on device (os error 28)")  # as the tokenizers package says it
+
+    cache = tmp_path / "cache"
+    place = {"mkdir": None, "tokenizer": (ByteTokenizer, "save", full_for_rust), "tokens": (np, "save", full),
+             "rename": (corpus_module, "_move_into_place", full)}[stage]
+    if place is None:
+        cache.write_text("a file where the folder should be")
+    else:
+        monkeypatch.setattr(*place)
+    with pytest.raises(ConfigError, match="cannot be kept in '.*cache', the folder that data.cache names: ") as error:
+        prepare(text, cache)
+    assert "\n" not in str(error.value)
+    assert stage == "mkdir" or not [*cache.iterdir()], "nothing is left behind"
+
+
+def test_the_cache_may_lie_in_the_home_folder(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = build(RunConfig, {"data": {"path": "~/text", "tokenizer": "bytes", "cache": "~/kept"}})
+    assert text == tmp_path / "text"
+    assert load_corpus(config).folder.parent == tmp_path / "kept"

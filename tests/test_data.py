@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcode.train.corpus import Documents
-from lmcode.train.data import IGNORED, Batch, StreamSampler
+from lmcode.data.corpus import Documents
+from lmcode.data.streams import IGNORED, Batch, StreamSampler
 
 END = 999
 G, T = 24, 4
@@ -71,6 +71,7 @@ def test_windows_of_every_visit_give_back_one_document(lengths, streams, length,
         text = read_back(windows)
         order.append(next(i for i, original in enumerate(originals) if original == text))
         assert len(windows) == -(-(len(text) - 1) // length)
+        assert {batch.document_B[row].item() for _, batch, row in windows} == {documents.identity(order[-1])}
         steps = [step for step, _, _ in windows]
         assert steps == list(range(steps[0], steps[0] + len(steps)))  # contiguous,
         assert len({row for _, _, row in windows}) == 1  # in one stream
@@ -78,6 +79,16 @@ def test_windows_of_every_visit_give_back_one_document(lengths, streams, length,
         texts = [tuple(originals[i]) for i in order[epoch * len(lengths):(epoch + 1) * len(lengths)]]
         assert Counter(texts) == Counter(map(tuple, originals))  # all once per epoch
         assert shuffle or texts == list(map(tuple, originals))
+
+
+def test_a_document_is_known_by_what_it_says():
+    texts = [[0, 5, 6, 0], [0, 5, 7, 0], [0, 5, 6, 0], [0, 6, 5, 0], [0, 5, 6, 0, 0]]
+    offsets, tokens = np.cumsum([0, *map(len, texts)]), np.concatenate(texts)
+    known = {dtype: [Documents(tokens.astype(dtype), offsets, [str(at) for at in range(5)]).identity(at)
+                     for at in range(5)] for dtype in (np.uint16, np.uint32, np.int64)}
+    one, other, *rest = known[np.uint16]
+    assert rest[0] == one and len({one, other, *rest}) == 4 and min(one, other, *rest) >= 0
+    assert known[np.uint32] == known[np.int64] == known[np.uint16], "whatever they are stored in"
 
 
 def test_batch_is_well_formed_and_counted():
@@ -91,6 +102,7 @@ def test_batch_is_well_formed_and_counted():
         assert (batch.valid_BT[:, :-1] | ~batch.valid_BT[:, 1:]).all()  # padding only trails
         assert (batch.input_ids_BT[~batch.valid_BT] == END).all()
         assert torch.equal(batch.valid_BT.any(1), batch.namespace_B >= 0)
+        assert torch.equal(batch.valid_BT.any(1), batch.document_B >= 0)
         assert torch.equal(batch.reset_B, batch.window_B == 0)
         assert batch.global_tokens == int(batch.valid_BT.sum()) == sampler.global_tokens(step)
 
@@ -163,8 +175,8 @@ def test_seed_and_epoch_decide_the_order():
 def test_the_shuffle_never_changes():
     """A run resumed by another version must read the same documents: these numbers are recorded, not computed."""
     sampler = StreamSampler(make_documents([2] * 8), streams=8, sequence_length=1, seed=5)
-    assert sampler._schedule._epoch_order(0).tolist() == [7, 4, 3, 5, 6, 2, 0, 1]
-    assert sampler._schedule._epoch_order(1).tolist() == [7, 6, 1, 5, 4, 2, 0, 3]
+    assert sampler._schedule._queue._epoch_order(0).tolist() == [7, 4, 3, 5, 6, 2, 0, 1]
+    assert sampler._schedule._queue._epoch_order(1).tolist() == [7, 6, 1, 5, 4, 2, 0, 3]
 
 
 def test_the_stream_that_is_free_first_takes_the_next_document():

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from lmcode.config import ConfigError
-from lmcode.tokenizer import ByteTokenizer
-from lmcode.train.data import StreamSampler
-from lmcode.train.dataset import PHRASE_TOKENS, MemoryDataset, as_dataset, create_synthetic_dataset
+from lmcode.data.dataset import PHRASE_TOKENS, MemoryDataset, as_dataset, create_synthetic_dataset
+from lmcode.data.streams import StreamSampler
+from lmcode.data.tokenizer import ByteTokenizer
 
 SAMPLES = st.lists(st.lists(st.integers(0, 999), min_size=2, max_size=20), min_size=1, max_size=8)
 

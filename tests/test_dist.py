@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_on_ranks
 
 from lmcode import dist
-from lmcode.cluster import network
 from lmcode.dist import Group
+from lmcode.jobs import network
 
 
 def test_on_one_rank_collectives_are_identities_and_free() -> None:
@@ -136,6 +137,9 @@ def test_parts_must_share_out_the_ranks() -> None:
     ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"},
      dist.Rank(5, 8, 1, 4, "slurm")),
     ({"SLURM_PROCID": "0"}, dist.Rank(0, 1, 0, 1, "single")),  # an sbatch script itself, not a step of srun
+    ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, dist.Rank(0, 1, 0, 1, "single")),
+    ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_PTY_PORT": "4711"},
+     dist.Rank(0, 1, 0, 1, "single")),  # typed into a shell of srun --pty
 ])
 def test_every_launcher_is_recognised(env: dict, expected: dist.Rank) -> None:
     assert dist.discover(env) == expected
@@ -144,3 +148,18 @@ def test_every_launcher_is_recognised(env: dict, expected: dist.Rank) -> None:
 def test_a_rank_that_is_no_number_is_refused() -> None:
     with pytest.raises(ValueError, match="RANK='x'"):
         dist.discover({"RANK": "x", "WORLD_SIZE": "2"})
+
+
+def test_a_log_file_on_a_full_disk_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rank-00000.log").symlink_to("/dev/full")
+    dist.log_into(tmp_path, dist.Rank(0, 1, 0, 1, "single"))
+    handler = dist.log.handlers[-1]
+    try:
+        for _ in range(3):
+            dist.log.warning("a line")
+    finally:
+        dist.log.removeHandler(handler)
+        handler.stream = None
+    assert capsys.readouterr().err.count("Traceback") == 0
+    assert caplog.text.count("takes no more lines: [Errno 28]") == 1

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
-from lmcode import estimate
+from lmcode import estimate, processor
 from lmcode.config import RunConfig
 from lmcode.doctor import folder, host, row
 from lmcode.doctor.folder import GIB, Space
@@ -148,7 +149,7 @@ def test_missing_shared_memory_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_a_search_that_returns_wrong_hits_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    faiss_index = pytest.importorskip("lmcode.memory.faiss_index")
+    faiss_index = pytest.importorskip("lmcode.memory.search.faiss_index")
     pytest.importorskip("faiss")
     assert host.faiss_search_row().state == "ok"
     search = faiss_index.search_flat
@@ -166,9 +167,22 @@ def test_a_search_that_returns_wrong_hits_fails(monkeypatch: pytest.MonkeyPatch)
 def test_the_command_prints_json_and_ends_with_the_state(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run([sys.executable, "-m", "lmcode", "doctor", "--json", "--run-dir", str(tmp_path)],
-                          cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=120)
+                          cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     report = json.loads(done.stdout)
     assert done.returncode == (0 if report["ok"] else 1)
     found = {check["name"]: check for check in report["checks"]}
     assert found["collectives"]["state"] == "ok"
     assert re.search(r"1 ranks gathered \[0\]", found["collectives"]["detail"])
+
+
+@pytest.mark.parametrize(("text", "able"), [("flags\t\t: fpu avx2 avx512f\n", False), ("flags : avx512_bf16 fpu\n", True),
+                                            ("Features\t: fp asimd bf16 i8mm\n", True), ("Features : fp asimd\n", False),
+                                            ("processor : 0\n", None), (None, None)])
+def test_bf16_is_looked_up_in_what_the_processor_says(text: str | None, able: bool | None, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert processor.has_bf16(tmp_path / "cpuinfo") is able
+    monkeypatch.setattr(processor, "has_bf16", lambda: able)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert [row.state for row in host.bf16_rows()] == {True: ["ok"], False: ["warn"], None: []}[able]

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from lmcode.config import ConfigError, RunConfig, build, to_yaml
+from lmcode.data.corpus import load_corpus
 from lmcode.eval.documents import held_out_documents
+from lmcode.opening import Opened
 from lmcode.presets import load_run_config
-from lmcode.train.corpus import load_corpus
+from lmcode.saved.places import Kind, Place
 
 WORDS = "the cat sat on the mat and saw a dog run by "
 
@@ -36,7 +38,9 @@ def write_texts(folder: Path, words: str) -> None:
 
 
 def read(checkpoint: Path, *overrides: str) -> tuple[dict[str, list[int]], bool]:
-    documents, same = held_out_documents(checkpoint, load_run_config(checkpoint / "config.yaml", overrides))
+    opened = Opened(None, Place(Kind.LONE_CHECKPOINT, checkpoint, checkpoint), checkpoint,
+                    load_run_config(checkpoint / "config.yaml", overrides), 0)
+    documents, same, _ = held_out_documents(opened)
     return {name: documents.document(i).tolist() for i, name in enumerate(documents.names)}, same
 
 
@@ -52,11 +56,21 @@ def test_other_text_comes_in_the_tokens_of_the_model(saved: Path, tmp_path: Path
     """A tokenizer trained on that text would give ids that mean something else."""
     write_texts(tmp_path / "other", WORDS[::-1])
     documents, same = read(saved, f"data.path={tmp_path / 'other'}")
+    assert len(documents) == 12, "all of them, with nothing held back for training"
     tokenizer = load_corpus(load_run_config(saved / "config.yaml")).tokenizer
     assert not same and documents
     for name, ids in documents.items():
         text = (tmp_path / "other" / name).read_text()
         assert ids[1:-1] == tokenizer.encode(text) and tokenizer.decode(ids[1:-1]) == text
+
+
+def test_all_of_another_text_is_read_whatever_its_files_are_called(saved: Path, tmp_path: Path) -> None:
+    write_texts(tmp_path / "other", WORDS[::-1])
+    (tmp_path / "other" / "valid.txt").write_text(WORDS)
+    assert {*read(saved, f"data.path={tmp_path / 'other'}")[0]} == {"valid.txt", *(f"{n}.txt" for n in range(12))}
+    for setting in ("path", "held_out"):
+        documents, same = read(saved, f"data.{setting}={tmp_path / 'other' / '3.txt'}")
+        assert [*documents] == ["3.txt"] and not same
 
 
 def test_a_corpus_that_has_changed_comes_in_the_tokens_of_the_model(saved: Path, tmp_path: Path) -> None:

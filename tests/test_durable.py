@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
-from lmcode.train import durable
-from lmcode.train.durable import DamagedCheckpoint, Facts, Lock, Locked
+from lmcode.files import durable
+from lmcode.files.commit import drop_old
+from lmcode.files.durable import DamagedCheckpoint, Facts, Lock, Locked
 
 STEPPING = ("open", "write", "fsync", "mkdir", "rename", "close")  # what a commit asks of the operating system
 
@@ -174,6 +175,28 @@ def test_a_commit_is_never_written_over(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="never written over"):
         commit(tmp_path, 1)
     assert read(tmp_path / "step-00000001") == content_of(1)
+
+
+def test_nothing_but_what_a_commit_has_written_is_removed(tmp_path: Path) -> None:
+    """A folder made by hand, a commit that somebody has put a file into, other temporary files, a lock that is none."""
+    mine = {"step-00000003/notes": b"mine", ".cache.tmp/x": b"mine", "step-00000002/notes": b"mine", "writer.lock": b"mine"}
+    for step in (1, 2):
+        commit(tmp_path, step)
+    for name, content in mine.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    for step in (2, 3):
+        with pytest.raises(DamagedCheckpoint):
+            durable.discard(tmp_path / f"step-{step:08d}")
+    with pytest.raises(ValueError, match="was not written by this program"):
+        Lock(tmp_path)
+    for step in (4, 5):
+        commit(tmp_path, step)
+    drop_old(tmp_path, keep=1)
+    assert [path.name for path in durable.steps(tmp_path)] == [f"step-{step:08d}" for step in (2, 3, 5)]
+    assert {name: (tmp_path / name).read_bytes() for name in mine} == mine
+    assert content_of(2).items() <= {str(path.relative_to(tmp_path / "step-00000002")): path.read_bytes()
+                                     for path in (tmp_path / "step-00000002").rglob("*") if path.is_file()}.items()
 
 
 def test_a_set_aside_commit_is_kept_and_not_found(tmp_path: Path) -> None:
@@ -376,7 +399,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from test_durable import commit
-from lmcode.train import durable
+from lmcode.files import durable
 parent = Path(sys.argv[1])
 for step in range(int(sys.argv[2]), 10**6):
     commit(parent, step)
@@ -407,7 +430,7 @@ def test_kill_at_random_moments_loses_no_acknowledged_commit(tmp_path: Path) -> 
 
 @pytest.fixture
 def other_holder(tmp_path: Path) -> Iterator[subprocess.Popen]:
-    code = ("import sys; from pathlib import Path; from lmcode.train.durable import Lock\n"
+    code = ("import sys; from pathlib import Path; from lmcode.files.durable import Lock\n"
             "lock = Lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()")
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], text=True, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
@@ -447,3 +470,28 @@ def test_a_text_is_replaced_whole(tmp_path: Path) -> None:
             break
         durable.replace_text(path, "old")
     assert path.read_text() == "new and longer" and [one.name for one in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_what_a_file_manager_leaves_is_passed_over_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    new = commit(tmp_path, 2)
+    for name in (".DS_Store", "banks/._a", "Thumbs.db", ".nfs00000001"):
+        (new / name).write_text("x")
+    (new / ".ipynb_checkpoints").mkdir()
+    (new / ".ipynb_checkpoints" / "trainer-checkpoint.json").write_text("{}")
+    (tmp_path / "._.step-00000003.tmp").write_text("x")
+    durable.verify(new)
+    assert ".DS_Store, .ipynb_checkpoints/trainer-checkpoint.json, .nfs00000001, Thumbs.db, banks/._a" in caplog.text
+    (new / "model.bin").write_bytes(b"y" * 300)
+    with pytest.raises(DamagedCheckpoint, match="model.bin: the content"):
+        durable.verify(new)
+    assert commit(tmp_path, 3).is_dir(), "nor do they stop the next commit"
+
+
+def test_what_a_file_manager_leaves_while_a_commit_is_written_is_no_part_of_it(tmp_path: Path) -> None:
+    final = tmp_path / "step-00000001"
+    with durable.commit(final, facts_of(1)) as place:
+        (place / "model.bin").write_text("x")
+        (place / ".DS_Store").write_text("x")
+    assert [*durable.read_manifest(final).files] == ["model.bin"]
+    (final / ".DS_Store").unlink()
+    durable.verify(final)

@@ -24,10 +24,10 @@ from lmcode.estimate import (
     estimate,
     to_table,
 )
-from lmcode.lmcode import LMCODE
+from lmcode.language_model import LMCODE
 from lmcode.memory.bank import LongTermMemory
 from lmcode.presets import ALL, load_run_config
-from lmcode.retrieval import Candidates
+from lmcode.protocol import Candidates
 
 
 def config_of(**memory: object) -> RunConfig:
@@ -83,7 +83,7 @@ def counted_by(group: Group, config: RunConfig) -> dict[str, int]:
 
 def test_traffic_is_what_the_group_counts() -> None:
     settings = [{}, {"exchange": "all_to_all", "dtype": "bf16"}, {"write": "every_nth"}, {"fetch": "rows"},
-                {"group_size": 1}]
+                {"group_size": 1}, {"scope": "global"}]
     configs = [config_of(**memory) for memory in settings]
     for counted in run_on_ranks(counted_bytes, 2, configs):
         for config, memory, phases in zip(configs, settings, counted, strict=True):
@@ -176,3 +176,11 @@ def test_what_cannot_be_estimated_is_refused(words: list[str], message: str, cap
 def test_ranks_that_cannot_share_a_run_have_no_estimate() -> None:
     with pytest.raises(ConfigError, match="streams"):
         estimate(config_of(), 3)
+
+
+def test_bf16_on_a_processor_that_emulates_it_is_a_warning() -> None:
+    config = load_run_config("tiny", ["train.precision=bf16"])
+    assert "bf16 is emulated" in " ".join(estimate(config, 1, has_bf16=False).warnings)
+    for warnings in (estimate(config, 1, has_bf16=True).warnings, estimate(config, 1, has_bf16=False, device="gpu").warnings,
+                     estimate(load_run_config("tiny"), 1, has_bf16=False).warnings):
+        assert warnings == ()

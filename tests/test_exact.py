@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmcode.memory import exact
-from lmcode.memory.exact import Found, search_by_sorting, search_exact
 from lmcode.memory.merge import merge_hits
-from lmcode.retrieval import NO_SCORE
+from lmcode.memory.search import exact
+from lmcode.memory.search.exact import Found, search_by_sorting, search_exact
+from lmcode.protocol import NO_SCORE
 
 
 def whole_numbers(seed: int, N: int, M: int, *, H: int = 2, D: int = 6) -> tuple[Tensor, Tensor, Tensor]:

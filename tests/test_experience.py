@@ -15,9 +15,10 @@ from ranks import run_on_ranks
 
 from lmcode import LMCODE, LMCODEConfig, MemoryConfig, Retrieved, dist
 from lmcode.config import ConfigError, RunConfig, build
-from lmcode.experience.experiences import Experience, Experiences, namespace_number
-from lmcode.experience.files import experience_parts, from_jsonl, load_experiences, to_jsonl
-from lmcode.tokenizer import BPETokenizer
+from lmcode.data.tokenizer import BPETokenizer
+from lmcode.language_model import Deleted
+from lmcode.memories.experience_files import experience_parts, from_jsonl, load_experiences, to_jsonl
+from lmcode.memories.experiences import VISITS, Experience, Experiences, namespace_number, spelled
 
 TEXTS = [f"On day {day} the ship {name} left the harbour of {place} with a cargo of {goods}"
          for day, (name, place, goods) in enumerate(
@@ -155,7 +156,7 @@ def test_deletion_removes_what_meets_all_conditions(conditions: dict[str, Any], 
     model.store_experience(TEXTS[:6], [0, "b"] * 3, stored_at=[old] * 3 + [new] * 3)
     gone = {id: entries_of(model, id) for id in range(6) if id not in left}
     kept = {id: entries_of(model, id) for id in left}
-    assert model.delete_experiences(**conditions) == 6 - len(left)
+    assert model.delete_experiences(**conditions).experiences == 6 - len(left)
     assert sorted(model.query_memory("ship", top_k=9)[1].tolist()) == left
     for layer, bank in model.banks.items():
         ids = set(bank.shard.columns["id"].tolist())
@@ -165,6 +166,25 @@ def test_deletion_removes_what_meets_all_conditions(conditions: dict[str, Any], 
     content = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert not any(TEXTS[id].encode() in content for id in gone)
     assert model.store_experience("the next one") == [6], "ids are never used again"
+
+
+@pytest.mark.parametrize("namespace", ["house", 5, "visit:5"])
+def test_a_namespace_alone_goes_as_a_whole(namespace: int | str) -> None:
+    """What was generated in it, before there is an experience and after; nothing of its neighbours."""
+    model, prompt = model_of(), [list(b"The key is under the mat")]
+    model.store_experience(TEXTS[0], "ships")
+    model.generate(prompt, max_new_tokens=4, seed=0, namespace=["ships"], write_memory=True)
+    kept = live(model)
+    for stored in (0, 1):
+        model.generate(prompt, max_new_tokens=4, seed=0, namespace=[namespace], write_memory=True)
+        if stored:
+            model.store_experience(TEXTS[1], namespace)
+        entries = sum(live(model)) - sum(kept)
+        assert entries >= 2 * (len(prompt[0]) + 4 - 1) + stored
+        assert model.delete_experiences(namespace=namespace) == Deleted(stored, entries, 0)
+        assert live(model) == kept and [one.text for one in model.experiences.all()] == [TEXTS[0]]
+        with pytest.raises(ValueError, match="nothing is stored under the namespace"):
+            model.delete_experiences(namespace=namespace)
 
 
 # Ranks
@@ -216,7 +236,7 @@ def reloads(folder: Path) -> list[Any]:
 
 def test_nothing_depends_on_the_number_of_ranks(tmp_path: Path) -> None:
     single, *others = [one for ranks in (1, 2, 4) for one in run_on_ranks(lives, ranks, tmp_path)]
-    assert single["deleted"] == 3 and all(single["answers"])
+    assert single["deleted"].experiences == 3 and all(single["answers"])
     for other in others:
         for name in single.keys() - {"refusals"}:
             assert other[name] == single[name], name
@@ -273,6 +293,8 @@ def test_a_name_is_a_namespace_of_its_own() -> None:
     numbers = {namespace_number(name) for name in ("a", "A", "b", " a", "0x1", "caf\u00e9")}
     assert len(numbers) == 6 and all(2**61 <= number < 2**62 for number in numbers)
     assert namespace_number("house") == 3685385260036569534, "saved entries bear these numbers"
+    assert namespace_number("visit:7") == VISITS + 7 >= 2**62 and namespace_number("visits:7") < 2**62
+    assert [spelled(one) for one in (7, VISITS + 7)] == ["7", "visit:7"]
     for bad in ("", " ", "7", "-7", -1, 2**61, 1.5, True, None):
         with pytest.raises(ValueError, match="a namespace is a number"):
             namespace_number(bad)

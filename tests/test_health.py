@@ -12,9 +12,9 @@ from test_loop import settings, write_corpus
 
 from lmcode import dist
 from lmcode.config import RunConfig, build
-from lmcode.train import health, loop
+from lmcode.train import health, loop, saving
 from lmcode.train.session import Session
-from lmcode.train.start import set_up
+from lmcode.train.start import open_run, set_up
 
 LIMIT = 3
 
@@ -69,3 +69,43 @@ def test_refused_steps_with_good_ones_between_them_do_not(folder: Path) -> None:
     values = settings(folder, "now-and-then", train={"total_steps": 8, "max_skipped_steps": LIMIT})
     report, _ = run_on_ranks(train, 2, values, {0, 1, 3, 4, 6})
     assert (report["problem"], report["step"], report["skipped"]) == (None, 8, 5)
+
+
+def train_in_two_parts(values: dict) -> dict:
+    """Saved after two refused steps, then resumed where every step is refused."""
+    counted = []
+    for resume, last in ((None, 2), ("auto", 9)):
+        config = build(RunConfig, {**values, "train": {**values["train"], "total_steps": last}})
+        session = set_up(config, dist.discover(), start=open_run(config, dist.Group.world(), resume))
+        counted.append((session.step, session.skipped_in_a_row))
+        poison(session, set(range(9)))
+        try:
+            loop.fit(session)
+            saving.save(session)
+        except health.Diverged:
+            counted.append((session.step, session.skipped_in_a_row))
+        session.close()
+    return {"counted": counted}
+
+
+def test_a_resumed_run_goes_on_counting_refused_steps(folder: Path) -> None:
+    values = settings(folder, "resumed", train={"max_skipped_steps": LIMIT, "deepspeed": "cpu"})
+    report, = run_on_ranks(train_in_two_parts, 1, values)
+    assert report["counted"] == [(0, 0), (2, 2), (3, 3)], "the third refused step in a row is the last one"
+
+
+def consolidations(values: dict) -> list[int]:
+    """The steps after which a bank was consolidated, when steps 2 and 4 are refused."""
+    session = set_up(build(RunConfig, values), dist.discover())
+    poison(session, {1, 3})
+    bank, seen = session.model.banks[1], []
+    consolidate = bank.consolidate
+    bank.consolidate = lambda threshold: (seen.append(session.step), consolidate(threshold))[1]
+    loop.fit(session)
+    session.close()
+    return seen
+
+
+def test_a_refused_step_does_not_consolidate(folder: Path) -> None:
+    values = settings(folder, "merging", train={"total_steps": 6, "memory_consolidation_interval": 2, "deepspeed": "cpu"})
+    assert run_on_ranks(consolidations, 1, values) == [[6]]

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from lmcode.config import DataConfig, LMCODEConfig, MemoryConfig
+from lmcode.data.corpus import prepare_corpus
+from lmcode.data.dataset import MemoryDataset
+from lmcode.data.streams import StreamSampler
 from lmcode.dist import Group
-from lmcode.eval.held_out import MODES, evaluate
-from lmcode.lmcode import LMCODE
+from lmcode.eval.held_out import MODES, evaluate, void_controls
+from lmcode.language_model import LMCODE
 from lmcode.memory import LongTermMemory
-from lmcode.train.corpus import prepare_corpus
-from lmcode.train.data import StreamSampler
 
 SHAPE = {"vocab_size": 257, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "context_length": 16, "memory_layers": (1,),
          "short_term_memory_size": 4, "short_term_dim": 8, "short_term_segment": 8, "memory_head_dim": 8, "memory_top_k": 4,
@@ -71,7 +72,7 @@ def test_document_scope_starts_empty_and_global_scope_with_what_is_there(sampler
     for scope in ("document", "global"):
         model = model_with(1024, scope=scope)
         (before,) = losses(model, sampler, "on")
-        model.banks[1].write(*written, torch.full((64,), 10**6))
+        model.banks[1].write(*written, torch.arange(64) % 12)  # also under the names of the documents that are read
         changed.append(losses(model, sampler, "on") != [before])
     assert changed == [False, True]
 
@@ -98,3 +99,35 @@ def test_every_held_out_token_is_counted_once(sampler: StreamSampler) -> None:
 def test_an_unknown_mode_is_refused(sampler: StreamSampler) -> None:
     with pytest.raises(ValueError, match="on, off, shuffled: got 'of'"):
         evaluate(model_with(0), sampler, banks={}, group=Group(), mode="of")
+
+
+def documents(tmp_path: Path, lengths: list[int], *, streams: int) -> StreamSampler:
+    rows = [[(7 * place + number) % 250 for place in range(length)] for number, length in enumerate(lengths)]
+    return StreamSampler(MemoryDataset(rows).as_documents(), streams=streams, sequence_length=16, seed=0, epochs=1,
+                         shuffle=False)
+
+
+@pytest.mark.parametrize(("lengths", "streams", "scope", "void"), [
+    ([100, 100], 1, "document", {"shuffled": "no two held-out documents are read side by side"}),
+    ([100], 4, "document", {"shuffled": "no two held-out documents are read side by side (1 held out, eval.streams = 4)"}),
+    ([10, 12, 9], 2, "document", {"off": "beyond its first window", "shuffled": "beyond its first window"}),
+    ([100, 90], 2, "global", {}),
+    ([100], 2, "global", {"shuffled": "no two held-out documents are read side by side"}),
+    ([100, 90], 2, "document", {}),
+    ([100, 90], 4, "document", {}),
+])
+def test_a_control_is_void_where_its_loss_must_be_that_of_another_mode(lengths: list[int], streams: int, scope: str,
+                                                                       void: dict[str, str], tmp_path: Path) -> None:
+    sampler, model = documents(tmp_path, lengths, streams=streams), model_with(1024, scope=scope)
+    said = void_controls(sampler, scope=scope, windows=8)
+    assert said.keys() == void.keys() and all(part in said[mode] for mode, part in void.items())
+    on, off, shuffled = losses(model, sampler, *MODES)
+    assert ("off" in void) == (off == on) and ("shuffled" in void) == (shuffled in (on, off)), "the reason holds"
+
+
+def test_nothing_far_has_no_loss(tmp_path: Path) -> None:
+    model = model_with(0)
+    for length, measured in ((100, False), (16 * 17 + 5, True)):
+        sampler = documents(tmp_path, [length, length], streams=2)
+        result = evaluate(model, sampler, banks={}, group=Group(), windows=sampler.num_steps)
+        assert (result.far_loss is not None, result.far_tokens > 0) == (measured, measured)

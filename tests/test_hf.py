@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -103,7 +104,7 @@ tokenizer = AutoTokenizer.from_pretrained({str(folder)!r}, trust_remote_code=Tru
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True, dtype="auto", device_map={{"": "cpu"}})
 print(model.generate(**tokenizer("the quick", return_tensors="pt"), max_new_tokens=3).shape[1])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250,
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S,
                           cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-2000:]
     refused, length = done.stdout.split()
@@ -224,3 +225,22 @@ def test_the_calls_of_an_evaluation_harness(model: lmcode.hf.LMCODEForCausalLM, 
         labels_1T = ids_1T.clone()
         labels_1T[:, :len(context)] = -100
         torch.testing.assert_close(-score / len(end), model(ids_1T, labels=labels_1T).loss, rtol=1e-4, atol=1e-5)
+
+
+def test_transformers_can_resize_the_vocabulary(folder: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.randint(0, 300, (1, 5))
+    greedy = model.generate(ids, max_new_tokens=4)
+    assert model.resize_token_embeddings(337, pad_to_multiple_of=16).num_embeddings == 352
+    assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == 352
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert greedy.tolist() == model.generate(ids, max_new_tokens=4).tolist()
+    model.lmcode.generate(torch.tensor([[351]]), max_new_tokens=2)
+    model.save_pretrained(tmp_path / "resized")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "resized")
+    assert again.config.vocab_size == 352 and torch.equal(again.get_input_embeddings().weight,
+                                                          model.get_input_embeddings().weight)
+    for change in ({"new_num_tokens": 200}, {"new_num_tokens": 400, "mean_resizing": False}):  # the tokenizer has 300
+        with pytest.raises(ValueError):
+            model.resize_token_embeddings(**change)
+        assert model.config.vocab_size == len(model.get_input_embeddings().weight) == 352

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import PATIENCE_S
 
-from lmcode.cluster.hostfile import read_hostfile
 from lmcode.config import ConfigError
+from lmcode.jobs.hostfile import read_hostfile
 
 CHECKOUT = Path(__file__).parents[1]
 HOSTS = st.dictionaries(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True), st.integers(1, 9999), min_size=1,
@@ -38,7 +39,7 @@ def test_a_wrong_hostfile_is_refused_here_as_in_the_launcher(tmp_path: Path, tex
         read_hostfile(path)
     env = {**os.environ, "LMCODE_SKIP_INSTALL": "1", "LMCODE_VENV": sys.prefix, "PYTHON": sys.executable}
     done = subprocess.run(["bash", "launch/multinode.sh", str(path)], cwd=CHECKOUT, env=env, capture_output=True, text=True,
-                          timeout=60)
+                          timeout=PATIENCE_S)
     assert (done.returncode, done.stderr.strip()) == (2, f"lmcode: error: {refused.value}")
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 CHECKOUT = Path(__file__).parents[1]
 OVERRIDES = ["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.vocab_size=257",
@@ -38,7 +39,7 @@ def start(how: str, folder: Path, text: Path, *more: str) -> subprocess.Complete
     env = {**kept, "LMCODE_SKIP_INSTALL": "1", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     settings = [*OVERRIDES, f"data.path={text}", f"data.cache={folder / 'cache'}", f"train.run_dir={folder / how}"]
     return subprocess.run([*STARTS[how], *settings, *more], cwd=CHECKOUT, env=env, capture_output=True, text=True,
-                          timeout=240)
+                          timeout=PATIENCE_S)
 
 
 def test_every_way_of_starting_gives_the_same_run(tmp_path: Path, text: Path) -> None:
@@ -65,7 +66,7 @@ def test_a_run_is_evaluated_and_goes_on_writing_from_the_command_line(tmp_path: 
 
     def lmcode(*words: str) -> str:
         done = subprocess.run([sys.executable, "-m", "lmcode", *words], capture_output=True, text=True, cwd=CHECKOUT,
-                              timeout=120)
+                              timeout=PATIENCE_S)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -81,7 +82,7 @@ def test_a_run_goes_on_through_the_launcher_from_where_it_was(tmp_path: Path, te
     run = tmp_path / "deepspeed"
     env = {**os.environ, "LMCODE_SKIP_INSTALL": "1", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     job = subprocess.run(["bash", "launch/local.sh", "--resume", str(run), "train.total_steps=8"], cwd=CHECKOUT, env=env,
-                         capture_output=True, text=True, timeout=240)
+                         capture_output=True, text=True, timeout=PATIENCE_S)
     assert job.returncode == 0, job.stderr[-3000:]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "train/loss" in row] == [2, 4, 6, 8]

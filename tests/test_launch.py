@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 CHECKOUT = Path(__file__).parents[1]
 SCRIPTS = [CHECKOUT / name for name in ("launch/environment.sh", "launch/local.sh", "launch/mpi.sh", "launch/multinode.sh",
@@ -23,7 +24,7 @@ Done = subprocess.CompletedProcess
 RUNNER = """import os, sys, time
 print("runner", *sys.argv[1:], "threads=" + os.environ["OMP_NUM_THREADS"], flush=True)
 if "train.seed=99" in sys.argv:
-    time.sleep(60)
+    time.sleep(1000)
 sys.exit(int(os.environ.get("STAND_IN_EXIT", "0")))
 """
 STUB = """#!/usr/bin/env bash
@@ -64,7 +65,7 @@ def stand_ins(tmp_path: Path, corpora: Path) -> dict[str, str]:
 
 def start(tmp_path: Path, env: dict[str, str], script: str, *arguments: str, **more: str) -> Done:
     return subprocess.run(["bash", str(tmp_path / script), *arguments], env={**env, **more}, cwd=tmp_path,
-                          capture_output=True, text=True, timeout=60)
+                          capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -150,7 +151,7 @@ def test_a_signal_ends_the_launcher_too(tmp_path: Path, stand_ins: dict[str, str
     while not job.stdout.readline().startswith("runner"):
         assert job.poll() is None
     job.send_signal(number)
-    rest, _ = job.communicate(timeout=30)  # ends only when every process that holds our pipe has ended
+    rest, _ = job.communicate(timeout=PATIENCE_S)  # ends only when every process that holds our pipe has ended
     assert (job.returncode, rest) == (code, "")
 
 
@@ -205,6 +206,35 @@ def test_a_finished_environment_is_reused_and_a_changed_one_not(tmp_path: Path, 
     done = start(tmp_path, env, "launch/environment.sh")
     assert done.returncode == 1
     assert "failed" in done.stderr and "pip was called" in done.stderr
+
+
+@pytest.mark.parametrize("theirs", ["thesis.tex", "bin/python", ".git/HEAD"])
+def test_a_folder_that_is_no_environment_of_ours_is_not_touched(tmp_path: Path, stand_ins: dict[str, str],
+                                                                theirs: str) -> None:
+    make_ready(tmp_path, stand_ins)
+    venv = tmp_path / "other"
+    (venv / theirs).parent.mkdir(parents=True)
+    (venv / theirs).write_text("years of work", encoding="utf-8")
+    done = start(tmp_path, {**stand_ins, "LMCODE_SKIP_INSTALL": "0"}, "launch/environment.sh", PYTHON=sys.executable,
+                 LMCODE_VENV=str(venv))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "new or empty folder" in done.stderr
+    assert [path for path in venv.rglob("*") if path.is_file()] == [venv / theirs]
+
+
+def test_starting_over_removes_what_an_installation_made_and_nothing_else(tmp_path: Path, stand_ins: dict[str, str]) -> None:
+    make_ready(tmp_path, stand_ins)
+    venv = tmp_path / "venv"
+    (venv / "lmcode.unfinished").touch()
+    (venv / "lmcode.stamp").unlink()
+    (venv / "notes.txt").write_text("mine", encoding="utf-8")
+    (venv / "lib").mkdir()
+    failing = tmp_path / "python"
+    failing.write_text(f'#!/usr/bin/env bash\n[ "$2" = venv ] && exit 1\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
+    failing.chmod(0o755)
+    done = start(tmp_path, {**stand_ins, "LMCODE_SKIP_INSTALL": "0"}, "launch/environment.sh", PYTHON=str(failing))
+    assert done.returncode == 1 and "starting over" in done.stderr
+    assert not (venv / "lib").exists() and not (venv / "bin").exists()
+    assert (venv / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.parametrize("stage", ["*torch==*", "*uninstall*", "*--editable*"])

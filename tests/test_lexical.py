@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcode.memory.lexical import features_of, text_key
+from lmcode.memories.lexical import features_of, text_key
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60).filter(lambda text: text.strip())
 WORDS = "red green blue one two three north south east west up down in out left right".split()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lmcode.config import LMCODEConfig
 from lmcode.model import LMCODEOutput, MemoryLM
-from lmcode.retrieval import Hits, NullRetriever
+from lmcode.protocol import Hits, NullRetriever
 
 B, T, V, MEMORY_LAYER = 3, 14, 61, 1
 SHAPE = {"vocab_size": V, "hidden_size": 24, "num_heads": 3, "num_layers": 3, "context_length": 20,
@@ -219,11 +219,13 @@ def test_pending_key_becomes_the_next_windows_first_candidate() -> None:
     rows = first.memory[MEMORY_LAYER].candidates
     assert not rows.valid_N.view(B, T)[:, 0].any() and rows.valid_N.view(B, T)[:, 1:].all()
     second = model(ids(seed=1), state=first.state, reset_B=torch.tensor([False, True, False]),
-                   namespace_B=torch.tensor([7, 5, 9]))
+                   namespace_B=torch.tensor([7, 5, 9]), document_B=torch.tensor([70, -1, 90]))
+    assert (rows.document_N == -1).all(), "unknown, unless it is told"
     rows = second.memory[MEMORY_LAYER].candidates
     assert torch.equal(rows.key_HND.unflatten(1, (B, T))[:, :, 0].transpose(0, 1), first.state.pending_key[0])
     assert rows.valid_N.view(B, T)[:, 0].tolist() == [True, False, True]
     assert rows.namespace_N.view(B, T)[:, 0].tolist() == [7, 5, 9]
+    assert torch.equal(rows.document_N.view(B, T), torch.tensor([70, -1, 90])[:, None].expand(B, T))
     assert rows.namespace_N.shape == rows.valid_N.shape == rows.surprise_N.shape == (B * T,)
 
 
@@ -374,8 +376,8 @@ def test_activation_checkpointing_changes_no_number_and_searches_once(changes: d
 class ForgetfulRetriever(OracleRetriever):
     """Finds everything the first time and nothing later: a bank that changes between forward and recomputation."""
 
-    def search(self, query_HND: Tensor, namespace_N: Tensor) -> Hits:
-        hits = super().search(query_HND, namespace_N)
+    def search(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None) -> Hits:
+        hits = super().search(query_HND, namespace_N, document_N)
         return hits if self.num_searches == 1 else NullRetriever(self.top_k).search(query_HND, namespace_N)
 
 
@@ -461,3 +463,32 @@ def test_memory_heads_begin_by_matching_equal_contexts() -> None:
     for layer in model.layers:
         query_PC, key_PC, _ = layer.long_term_read.query_key_value.weight.chunk(3)
         assert torch.equal(query_PC, key_PC)
+
+
+@pytest.mark.parametrize("size", [V + 7, V - 5])
+def test_another_vocabulary_keeps_the_rows_that_stay(size: int) -> None:
+    model, _ = build()
+    before, old_VC = model(ids().clamp(max=V - 6)).logits, model.embedding.weight.detach().clone()
+    embedding, kept = model.resize_token_embeddings(size), min(size, V)
+    assert embedding is model.embedding and model.head.weight is embedding.weight and model.config.vocab_size == size
+    assert (embedding.num_embeddings, model.head.out_features, len(embedding.weight)) == (size,) * 3
+    assert torch.equal(embedding.weight[:kept], old_VC[:kept])
+    assert torch.allclose(embedding.weight[kept:], old_VC.mean(0).expand(size - kept, -1))
+    output = model(ids().clamp(max=V - 6), ids().clamp(max=V - 6))
+    assert torch.allclose(output.logits[..., :kept], before[..., :kept], atol=1e-6)
+    output.loss.backward()
+    assert model.embedding.weight.grad is not None
+    with pytest.raises(ValueError, match=f"0..{size - 1}"):
+        model(torch.full((1, 2), size))
+
+
+def test_a_vocabulary_that_cannot_be_leaves_the_model_as_it_was() -> None:
+    model, _ = build()
+    head, size = model.head, model.config.vocab_size
+    for bad in (1, 0, -3, 2.5, True):
+        with pytest.raises(ValueError, match="at least 2 ids"):
+            model.resize_token_embeddings(bad)
+    model.head = torch.nn.Sequential(head)  # as an adapter replaces it
+    with pytest.raises(ValueError, match="this model's own and whole: got Embedding .* and Sequential"):
+        model.resize_token_embeddings(size + 1)
+    assert model.config.vocab_size == len(model.embedding.weight) == size

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE_S
+from ranks import run_on_ranks
 from torch import nn
 
 import lmcode
 from lmcode import LMCODE, LMCODEConfig, MemoryConfig
+from lmcode.dist import Group
 
 CONFIG = LMCODEConfig(vocab_size=40, hidden_size=32, num_layers=3, num_heads=2, context_length=16, short_term_memory_size=4,
                       short_term_dim=8, long_term_memory_slots=64, memory_head_dim=8, memory_top_k=4, memory_layers=(0, 2))
@@ -70,5 +76,50 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_the_package_imports_without_torch() -> None:
-    done = subprocess.run([sys.executable, "-c", "import lmcode, sys; sys.exit('torch' in sys.modules)"], timeout=60)
+    done = subprocess.run([sys.executable, "-c", "import lmcode, sys; sys.exit('torch' in sys.modules)"], timeout=PATIENCE_S)
     assert done.returncode == 0
+
+
+DISAGREEMENTS: dict[str, Callable[[LMCODE, int, str], Any]] = {  # what rank 0 and rank 1 call otherwise
+    "another id": lambda model, rank, folder: model.inspect_experience(rank),
+    "no such id": lambda model, rank, folder: model.inspect_experience(99 if rank else 0),
+    "no id": lambda model, rank, folder: model.inspect_experience("x" if rank else 0),
+    "another text": lambda model, rank, folder: model.store_experience([1 + rank]),
+    "no text": lambda model, rank, folder: model.store_experience([] if rank else [1]),
+    "another question": lambda model, rank, folder: model.query_memory([1 + rank]),
+    "another number of hits": lambda model, rank, folder: model.query_memory([1], top_k=-rank),
+    "another deletion": lambda model, rank, folder: model.delete_experiences(ids=[rank]),
+    "no deletion": lambda model, rank, folder: model.delete_experiences(ids=[0] if rank else None),
+    "other prompts": lambda model, rank, folder: model.generate([[1 + rank]], max_new_tokens=1),
+    "no prompts": lambda model, rank, folder: model.generate([[1]] if rank else 7, max_new_tokens=1),
+    "other lengths": lambda model, rank, folder: model.generate([[1]], max_new_tokens=1 + rank),
+    "a setting that cannot be": lambda model, rank, folder: model.generate([[1]], temperature=-rank),
+    "writing or not": lambda model, rank, folder: model.generate([[1]], 3, namespace=0, write_memory=bool(rank)),
+    "a state or none": lambda model, rank, folder: model.generate([[1]], 3, return_state=bool(rank)),
+    "with memory or not": lambda model, rank, folder: model.save_pretrained(folder, include_memory=bool(rank)),
+    "another folder": lambda model, rank, folder: model.save_pretrained(f"{folder}-{rank}"),
+    "loading the memory or not": lambda model, rank, folder: LMCODE.from_pretrained(
+        folder, include_memory=bool(rank), group=model.group),
+}
+
+
+def disagree(folder: str) -> tuple[dict[str, str], list[int]]:
+    """What each call is refused with, and then the ids that agreeing ranks get."""
+    group = Group.world()
+    model = LMCODE(CONFIG, memory=MemoryConfig(virtual_shards=4), group=group)
+    model.store_experience([[1, 2, 3], [4, 5, 6]])
+    said = {}
+    for name, call in DISAGREEMENTS.items():
+        try:
+            call(model, group.rank, folder)
+        except ValueError as error:
+            said[name] = str(error)
+    return said, model.store_experience([7, 8])
+
+
+def test_ranks_that_call_a_collective_otherwise_are_all_refused_and_none_waits(tmp_path: Path) -> None:
+    for said, ids in run_on_ranks(disagree, 2, str(tmp_path / "model")):
+        assert said.keys() == DISAGREEMENTS.keys()
+        for name, message in said.items():
+            assert "is a collective: all ranks must pass the same arguments" in message, (name, message)
+        assert ids == [2], "nothing was stored by those that were refused"

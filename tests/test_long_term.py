@@ -12,12 +12,13 @@ from lmcode.config import LMCODEConfig
 from lmcode.model import LongTermRead, MemoryLM, ReadTape, Window, merge_partials
 from lmcode.model.long_term import (
     attend_own_past,
+    attention_paid,
     last_keys,
     make_candidates,
     retrieval_queries,
     share_per_query,
 )
-from lmcode.retrieval import NO_SCORE, NullRetriever
+from lmcode.protocol import NO_SCORE, NullRetriever
 
 B, T, C, H, D, K = 3, 11, 24, 2, 8, 6
 
@@ -119,6 +120,8 @@ def test_whole_read_equals_one_softmax_over_concatenated_logits(stride: int) -> 
     chunks = [torch.stack([part.mean(-1) for part in share.split(stride, dim=2)], dim=2).flatten(1)
               for share in shares.detach()]
     torch.testing.assert_close(tape.share_HN, chunks[0], atol=1e-5, rtol=1e-4)
+    paid = torch.stack([part.sum(-1) for part in shares[0].detach().split(stride, dim=2)], dim=2).flatten(1)
+    torch.testing.assert_close(tape.credit_HN, paid, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(tape.null_share_HN, chunks[1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(tape.gate_BT, torch.sigmoid(module.gate(x)).detach().squeeze(-1))
 
@@ -154,8 +157,17 @@ def test_share_per_query_is_the_mean_over_the_tokens_that_share_it() -> None:
     assert torch.equal(share_per_query(share, 1), share.flatten(1))
 
 
+def test_attention_paid_is_the_sum_over_the_valid_tokens_that_share_a_query() -> None:
+    share, valid = torch.rand(H, B, T), padding(T, 6, 0)
+    counted = share * valid
+    expected = torch.stack([counted[:, :, :4].sum(-1), counted[:, :, 4:8].sum(-1), counted[:, :, 8:].sum(-1)], dim=-1)
+    torch.testing.assert_close(attention_paid(share, valid, 4), expected.flatten(1))
+    torch.testing.assert_close(attention_paid(share, valid, 1), counted.flatten(1))
+    assert torch.equal(attention_paid(share, None, 1), share.flatten(1))
+
+
 @pytest.mark.parametrize("stride", [1, 4])
-def test_padding_asks_for_nothing(stride: int) -> None:
+def test_padding_asks_for_nothing_and_pays_nothing(stride: int) -> None:
     config, module = build(retrieval_stride=stride)
     retriever = random_retriever(config, num_entries=30, num_namespaces=3)
     tape, context = ReadTape(), window(valid_BT=padding(T, 6, 0))
@@ -165,6 +177,12 @@ def test_padding_asks_for_nothing(stride: int) -> None:
     assert torch.equal(namespace[1] >= 0, (asks >= 0) & (asks < 6))
     assert (namespace[2] == -1).all() and torch.equal(namespace[0] >= 0, asks >= 0)
     assert torch.equal(tape.hits.valid_HNK.any(-1).view(H, B, -1), (namespace >= 0).expand(H, -1, -1))
+    paid = tape.credit_HN.view(H, B, -1)
+    assert torch.equal(paid > 0, (namespace >= 0).expand(H, -1, -1))
+    if stride == 4:  # of the chunk of tokens 4 to 7, stream 1 has two
+        shared = 4 * tape.share_HN.view(H, B, -1)[..., 1]
+        torch.testing.assert_close(paid[:, 0, 1], shared[:, 0])
+        assert (paid[:, 1, 1] < shared[:, 1]).all()
 
 
 def test_candidates_carry_the_key_of_the_token_before() -> None:

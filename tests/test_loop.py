@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -9,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_on_ranks
+from same_hits import assert_same_hits
 
-from lmcode import dist
+from lmcode import dist, opening
 from lmcode.config import RunConfig, build
 from lmcode.eval.held_out import evaluate
-from lmcode.train import checkpoint, loop
+from lmcode.memory.entry import MASS_UNIT
+from lmcode.model.lm import LayerMemory
+from lmcode.train import loop
 from lmcode.train.session import Session
 from lmcode.train.start import set_up
 
@@ -53,23 +57,45 @@ def start(values: dict) -> Session:
     return set_up(build(RunConfig, values), dist.discover())
 
 
+def masses(session: Session) -> dict[int, float]:
+    """Units of attention that each entry on this rank has received."""
+    columns = session.model.banks[1].shard.columns
+    return {one: mass / MASS_UNIT for one, mass in zip(columns["id"].tolist(), columns["hit_mass"].tolist(), strict=True)
+            if one >= 0}
+
+
+def misbooked(session: Session, reads: list[LayerMemory], before: dict[int, float]) -> float:
+    """By how much a step's growth of `masses` is off what its reads paid, at most: an entry's weight among the hits times
+    what the joint softmax gave the hits, over all queries and heads of all ranks."""
+    paid: dict[int, float] = {}
+    own = [(read.hits.id_HNK, read.hits.score_HNK.softmax(-1) * read.hits.credit_HN.unsqueeze(-1)) for read in reads]
+    for ids, amounts in itertools.chain(*session.group.all_gather_object(own)):
+        for one, amount in zip(ids.flatten().tolist(), amounts.flatten().tolist(), strict=True):
+            paid[one] = paid.get(one, 0.0) + amount
+    return max(abs(mass - before.get(one, 0.0) - paid.get(one, 0.0)) for one, mass in masses(session).items())
+
+
 def train(values: dict) -> dict:
     """Trains a few steps; what a job of any shape must agree on."""
     session = start(values)
-    losses, hits = [], []
+    losses, hits, errors, credits = [], [], [], []
     for _ in range(STEPS):
+        before = masses(session)
         result = loop.train_step(session)
+        errors.append(misbooked(session, result.reads[1], before))
+        credits += [(read.hits.credit_HN, read.share_HN) for read in result.reads[1]]
         session.step += 1
         loop.consolidate(session)
         losses.append(result.loss)
-        ids = torch.cat([read.hits.id_HNK.transpose(0, 1) for read in result.reads[1]])
-        hits.append(session.group.all_gather(ids, phase="test").numpy())
+        rows = (torch.cat([part.transpose(0, 1) for part in parts]) for parts in
+                zip(*(read.hits[:2] for read in result.reads[1]), strict=True))
+        hits.append(tuple(session.group.all_gather(part, phase="test") for part in rows))
     stats = session.model.banks[1].stats()
     held_out = evaluate(session.engine.module, session.held_out, banks=session.model.banks, group=session.group,
                         windows=3)
     session.metrics.close()
-    return {"losses": losses, "hits": hits, "held_out": held_out,
-            "stats": {key: stats[key] for key in ("live", "evicted", "merged", "rejected", "next_id")}}
+    return {"losses": losses, "hits": hits, "held_out": held_out, "misbooked": max(errors), "credits": credits,
+            "stats": {key: stats[key] for key in ("live", "evicted", "chances", "spared", "merged", "rejected", "next_id")}}
 
 
 def train_all(jobs: list[dict]) -> list[dict]:
@@ -89,16 +115,19 @@ def reference(folder: Path) -> dict:
     return run_on_ranks(train_all, 1, [settings(folder, "reference")])[0][0]
 
 
-def assert_same(came: dict, expected: dict, *, tolerance: float = 1e-5) -> None:
+def assert_same(came: dict, expected: dict, *, tolerance: float = 2e-5) -> None:
+    """The same losses up to rounding, a few near-tied hits that traded the last place included, and the same counts."""
     assert came["losses"] == pytest.approx(expected["losses"], abs=tolerance)
     assert came["held_out"].loss == pytest.approx(expected["held_out"].loss, abs=tolerance)
     assert came["stats"] == expected["stats"]
+    assert came["misbooked"] < 1e-4
 
 
 def test_the_job_wraps_the_ring_and_learns(reference: dict) -> None:
     assert reference["stats"]["evicted"] > 0 and reference["stats"]["live"] == 480
+    assert reference["stats"]["spared"] > 0 < reference["stats"]["chances"]
     assert reference["losses"][-1] < reference["losses"][0]
-    assert (reference["hits"][-1] >= 0).any(), "the last step must have found something, or these tests say little"
+    assert (reference["hits"][-1][1] >= 0).any(), "the last step must have found something, or these tests say little"
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -109,8 +138,7 @@ def test_losses_ids_and_hits_do_not_depend_on_the_number_of_ranks(folder: Path, 
     for result in [one for rank in run_on_ranks(train_all, world_size, jobs) for one in rank]:
         assert_same(result, reference)
         for came, expected in zip(result["hits"], reference["hits"], strict=True):
-            same = (came == expected).mean()
-            assert same > 0.999, "queries differ by rounding, so a near-tie may flip; ids are otherwise the same"
+            assert_same_hits(came, expected)
 
 
 def test_losses_do_not_depend_on_how_the_job_is_spread(folder: Path, reference: dict) -> None:
@@ -128,7 +156,7 @@ def test_losses_do_not_depend_on_how_the_job_is_spread(folder: Path, reference: 
         "faiss": {"memory": {"tier": "faiss-flat"}},
     }
     jobs = [settings(folder, name, **changes) for name, changes in variants.items()]
-    results = run_on_ranks(train_all, 2, jobs, timeout_s=240)[0]
+    results = run_on_ranks(train_all, 2, jobs)[0]
     for name, result in zip(variants, results, strict=True):
         try:
             assert_same(result, reference)
@@ -136,12 +164,27 @@ def test_losses_do_not_depend_on_how_the_job_is_spread(folder: Path, reference: 
             raise AssertionError(f"{name}: {error}") from None
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_entries_are_credited_with_what_the_joint_softmax_gave_them(folder: Path, reference: dict, world_size: int) -> None:
+    changes = {"model": {"retrieval_stride": 4}, "train": {"activation_checkpointing": True}}
+    strided = run_on_ranks(train_all, world_size, [settings(folder, f"strided-{world_size}", **changes)])[0][0]
+    for result, most in ((reference, 1.0), (strided, 4.0)):
+        assert result["misbooked"] < 1e-4
+        credit, share = (torch.cat([one.flatten() for one in part]) for part in zip(*result["credits"], strict=True))
+        assert (credit <= most * share + 1e-6).all() and 0 < credit.max() <= most
+    assert all(torch.equal(credit, share) for credit, share in reference["credits"])
+
+
 def test_consolidation_on_the_way_does_not_depend_on_the_number_of_ranks(folder: Path, reference: dict) -> None:
     changes = {"train": {"memory_consolidation_interval": 2}, "memory": {"consolidation_threshold": 0.3}}
     alone, together = (run_on_ranks(train_all, R, [settings(folder, f"consolidated-{R}", **changes)])[0][0]
                        for R in (1, 2))
-    assert_same(together, alone)
-    assert alone["stats"]["merged"] > 0 == reference["stats"]["merged"]
+    # A pair whose distance is the threshold's but for rounding may be merged on one number of ranks only.
+    merged = [one["stats"].pop("merged") for one in (alone, together)]
+    live = [one["stats"].pop("live") for one in (alone, together)]
+    assert merged == pytest.approx([merged[0]] * 2, abs=3) and live == pytest.approx([live[0]] * 2, abs=3)
+    assert_same(together, alone, tolerance=1e-4)
+    assert merged[0] > 3 and reference["stats"]["merged"] == 0
 
 
 def spoil_one_step(jobs: list[dict]) -> list[dict]:
@@ -206,7 +249,8 @@ def run_whole_job(values: dict) -> list:
 
 
 def load_and_hash(run: Path) -> tuple[str, int]:
-    model, _, tokenizer, step = checkpoint.load_model(run, [], group=dist.Group.world(), device=torch.device("cpu"))
+    model, *_, step = opening.open_model(run, group=dist.Group.world(), device=torch.device("cpu"))
+    tokenizer = model.tokenizer
     assert tokenizer.decode(tokenizer.encode("ok")) == "ok"
     return model.banks[1].content_hash(), step
 

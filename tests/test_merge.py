@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmcode.memory.merge import logsumexp_of, merge_hits, order_hits, pack_cuts, unpack_cuts, winners
-from lmcode.retrieval import NO_SCORE
+from lmcode.protocol import NO_SCORE
 
 
 def merge_slowly(score: Tensor, ids: Tensor, k: int) -> tuple[list[list[float]], list[list[int]]]:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcode.cluster import network
-from lmcode.cluster.network import OF_A_HOST, Place
+from lmcode.jobs import network
+from lmcode.jobs.network import OF_A_HOST, Place
 
 NAMES = st.sampled_from(["GLOO_SOCKET_IFNAME", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "MASTER_ADDR", "MASTER_PORT",
                          "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"])

@@ -14,8 +14,8 @@ from small_job import Job, before
 
 from lmcode.cli import command as cli
 from lmcode.dist import Group
-from lmcode.train import preempt
-from lmcode.train.preempt import Preempted, Request, agreed, noticing
+from lmcode.jobs import preempt
+from lmcode.jobs.preempt import Preempted, Request, agreed, noticing
 
 # Requests
 
@@ -83,7 +83,7 @@ def ask(*_arguments: object) -> None:
 
 
 def while_preparing(_loop: Any) -> None:
-    from lmcode.train import corpus
+    from lmcode.data import corpus
 
     before(corpus._SideWriter, "add", ask)
 
@@ -162,7 +162,7 @@ def test_a_job_that_is_asked_to_end_in_every_phase_computes_what_an_undisturbed_
 
 def test_a_check_that_prepares_the_corpus_gives_way_and_leaves_nothing(tmp_path: Path,
                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmcode.train import corpus
+    from lmcode.data import corpus
 
     words = ["config", "check", "--data", *small_job.SETTINGS, f"data.path={small_job.write_text(tmp_path / 'text')}",
              f"data.cache={tmp_path / 'cache'}"]

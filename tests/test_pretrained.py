@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ from huggingface_hub import ModelHubMixin
 from safetensors.torch import load_file, save_file
 
 from lmcode import LMCODE, BPETokenizer, ByteTokenizer, ConfigError, LMCODEConfig, MemoryConfig
+from lmcode.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from lmcode.dist import Group
-from lmcode.resharding import reshard_memory
-from lmcode.saved import pretrained, replace
-from lmcode.tokenizer import CONFIG_FILE, TOKENIZER_FILE
+from lmcode.saved import files, pretrained
 from tests.ranks import run_on_ranks
 
 CONFIG = LMCODEConfig(vocab_size=300, hidden_size=32, num_layers=3, num_heads=2, context_length=32, short_term_memory_size=4,
@@ -62,16 +62,16 @@ def resave(source: str, target: str) -> dict[str, Any]:
     told["failed"] = message_of(lambda: model.save_pretrained(target))
     group.barrier()
     told["resharded"] = resharded(source, group)
-    told["left"] = sorted(path.name for path in replace.beside(Path(target)).glob(".*"))
+    told["left"] = sorted(path.name for path in Path(target).glob(".*"))
     return told
 
 
 def resharded(source: str | Path, group: Group | None = None) -> tuple[int, dict[str, Any], list[str]]:
     """What a model with other numbers of virtual shards and slots remembers, and what it refuses."""
     model = LMCODE.from_pretrained(source, group=group)
-    count = reshard_memory(model, 3, slots=300, experience_slots=50)
+    count = model.reshard_memory(3, slots=300, experience_slots=50)
     facts = facts_of(model)
-    refusals = [message_of(lambda n=n: reshard_memory(model, *n[:1], slots=n[1])) for n in ((400, None), (3, 4))]
+    refusals = [message_of(lambda n=n: model.reshard_memory(*n[:1], slots=n[1])) for n in ((400, None), (3, 4))]
     assert facts_of(model) == facts, "a refusal changes nothing"
     return count, facts, refusals
 
@@ -181,47 +181,86 @@ def test_no_file_is_a_pickle(original: Path) -> None:
 # --- whole or not at all -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place, other", [("new", "former"), ("former", None)])
-def test_a_kill_between_the_renames_is_recovered_from(saved: Path, place: str, other: str | None) -> None:
-    before = hashes(saved)
-    beside = replace.beside(saved)
-    beside.mkdir()
-    os.rename(saved, beside / place)
-    if other:
-        (beside / other).mkdir()  # the older one; what is in it does not matter any more
-    loaded = LMCODE.from_pretrained(saved)
-    assert loaded.query_memory("xylophone")[0][0].text == SECRET
-    loaded.save_pretrained(saved)
-    assert hashes(saved) == before and not beside.exists()
+class Killed(BaseException):
+    """Passes every handler, as a kill does."""
 
 
-@pytest.mark.parametrize("stage", ["complete", "take_place", "make_way"])
-def test_wherever_saving_stops_there_is_a_whole_folder(saved: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    model = LMCODE.from_pretrained(saved)
-    before = hashes(saved)
+def kills(place: Path, action: Callable[[], Any]) -> Iterator[bool]:
+    """Performs an action on `place` again and again, from the same state on, with every call that changes the file system in
+    turn as the last one; yields after each whether it was killed, until it was not."""
+    start, killed, last = place.with_name("start"), True, 0
+    shutil.copytree(place, start, symlinks=True)
+    while killed:
+        shutil.rmtree(place)
+        shutil.copytree(start, place, symlinks=True)
+        calls = itertools.count()
 
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt  # passes every handler, as a kill does
+        def counted(real: Callable[..., Any], calls: Iterator[int] = calls, last: int = last) -> Callable[..., Any]:
+            def call(*args: Any, **more: Any) -> Any:
+                if next(calls) > last:
+                    raise Killed
+                return real(*args, **more)
+            return call
 
-    with monkeypatch.context() as patched:
-        patched.setattr(replace, stage, stop)
-        with pytest.raises(KeyboardInterrupt):
-            model.save_pretrained(saved)
-    assert hashes(saved) == before
-    model.save_pretrained(saved)
-    assert hashes(saved) == before and not replace.beside(saved).exists()
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("open", "mkdir", "link", "rename", "unlink", "rmdir", "fsync"):
+                patch.setattr(os, name, counted(getattr(os, name)))
+            try:
+                action()
+                killed = False
+            except Killed:
+                killed = True
+        yield killed
+        last += 4 + last // 8
+    assert last > 30
 
 
-def test_what_is_no_saved_model_is_not_replaced(told: LMCODE, tmp_path: Path) -> None:
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
-    (tmp_path / "file").write_text("mine")
-    for name in ("notes", "file"):
-        assert "is no saved model" in message_of(lambda name=name: told.save_pretrained(tmp_path / name))
-    assert (tmp_path / "notes" / "thesis.txt").exists() and (tmp_path / "file").read_text() == "mine"
-    (tmp_path / "empty").mkdir()
-    told.save_pretrained(tmp_path / "empty", include_memory=False)
-    assert (tmp_path / "empty" / "config.json").exists()
+def test_wherever_saving_stops_there_is_the_old_model_or_the_new(told: LMCODE, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other files stay; nobody finds a config.json among files of two models; the next save leaves nothing of the last."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # no need to wait
+    old = LMCODE(CONFIG.model_copy(update={"long_term_memory_slots": 0}))
+    place, mine = tmp_path / "m", {"banks/mine": b"gold", ".git/HEAD": b"ref", "README.md": b"my words"}
+    for name, content in mine.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(content)
+    old.save_pretrained(place)
+    former = hashes(place)
+    told.save_pretrained(tmp_path / "new")
+    wanted = {**hashes(tmp_path / "new"), **{name: former[name] for name in mine}}
+    states, found = (facts_of(LMCODE.from_pretrained(place)), facts_of(told)), set()
+    for killed in kills(place, lambda: told.save_pretrained(place)):
+        seen = {name: value for name, value in hashes(place).items() if not name.startswith(files.WORK)}
+        ours = {name: value for name, value in seen.items() if name not in mine and name != files.RECORD}
+        assert {name: seen[name] for name in mine} == {name: former[name] for name in mine}
+        assert "config.json" not in ours or any(ours.items() <= state.items() for state in (former, wanted))
+        facts = facts_of(LMCODE.from_pretrained(place))
+        found.add((states.index(facts), killed, "config.json" in ours))
+        told.save_pretrained(place)
+        assert {name: value for name, value in hashes(place).items() if name != files.RECORD} == {
+            name: value for name, value in wanted.items() if name != files.RECORD}
+        assert not (place / files.WORK).exists()
+    assert found >= {(0, True, True), (1, True, False), (1, False, True)}
+
+
+def test_only_one_process_saves_into_a_folder(saved: Path) -> None:
+    model, before = LMCODE.from_pretrained(saved), hashes(saved)
+    with files.replacing(saved):
+        assert "is being changed by another process" in message_of(lambda: model.save_pretrained(saved))
+    assert hashes(saved) == before and not (saved / files.WORK).exists()
+
+
+@pytest.mark.parametrize("damage", [
+    b"[]", b"{", b'{"put": {}, "remove": {}}',
+    b'{"put": {"config.json": null, "lmcode_files.json": null, "../mine": null}, "remove": {}}',
+    b'{"put": {"config.json": null, "lmcode_files.json": null}, "remove": {"../mine": null}}'])
+def test_a_strangers_plan_leads_nowhere(saved: Path, tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "mine").write_text("mine")
+    shutil.copytree(saved, tmp_path / "copy")
+    shutil.copytree(tmp_path / "copy", saved / files.WORK / "new")
+    (saved / files.WORK / "new" / files.PLAN).write_bytes(damage)
+    assert "is not what a save has left there" in message_of(lambda: LMCODE.from_pretrained(saved).save_pretrained(saved))
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
@@ -259,6 +298,8 @@ def test_settings_that_cannot_be_are_refused(saved: Path, change: Callable[[dict
 
 
 def test_a_tokenizer_that_is_too_large_is_refused(saved: Path) -> None:
+    for name in (TOKENIZER_FILE, CONFIG_FILE):
+        (saved / name).unlink()
     BPETokenizer.train([f"{one} and {one}" for one in range(200)], 400).save(saved)
     assert "at least the tokenizer's vocabulary" in message_of(lambda: LMCODE.from_pretrained(saved))
 
@@ -358,3 +399,12 @@ def test_an_upload_is_the_saved_folder(told: LMCODE, monkeypatch: pytest.MonkeyP
     assert told.push_to_hub("me/mine", include_memory=False, private=True) == "address"
     assert seen["repo"] == "me/mine" and seen["private"] and "config.json" in seen["files"]
     assert not any(name.startswith(("banks", "experiences")) for name in seen["files"])
+
+
+def test_what_a_file_manager_leaves_in_a_saved_model_is_passed_over(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = facts_of(LMCODE.from_pretrained(saved))
+    (saved / ".DS_Store").write_text("x")
+    (saved / "banks" / ".ipynb_checkpoints").mkdir()
+    (saved / "banks" / ".ipynb_checkpoints" / "x.json").write_text("{}")
+    assert facts_of(LMCODE.from_pretrained(saved)) == expected
+    assert "passed over what is no part of the model: .DS_Store, banks/.ipynb_checkpoints" in caplog.text

@@ -1,4 +1,4 @@
-"""The README cannot rot: its Python runs in order, its command lines parse, the first README's snippets are all there."""
+"""No README can rot: its Python runs, its commands parse, the files it names exist, no snippet of the first is missing."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from lmcode.cli import command as cli
 from lmcode.dist import free_port
 
 CHECKOUT = Path(__file__).parents[1]
-README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
-SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)) + "\n" + "\n".join(
-    re.findall(r"`((?:deepspeed|mpirun|srun|lmcode \w+|python -m lmcode) [^`]+)`", README))
+READMES = {folder: (CHECKOUT / folder / "README.md").read_text(encoding="utf-8")
+           for folder in (".", "lmcode", "lmcode/memory", "launch", "tools", "tests")}
+PROGRAM = READMES["."] + READMES["lmcode"]  # the second goes on where the first ends
+SHELL = "\n".join("\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)) + "\n" + "\n".join(
+    re.findall(r"`((?:deepspeed|mpirun|srun|lmcode \w+|python -m lmcode) [^`]+)`", text)) for text in READMES.values())
+NOT_OURS = {"script.py", "modeling_lmcode.py"}  # the reader's own program; a file of saved models
 ORIGINAL = """
 config = LMCODEConfig(vocab_size=50257, hidden_size=512, num_layers=6, num_heads=8, short_term_memory_size=512,
                       long_term_memory_slots=10000)
@@ -50,8 +54,8 @@ fig = plot_training_history(history)
 
 
 def python_blocks() -> list[str]:
-    """The README's Python; without transformers, without the blocks that need it."""
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    """The Python of the READMEs; without transformers, without the blocks that need it."""
+    blocks = re.findall(r"```python\n(.*?)```", PROGRAM, re.DOTALL)
     here = importlib.util.find_spec("transformers") is not None
     return [block for block in blocks if here or "transformers" not in block]
 
@@ -97,7 +101,7 @@ def test_all_python_runs_in_order_as_it_stands(tmp_path: Path, ranks: int) -> No
     launcher = ["-m", "deepspeed.launcher.runner", "--hostfile", "/dev/null", "--log_level", "error", "--master_port",
                 str(free_port()), "--num_gpus", str(ranks)] if ranks > 1 else []
     done = subprocess.run([sys.executable, *launcher, "program.py"], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=280)
+                          timeout=PATIENCE_S)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert {"best_model.pt", "my_model", "memory_stats.png"} <= {path.name for path in tmp_path.iterdir()}
     answers = [(tmp_path / f"rank-{rank}.json").read_text(encoding="utf-8") for rank in range(ranks)]
@@ -111,3 +115,29 @@ def test_there_are_command_lines_to_parse() -> None:
 @pytest.mark.parametrize("line", command_lines(), ids=" ".join)
 def test_every_command_line_parses(line: list[str]) -> None:
     assert cli.parse(line).run
+
+
+def test_the_first_page_can_be_read_in_ten_minutes() -> None:
+    assert READMES["."].count("\n") <= 220
+
+
+def named_files(text: str) -> set[str]:
+    """What a text calls a file of the checkout: links, and names in backticks that end like a source file."""
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    quoted = re.findall(r"`(?:python |bash )?([\w./*-]+\.(?:py|sh|sbatch|md))\b[^`]*`", text)
+    return {name for name in [*links, *quoted] if not name.startswith(("http", "/"))}
+
+
+@pytest.mark.parametrize("folder", READMES)
+def test_every_file_that_is_named_exists(folder: str) -> None:
+    """Beside the README, in the checkout, or anywhere in the package for a bare name; a pattern must match something."""
+    places = [CHECKOUT / folder, CHECKOUT, CHECKOUT / "lmcode"]
+    missing = {name for name in named_files(READMES[folder]) - NOT_OURS
+               if not any(any(place.glob(name.removeprefix("../"))) for place in places)}
+    assert not missing
+
+
+@pytest.mark.parametrize("program", sorted(path.name for path in (CHECKOUT / "tools").glob("*.py")))
+def test_the_laboratory_lists_every_program(program: str) -> None:
+    listed = re.findall(r"`([\w*]+\.py)`", READMES["tools"])
+    assert any(Path(program).match(name) for name in listed)

@@ -18,10 +18,10 @@ from test_loop import write_corpus
 
 from lmcode import dist
 from lmcode.config import ConfigError, RunConfig, build
+from lmcode.data.replay import FILE, Replay, ReplaySampler, load_replay, replay_part
+from lmcode.data.streams import Batch, Pauses, StreamSampler
+from lmcode.files.durable import verify
 from lmcode.train import loop, saving
-from lmcode.train.data import Batch, Pauses, StreamSampler
-from lmcode.train.durable import verify
-from lmcode.train.replay import FILE, Replay, ReplaySampler, load_replay, replay_part
 from lmcode.train.session import Session
 from lmcode.train.start import open_run, set_up
 
@@ -80,7 +80,7 @@ def filled(slots: int = 8, count: int = 8, sampler: str = "importance") -> Repla
     """Spans with importance 1, 2, ... in the order of storage, each with a namespace of its own."""
     replay = make_replay(slots, sampler)
     streams = StreamSampler(make_documents([5] * count), streams=count, sequence_length=4, seed=0, epochs=1, shuffle=False)
-    replay.store(streams.batch(0), np.arange(1.0, count + 1), step=0)
+    replay.store(streams.batch(0), np.arange(1.0, count + 1)[:, None], step=0)
     return replay
 
 
@@ -90,7 +90,7 @@ def test_the_oldest_span_leaves_first_whatever_its_importance() -> None:
     replay.update(np.array([3]), np.array([1e9]), step=1)
     oldest = replay.columns["number"].argmin()
     replay.update(np.array([oldest]), np.array([1e9]), step=1)
-    replay.store(make_sampler(make_documents([5]), streams=1).batch(0), np.array([0.1]), step=1)
+    replay.store(make_sampler(make_documents([5]), streams=1).batch(0), np.array([[0.1]]), step=1)
     assert replay.columns["number"].min() == 4
 
 
@@ -122,7 +122,7 @@ def test_draws_depend_on_seed_step_and_content_alone() -> None:
 def test_losses_that_are_no_numbers_store_nothing() -> None:
     replay = make_replay()
     batch = make_sampler(make_documents([5] * 3), streams=3).batch(0)
-    replay.store(batch, np.array([np.nan, 1.0, np.inf]), step=0)
+    replay.store(batch, np.array([[np.nan], [1.0], [np.inf]]), step=0)
     assert len(replay) == 1
     replay.update(np.array([0]), np.array([np.nan]), step=9)
     assert replay.columns["importance"][0] == 1.0 and replay.columns["step"][0] == 0
@@ -209,7 +209,7 @@ def walk(sampler: ReplaySampler, steps: int) -> list[Batch]:
     batches = []
     for step in range(steps):
         batches.append(sampler.batch(step))
-        sampler.remember(step, 1.0 + batches[-1].valid_BT.sum(1).double())
+        sampler.remember(step, 1.0 + batches[-1].valid_BT.sum(1, keepdim=True).double())
     return batches
 
 
@@ -241,7 +241,7 @@ def test_ranks_share_the_global_batch(world_size: int, num_micro: int) -> None:
                        came[0].global_tokens)
         assert equal(joined, expected)
         for sampler in (whole, *parts):
-            sampler.remember(step, 1.0 + expected.valid_BT.sum(1).double())
+            sampler.remember(step, 1.0 + expected.valid_BT.sum(1, keepdim=True).double())
 
 
 def test_importance_is_the_mean_loss_when_last_seen_and_is_told() -> None:

@@ -20,14 +20,14 @@ from lmcode import dist, generate_memory_report, plot_training_history, visualiz
 from lmcode.cli import command as cli
 from lmcode.config import ConfigError, RunConfig, build
 from lmcode.dist import Group
-from lmcode.lmcode import LMCODE
+from lmcode.language_model import LMCODE
 from lmcode.report.charts import Line, histogram, line_chart, short, ticks
 from lmcode.report.facts import gather
 from lmcode.report.history import curves_of, read_metrics, tagged
 from lmcode.report.markup import Markup, element, number, size_of
 from lmcode.report.page import render
 from lmcode.report.reading import read_documents
-from lmcode.report.run import report_run
+from lmcode.report.run import report_path
 from lmcode.train import loop
 from lmcode.train.start import set_up
 
@@ -244,10 +244,10 @@ def test_lmcode_report_writes_the_page_of_a_run(runs: dict[str, Path], tmp_path:
 
 def test_a_run_without_a_bank_or_without_its_text_has_a_report(runs: dict[str, Path], tmp_path: Path,
                                                               caplog: pytest.LogCaptureFixture) -> None:
-    reader = check(report_run(runs["none"], []).read_text(encoding="utf-8"))
+    reader = check(report_path(runs["none"], []).read_text(encoding="utf-8"))
     assert "This model has no bank" in reader.text and "Where a step spends its time" in reader.text
     moved = [f"data.path={tmp_path / 'moved'}", f"data.cache={tmp_path}"]
-    reader = check(report_run(runs["bank"], moved, out=tmp_path / "x.html").read_text(encoding="utf-8"))
+    reader = check(report_path(runs["bank"], moved, out=tmp_path / "x.html").read_text(encoding="utf-8"))
     assert "The held-out documents could not be read" in reader.text and "layer 1" in reader.text
 
 
@@ -256,7 +256,7 @@ def test_other_text_than_that_of_the_run_is_said(runs: dict[str, Path], tmp_path
     for name in range(4):
         (tmp_path / "text" / f"{name}.txt").write_text(f"other words {name} " * 20)
     other = [f"data.path={tmp_path / 'text'}", f"data.cache={tmp_path}"]
-    reader = check(report_run(runs["bank"], other, out=tmp_path / "x.html").read_text(encoding="utf-8"))
+    reader = check(report_path(runs["bank"], other, out=tmp_path / "x.html").read_text(encoding="utf-8"))
     assert "The corpus is not the one that this run was trained on" in reader.text
 
 
@@ -264,7 +264,7 @@ def test_what_cannot_be_reported(runs: dict[str, Path], tmp_path: Path, capsys: 
     assert cli.main(["report", str(tmp_path / "nothing")]) == 2 and "no run folder" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="the report cannot be written to"):
-        report_run(runs["none"], [], out=tmp_path / "file" / "index.html")
+        report_path(runs["none"], [], out=tmp_path / "file" / "index.html")
 
 
 def test_histories_become_curves() -> None:

@@ -35,7 +35,8 @@ def used_bank(seed: int, virtual_shards: int, slots: int, dtype: str = "fp32") -
         count = int(chance.integers(1, slots))
         key = unit(H, count, D, seed=seed + step)
         key[0, :1] = math.inf if step % 2 else 1.0
-        bank.write(key, unit(H, count, D, seed=step) * 3, torch.from_numpy(chance.integers(0, 3, count)), step=step)
+        bank.write(key, unit(H, count, D, seed=step) * 3, torch.from_numpy(chance.integers(0, 3, count)), step=step,
+                   document_E=torch.from_numpy(chance.integers(-1, 2**62, count)))
         bank.commit([], [bank.search(unit(H, 6, D, seed=step + 9) * 4, torch.arange(6) % 3)], step=step)
         bank.delete(ids=chance.integers(0, bank.next_id, count // 4).tolist())
     return bank

@@ -10,7 +10,6 @@ from test_pretrained import CONFIG, MEMORY, SECRET, make_model, message_of, tell
 from test_reshard import plain, states_of
 
 from lmcode import LMCODE
-from lmcode.resharding import reshard_memory
 
 
 def told() -> LMCODE:
@@ -21,7 +20,7 @@ def told() -> LMCODE:
 
 def test_a_model_goes_on_as_before(tmp_path: Path) -> None:
     model, other = told(), told()
-    count = reshard_memory(other, 7, slots=300, experience_slots=40)
+    count = other.reshard_memory(7, slots=300, experience_slots=40)
     assert count == 2 + sum(bank.stats()["live"] for bank in model.banks.values())
     assert (other.config.long_term_memory_slots, other.memory_config.virtual_shards) == (300, 7)
     assert other.config == CONFIG.model_copy(update={"long_term_memory_slots": 300})
@@ -47,7 +46,7 @@ def test_a_model_goes_on_as_before(tmp_path: Path) -> None:
 def test_a_model_that_was_told_nothing_can_be_told_something_later() -> None:
     model = make_model()
     assert model.experiences.bank.slots == 64
-    reshard_memory(model, 9, experience_slots=30)
+    model.reshard_memory(9, experience_slots=30)
     assert model.experiences.bank.config.virtual_shards == 9 and model.experiences.bank.slots == 30
     model.store_experience(SECRET)
     assert model.query_memory("xylophone")[0][0].text == SECRET
@@ -62,20 +61,20 @@ def test_a_model_that_was_told_nothing_can_be_told_something_later() -> None:
 def test_what_has_no_room_is_refused(virtual_shards: int, more: dict[str, int], reason: str) -> None:
     model = told()
     before = {layer: bank.content_hash() for layer, bank in model.banks.items()}
-    assert reason in message_of(lambda: reshard_memory(model, virtual_shards, **more))
+    assert reason in message_of(lambda: model.reshard_memory(virtual_shards, **more))
     assert {layer: bank.content_hash() for layer, bank in model.banks.items()} == before and model.memory_config == MEMORY
 
 
 def test_the_number_of_slots_that_is_asked_for_is_enough_for_every_layer() -> None:
     model = told()
     model.banks[2].write(torch.ones(2, 90, 8), torch.ones(2, 90, 8), torch.zeros(90, dtype=torch.int64))
-    words = message_of(lambda: reshard_memory(model, 5, slots=5)).split()
+    words = message_of(lambda: model.reshard_memory(5, slots=5)).split()
     fewest = int(words[words.index("are") - 2])
-    message_of(lambda: reshard_memory(model, 5, slots=fewest - 1))
-    reshard_memory(model, 5, slots=fewest)
+    message_of(lambda: model.reshard_memory(5, slots=fewest - 1))
+    model.reshard_memory(5, slots=fewest)
 
 
 def test_fewer_slots_than_hits_and_no_memory_at_all_are_refused() -> None:
-    assert "memory_top_k must not exceed" in message_of(lambda: reshard_memory(make_model(), 2, slots=3))
+    assert "memory_top_k must not exceed" in message_of(lambda: make_model().reshard_memory(2, slots=3))
     bare = LMCODE(CONFIG.model_copy(update={"long_term_memory_slots": 0}))
-    assert "has nothing to reshard" in message_of(lambda: reshard_memory(bare, 2))
+    assert "has nothing to reshard" in message_of(lambda: bare.reshard_memory(2))

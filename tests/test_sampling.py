@@ -7,7 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcode.model.sampling import DEFAULT_NEW_TOKENS, Decoding, completions, forbid_repeats, next_token, penalise_repetition
+from lmcode.model.generation.sampling import (
+    DEFAULT_NEW_TOKENS,
+    Decoding,
+    completions,
+    forbid_repeats,
+    next_token,
+    penalise_repetition,
+)
 
 ROWS = st.lists(st.integers(0, 3), min_size=1, max_size=12)
 

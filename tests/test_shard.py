@@ -26,7 +26,7 @@ from lmcode.memory.entry import (
 )
 from lmcode.memory.placement import virtual_shard_of
 from lmcode.memory.shard import Shard, Ticket
-from lmcode.retrieval import NO_SCORE, Candidates
+from lmcode.protocol import NO_SCORE, Candidates
 
 H, D, S = 2, 6, 4
 
@@ -100,10 +100,11 @@ def test_clipping_keeps_direction_even_where_squares_overflow() -> None:
 def test_candidates_travel_unchanged() -> None:
     valid = torch.tensor([True, False, True])
     one = Candidates(torch.randn(H, 3, D), torch.randn(H, 3, D), torch.tensor([2**60 + 1, 5, 7]),
-                     torch.tensor([0.1, 0.2, float("nan")]), valid)
-    vector, facts = stack_candidates([one, one], heads=H, head_dim=D, dtype=torch.float32, device=torch.device("cpu"))
-    namespace, surprise = unpack_facts(facts)
-    assert namespace.tolist() == [2**60 + 1, 7] * 2
+                     torch.tensor([0.1, 0.2, float("nan")]), valid, torch.tensor([2**62 + 1, 3, -1]))
+    unknown = one._replace(document_N=None)
+    vector, facts = stack_candidates([one, unknown], heads=H, head_dim=D, dtype=torch.float32, device=torch.device("cpu"))
+    namespace, document, surprise = unpack_facts(facts)
+    assert namespace.tolist() == [2**60 + 1, 7] * 2 and document.tolist() == [2**62 + 1, -1, -1, -1]
     np.testing.assert_array_equal(surprise, np.array([0.1, np.nan] * 2, np.float32))
     assert torch.equal(vector[:2, 0], one.key_HND[:, valid].transpose(0, 1))
     assert torch.equal(vector[2:, 1], one.value_HND[:, valid].transpose(0, 1))
@@ -200,11 +201,12 @@ def test_a_hit_raises_importance_and_may_earn_a_chance() -> None:
     assert columns["chance"][slots].tolist() == [False, True, False, False]
 
 
-def test_mass_is_counted_in_integers_over_all_heads() -> None:
+def test_mass_is_weight_times_credit_counted_in_integers_over_all_heads() -> None:
     shard = make_shard()
-    ticket = make_ticket(shard, [[(0, 3), (0, 5)], [(1, 3)], [], [(0, 3)]])
-    mass = shard.count_mass(ticket)
-    units = (ticket.weight_W.double() * MASS_UNIT).round().long().tolist()
+    ticket, credit = make_ticket(shard, [[(0, 3), (0, 5)], [(1, 3)], [], [(0, 3)]]), torch.tensor([0.3, 2.5, 0.7, 0.0])
+    mass = shard.count_mass(ticket, credit)
+    units = [round(weight * share * MASS_UNIT) for weight, share in
+             zip(ticket.weight_W.tolist(), credit[[0, 0, 1, 3]].tolist(), strict=True)]
     assert mass.dtype == np.int64
     assert mass[3] == units[0] + units[2] + units[3] and mass[5] == units[1]
     assert mass.sum() == sum(units)

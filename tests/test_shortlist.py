@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmcode.model import shortlist
-from lmcode.model.sampling import Decoding
-from lmcode.model.shortlist import Shortlist, worthwhile
+from lmcode.model.generation import shortlist
+from lmcode.model.generation.sampling import Decoding
+from lmcode.model.generation.shortlist import Shortlist, multiplies_bf16, worthwhile
 
 V, C = 20000, 64
-pytestmark = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU does not multiply bf16")
+pytestmark = pytest.mark.skipif(not multiplies_bf16(), reason="this CPU does not multiply bf16")
 
 
 def weights(kind: str) -> Tensor:

@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from lmcode import dist
 from lmcode.cli import command as cli
-from lmcode.cluster.slurm import Job, hand_in, render
 from lmcode.config import ConfigError
+from lmcode.jobs.slurm import Job, hand_in, render
 
 CHECKOUT = Path(__file__).parents[1]
 STEP = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", "SLURM_NODEID": "2",
@@ -91,7 +92,7 @@ def run_script(folder: Path, *, srun: str, python: str = "",
                  "SLURM_SUBMIT_DIR": str(folder), "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "a[1-2]",
                  "SLURM_JOB_NAME": "lmcode"}
     return subprocess.run(["bash", "-c", render(Job()), "script", "train.seed=3"], env=variables, capture_output=True,
-                          text=True, timeout=30)
+                          text=True, timeout=PATIENCE_S)
 
 
 def test_the_script_checks_first_and_goes_on_where_the_job_was(tmp_path: Path) -> None:
@@ -102,10 +103,22 @@ def test_the_script_checks_first_and_goes_on_where_the_job_was(tmp_path: Path) -
     assert said[0] == f"python -m lmcode config check --data --world 4 {words}"
     assert any(line.endswith(f"-m lmcode train {words}") for line in said)
     assert not any("requeue" in line for line in said)
-    assert (tmp_path / "runs/lmcode-40017/hostfile").read_text() == "a1 slots=2\na2 slots=2\n"
+    hosts = (tmp_path / "runs/lmcode-40017/hostfile").read_text()
+    assert hosts == "# Written by lmcode: the hosts of the job.\na1 slots=2\na2 slots=2\n"
     env = (tmp_path / "env").read_text().splitlines()
     assert "MASTER_ADDR=a1" in env and "MASTER_PORT=25017" in env
     assert not [line for line in env if line.startswith(("NCCL_", "GLOO_"))]
+
+
+def test_a_hostfile_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "runs/lmcode-40017/hostfile"
+    file.parent.mkdir(parents=True)
+    file.write_text("mine slots=8\n")
+    done = run_script(tmp_path, srun="exit 0")
+    assert done.returncode == 2 and "is not replaced" in done.stderr and file.read_text() == "mine slots=8\n"
+    file.write_text("# Written by lmcode: the hosts of the job.\ngone slots=2\n")
+    shutil.rmtree(tmp_path / "venv")
+    assert run_script(tmp_path, srun="exit 0").returncode == 0 and "a1 slots=2" in file.read_text()
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(75, True), (1, False), (143, False)])

@@ -28,7 +28,7 @@ def used_bank(group: Group | None = None, **settings: object) -> LongTermMemory:
         key, value = twins(60, step)
         value[0, 3] *= 1e3
         key[0, 5, 0] = float("inf")
-        bank.write(key, value, torch.arange(60) % 4, step=step)
+        bank.write(key, value, torch.arange(60) % 4, step=step, document_E=torch.arange(60) % 5 + 2**60)
         bank.commit([], [bank.search(*my_queries(bank.group, step))], step=step)
     bank.delete(ids=range(100, 180, 9))
     return bank
@@ -91,6 +91,18 @@ def test_a_loaded_bank_goes_on_as_the_saved_one(tmp_path: Path, dtype: str) -> N
     assert bank.content_hash() == other.content_hash()
     found, wanted = bank.search(query, names), other.search(query, names)
     assert torch.equal(found.id_HNK, wanted.id_HNK) and torch.equal(found.score_HNK, wanted.score_HNK)
+
+
+def test_a_file_of_a_version_without_documents_is_one_of_unknown_documents(tmp_path: Path) -> None:
+    bank, loaded = used_bank(), make_bank(importance_growth=0.5, second_chance_importance=1.2)
+    save_bank(tmp_path, bank)
+    for path in tmp_path.iterdir():
+        rewrite(path, lambda tensors, header: tensors.pop("document"))
+    load_bank(tmp_path, loaded)
+    for shard in bank.owned:
+        was, now = bank.state(shard), loaded.state(shard)
+        assert set(was["document"].tolist()) - {-1} and set(now.pop("document").tolist()) == {-1}
+        assert all(torch.equal(was[name], tensor) for name, tensor in now.items())
 
 
 def test_nothing_of_a_deleted_entry_is_in_the_files(tmp_path: Path) -> None:

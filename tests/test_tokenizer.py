@@ -14,7 +14,7 @@ from tokenizers import models, pre_tokenizers, processors, trainers
 
 from lmcode import LMCODE, LMCODEConfig, MemoryDataset
 from lmcode.config import ConfigError
-from lmcode.tokenizer import (
+from lmcode.data.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
     as_tokenizer,
@@ -195,10 +195,23 @@ def test_vocabulary_must_fit_the_model(tokenizer):
         check_vocab(tokenizer, tokenizer.vocab_size - 1)
 
 
+@BOTH
+def test_a_file_of_somebody_else_is_not_replaced(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    tokenizer.save(tmp_path)
+    for name in [path.name for path in tmp_path.iterdir()]:
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_text('{"chat_template": "mine"}')
+        with pytest.raises(ConfigError, match="exists, with another content, and is not replaced"):
+            tokenizer.save(tmp_path)
+        assert (tmp_path / name).read_text() == '{"chat_template": "mine"}'
+        (tmp_path / name).write_bytes(before)
+
+
 def test_bytes_do_not_need_the_tokenizers_package(tmp_path):
     ByteTokenizer().save(tmp_path)
     program = ("import sys; sys.modules['tokenizers'] = None\n"
-               "from lmcode.tokenizer import load_tokenizer\n"
+               "from lmcode.data.tokenizer import load_tokenizer\n"
                f"assert load_tokenizer({str(tmp_path)!r}).vocab_size == 257")
     subprocess.run([sys.executable, "-c", program], check=True)
 

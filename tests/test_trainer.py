@@ -16,9 +16,12 @@ from ranks import run_on_ranks
 from lmcode import LMCODE, LMCODEConfig, MemoryAwareTrainer, MemoryDataset, create_synthetic_dataset
 from lmcode.cli import command as cli
 from lmcode.config import ConfigError, MemoryConfig
-from lmcode.tokenizer import BPETokenizer, same_tokenizer
-from lmcode.train import checkpoint, path_checkpoint
-from lmcode.train.commit import SaveFailed
+from lmcode.data.tokenizer import BPETokenizer, same_tokenizer
+from lmcode.files.commit import SaveFailed
+from lmcode.language_model import Deleted
+from lmcode.memories.experiences import VISITS
+from lmcode.saved import checkpoint
+from lmcode.train import path_checkpoint
 
 SNIPPET = """
 from lmcode import MemoryAwareTrainer, MemoryDataset
@@ -156,12 +159,51 @@ def several_passes() -> dict[str, Any]:
             "apart": max(namespaces) < min(new), "step": trainer.step}
 
 
+def test_training_and_experiences_are_in_namespaces_of_their_own() -> None:
+    """The default one, too: deleting either leaves the other as it is. The spans of a document go with its entries."""
+    model = make_model(slots=8000)
+    trainer = trainer_of(model, total_steps=6)
+    trainer.train(data(ratio=0.25), batch_size=8)
+    columns = model.banks[1].shard.columns
+    trained = int(model.banks[1].shard.live_M.sum())
+    assert columns["namespace"][columns["id"] >= 0].min() == VISITS
+    visits = trainer.replay.columns["namespace"][trainer.replay.columns["number"] >= 0].tolist()
+    assert min(visits) >= VISITS and visits.count(VISITS + 1)
+    model.store_experience([[1, 2, 3, 4, 5]] * 2, [0, 1])
+    assert model.delete_experiences(namespace=0) == Deleted(1, 4, 0)
+    mine = int((columns["namespace"] == VISITS + 1).sum())
+    assert model.delete_experiences(namespace="visit:1") == Deleted(0, mine, visits.count(VISITS + 1))
+    assert VISITS + 1 not in trainer.replay.columns["namespace"]
+    assert model.banks[1].stats()["live"] == trained - mine + 4 and len(model.experiences.all()) == 1
+
+
+def test_what_was_trained_before_goes_on_in_its_namespaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of a program that numbered documents from 0 on."""
+    with monkeypatch.context() as former:
+        former.setattr("lmcode.train.trainer.VISITS", 0)
+        trainer = trainer_of(make_model(slots=8000), total_steps=3)
+        trainer.train(data(ratio=0.0), batch_size=8)
+        trainer.save_checkpoint(tmp_path / "old")
+    model = make_model(slots=8000)
+    trainer = trainer_of(model, total_steps=1000)
+    trainer.load_checkpoint(tmp_path / "old")
+
+    def namespaces() -> list[int]:
+        columns = model.banks[1].shard.columns
+        return sorted({*columns["namespace"][columns["id"] >= 0].tolist()})
+
+    trainer.train(data(ratio=0.0), num_epochs=1, batch_size=8)
+    assert namespaces() == [*range(24)], "the pass that was under way"
+    trainer.train(data(3, ratio=0.0), num_epochs=1, batch_size=8)
+    assert namespaces() == [*range(24), *range(VISITS, VISITS + 24)]
+
+
 def saves(folder: Path) -> dict[str, Any]:
     trainer = trainer_of(make_model(), total_steps=2)
     told = {"early": message_of(lambda: trainer.save_checkpoint("early.pt"))}
     trainer.train(data(), batch_size=4)
     trainer.save_checkpoint("model.pt")
-    first = path_checkpoint.find(Path("model.pt"), trainer.group)
+    first = checkpoint.find(Path("model.pt"))
     old = {path.name: path.read_bytes() for path in first.iterdir() if path.is_file()}
     (folder / "file.pt").write_text("something of the user's")
     told["taken"] = message_of(lambda: trainer.save_checkpoint("file.pt"))

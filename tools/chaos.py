@@ -194,10 +194,12 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def place(folder: Path | None) -> Iterator[Path]:
-    """The folder to write in, absolute; made, and removed if it was temporary."""
+    """The folder to write in, absolute and empty, since what is in it is removed; made, and removed if it was temporary."""
     with contextlib.ExitStack() as stack:
         chosen = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-"))) if folder is None else folder
         chosen.mkdir(parents=True, exist_ok=True)
+        if any(chosen.iterdir()):
+            raise SystemExit(f"--folder must be new or empty: '{chosen}' is not")
         yield chosen.resolve()
 
 

@@ -24,9 +24,12 @@ import torch
 import traced
 from traced import Op
 
+from lmcode import opening
 from lmcode.dist import Group
-from lmcode.train import checkpoint, durable, saving
-from lmcode.train.amend import amend
+from lmcode.files import durable
+from lmcode.saved import checkpoint
+from lmcode.saved.amend import amend
+from lmcode.train import saving
 
 SAVES, RUN = 4, "crashed"
 Contents = dict[str, dict[str, bytes]]  # what each checkpoint held when it was acknowledged
@@ -57,7 +60,7 @@ def save_and_trace(folder: Path) -> tuple[list[Op], Contents]:
 def change_memory(run: Path) -> Path:
     """Stores an experience in the newest checkpoint of a run; returns the revision."""
     group, device = Group(), torch.device("cpu")
-    model, *_ = checkpoint.load_model(run, [], group=group, device=device)
+    model, *_ = opening.open_model(run, group=group, device=device)
     return amend(checkpoint.find(run), model, lambda draft: draft.model.store_experience("a line to remember")).folder
 
 

@@ -20,7 +20,8 @@ import chaos
 import traced
 from traced import Op
 
-from lmcode.train import durable, saving
+from lmcode.files import durable
+from lmcode.train import saving
 
 CODES = (errno.ENOSPC, errno.EIO, errno.EROFS)
 Outcome = dict[str, Any]

@@ -16,7 +16,9 @@ from pathlib import Path
 import chaos
 
 from lmcode.config import ConfigError
-from lmcode.train import checkpoint, durable, saving
+from lmcode.files import durable
+from lmcode.saved import checkpoint
+from lmcode.train import saving
 
 
 def save_twice(values: dict) -> None:

@@ -27,10 +27,10 @@ import chaos
 
 from lmcode.cli import answers
 from lmcode.config import ConfigError, RunConfig, to_yaml
-from lmcode.experience.input import experiences_of
+from lmcode.data.tokenizer import ByteTokenizer
+from lmcode.files import durable
+from lmcode.memories.experience_input import experiences_of
 from lmcode.presets import load_run_config
-from lmcode.tokenizer import ByteTokenizer
-from lmcode.train import durable
 
 SECRET = b"outside: 5f0c2e"
 HOSTILE = ("../secret", "../../secret", "a/../../secret", "..", ".", "", "/", "//", "a//b", "a/", "./a", "a/./b", "a/..",

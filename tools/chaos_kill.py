@@ -25,7 +25,8 @@ from typing import Any
 import chaos
 import numpy as np
 
-from lmcode.train import commit, durable, saving
+from lmcode.files import commit, durable
+from lmcode.train import saving
 
 PHASES = ("before", "prepare", "copy to host", "write files", "fsync, hash", "wait for all", "manifest, folders", "named",
           "drop old", "after")

@@ -11,14 +11,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
-from lmcode.dist import Group
 from lmcode.eval.consolidation import EVERY, held_out_loss
 from lmcode.eval.documents import held_out_documents
-from lmcode.eval.held_out import held_out_sampler
+from lmcode.eval.held_out import EvalResult, held_out_sampler
 from lmcode.memory import LongTermMemory
-from lmcode.train.checkpoint import find, load_model
+from lmcode.opening import open_model
 
 
 def consolidated(banks: Mapping[int, LongTermMemory], threshold: float, rounds: int) -> dict[int, LongTermMemory]:
@@ -41,20 +38,27 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=EVERY, help="windows between two consolidations of an evaluation")
     parser.add_argument("--rounds", type=int, default=1, help="consolidations of the saved banks")
     arguments, overrides = parser.parse_known_args()
-    checkpoint = find(arguments.run)
-    model, config, _, step = load_model(checkpoint, overrides, group=Group(), device=torch.device("cpu"))
-    sampler = held_out_sampler(held_out_documents(checkpoint, config)[0], config)
+    opened = open_model(arguments.run, overrides)
+    model, config, step = opened.model, opened.config, opened.step
+    sampler = held_out_sampler(held_out_documents(opened).documents, config)
     plain, _ = held_out_loss(model, sampler, config.eval, model.banks, None)
     print(f"step {step}, {config.memory.scope} scope, {plain.tokens:,} held-out tokens\n"
-          f"no consolidation: loss {plain.loss:.4f}, far {plain.far_loss:.4f}", flush=True)
+          f"no consolidation: loss {plain.loss:.4f}, {far(plain)}", flush=True)
     written = plain.tokens * len(model.banks)  # about: the last token of a document has no successor
     for threshold in arguments.thresholds:
         print(f"threshold {threshold:g}:", flush=True)
         banks = consolidated(model.banks, threshold, arguments.rounds)
         result, merged = held_out_loss(model, sampler, config.eval, banks, threshold, every=arguments.every)
-        print(f"  held-out loss {result.loss:.4f} ({result.loss - plain.loss:+.4f}), far {result.far_loss:.4f} "
-              f"({result.far_loss - plain.far_loss:+.4f}); {merged:,} of about {written:,} entries merged, "
+        print(f"  held-out loss {result.loss:.4f} ({result.loss - plain.loss:+.4f}), {far(result, plain)}; "
+              f"{merged:,} of about {written:,} entries merged, "
               f"every {arguments.every} windows", flush=True)
+
+
+def far(result: EvalResult, plain: EvalResult | None = None) -> str:
+    """The loss far into documents, and by how much it differs from another one."""
+    if result.far_loss is None:
+        return "far not measurable"
+    return f"far {result.far_loss:.4f}" + ("" if plain is None else f" ({result.far_loss - plain.far_loss:+.4f})")
 
 
 if __name__ == "__main__":

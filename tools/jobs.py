@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from lmcode.dist import free_port
+from lmcode.files import durable
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def train(name: str, overrides: list[str], *, ranks: int = 2, folder: Path) -> Path:
-    """Trains `name` on `ranks` local ranks unless `folder` already holds it; returns the run folder.
+    """Trains `name` on `ranks` local ranks unless `folder` already holds it; returns the run folder. What has not finished
+    there, or is something else, is renamed.
 
     Raises:
         RuntimeError: if the job fails, with the end of what it said.
@@ -23,7 +24,8 @@ def train(name: str, overrides: list[str], *, ranks: int = 2, folder: Path) -> P
     run = folder / name
     if (run / "summary.txt").exists():
         return run
-    shutil.rmtree(run, ignore_errors=True)
+    if run.exists():
+        durable.set_aside(run)
     folder.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // ranks)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", "/dev/null", "--log_level", "error",

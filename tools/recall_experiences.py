@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 
 from lmcode import LMCODE, dist
+from lmcode.data.sources import open_source
+from lmcode.memories.files import load_memory, make_folders, save_memory
 from lmcode.presets import load_run_config
-from lmcode.saved.memory import load_memory, make_folders, save_memory
-from lmcode.train.sources import open_source
 
 WORDS = range(6, 61)  # in a sentence
 
@@ -92,7 +92,7 @@ def work(rank: int, ranks: int, port: int, sentences: list[str], folder: Path, l
     torch.manual_seed(int(load))  # another model on purpose: keys do not depend on it
     model = LMCODE(config.model, memory=config.memory, group=group)
     if load:
-        load_memory(folder, model)
+        load_memory(folder, model.memories)
         ids = ask(model, sentences, f"loaded on {ranks} rank(s)", group)
     else:
         started = time.perf_counter()
@@ -103,9 +103,9 @@ def work(rank: int, ranks: int, port: int, sentences: list[str], folder: Path, l
             evicted = len(sentences) - len(model.experiences.held) if ranks == 1 else 0
             print(f"{ranks} rank(s): stored {len(sentences):,} in {time.perf_counter() - started:.0f} s, "
                   f"{evicted} of them evicted", flush=True)
-            make_folders(folder, model)
+            make_folders(folder, model.memories)
         ids = ask(model, sentences, "fresh", group)
-        save_memory(folder, model)
+        save_memory(folder, model.memories)
     if rank == 0:
         torch.save(ids, folder / f"ids-{'loaded' if load else 'fresh'}.pt")
     dist.stop()

@@ -18,7 +18,8 @@ from typing import Any
 import chaos
 import torch
 
-from lmcode.train import checkpoint, durable, loop, saving
+from lmcode.files import durable
+from lmcode.train import loop, resuming, saving
 
 WAYS = ("save, all of it", "pause of training", "dd conv=fsync", "verify", "verify and load", "dd reading")
 
@@ -64,7 +65,7 @@ def measure_once(session: Any) -> dict[str, float]:
     forget(folder)
     verified = seconds(lambda: durable.verify(folder))
     forget(folder)
-    loaded = seconds(lambda: (durable.verify(folder), checkpoint.restore(session, folder)))
+    loaded = seconds(lambda: (durable.verify(folder), resuming.restore(session, folder)))
     forget(session.run_folder)
     read = seconds(lambda: dd(f"if={scratch}", "of=/dev/null"))
     scratch.unlink()

@@ -7,12 +7,12 @@ and the bytes that the memory moves, counted, beside the formula of the read pro
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 from pathlib import Path
 
 import jobs
 
+from lmcode.files import durable
 from lmcode.presets import load_run_config
 
 PHASES = ("step", "forward", "backward", "search", "exchange", "optimizer", "commit", "data")
@@ -41,7 +41,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/step_costs"))
     arguments, overrides = parser.parse_known_args()
     folder = arguments.folder.resolve()
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        durable.set_aside(folder)
     shared = [f"train.total_steps={arguments.steps}", "train.warmup_steps=10", "eval.every=0", "eval.final_windows=1",
               *overrides]
     medians = {"bank": [], "no bank": []}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lmcode.config import ConfigError
 
 if TYPE_CHECKING:
-    from lmcode.lmcode import LMCODE
+    from lmcode.backbone import Backbone
 
 Answer = tuple[str, int]  # what to print, and the exit code
 
@@ -27,60 +27,23 @@ def alone() -> None:
         raise ConfigError(f"lmcode memory runs in one process: got {size} ranks")
 
 
-def open_checkpoint(path: Path) -> tuple[Path, LMCODE]:
-    """The newest checkpoint that verifies, and its model with everything that it remembers."""
+def look(path: Path) -> tuple[Path, Backbone]:
+    """What a run, a checkpoint or a saved model remembers, to be looked at: its folder and the model.
+
+    Raises:
+        ConfigError: in a job of several ranks; for what cannot be opened, and what has no memory.
+    """
     alone()
-    import torch
-
-    from lmcode.dist import Group
-    from lmcode.train import checkpoint
-
-    try:
-        folder = checkpoint.find(path)
-        model, *_ = checkpoint.load_model(folder, [], group=Group(), device=torch.device("cpu"))
-        if not model.banks:
-            raise ConfigError(f"the model in '{path}' has no long-term memory: model.long_term_memory_slots = 0")
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return folder, model
-
-
-def is_saved_model(path: Path) -> bool:
-    """See `saved.pretrained.is_saved_model`, which takes seconds to import."""
-    from lmcode.saved import pretrained
-
-    return pretrained.is_saved_model(path)
-
-
-def is_lone_checkpoint(path: Path) -> bool:
-    """Whether it is a checkpoint that lies in no run, or what a kill has left beside it."""
-    from lmcode.saved.replace import left_by_a_kill
-    from lmcode.train import checkpoint, durable
-
-    path = path.absolute()
-    return not checkpoint.lies_in_run(path.resolve()) and ((left_by_a_kill(path) or path) / durable.MANIFEST).is_file()
-
-
-def open_model(path: Path) -> LMCODE:
-    """A saved model with everything that it remembers."""
-    alone()
-    from lmcode.lmcode import LMCODE
+    from lmcode.opening import open_model
+    from lmcode.saved.places import Kind
     from lmcode.saved.pretrained import settings
-    from lmcode.saved.replace import left_by_a_kill
 
-    model = LMCODE.from_pretrained(path)
-    if not model.banks:
+    opened = said(lambda: open_model(path))
+    if not opened.model.banks:
         raise ConfigError(f"the model in '{path}' has no long-term memory: model.long_term_memory_slots = 0")
-    if not settings(left_by_a_kill(path.absolute()) or path)[2]:
+    if opened.place.kind is Kind.SAVED_MODEL and not settings(opened.folder)[2]:
         raise ConfigError(f"the model in '{path}' was saved without its memory")
-    return model
-
-
-def look(path: Path) -> tuple[Path, LMCODE]:
-    """What a run, a checkpoint or a saved model remembers, to be looked at: its folder and the model."""
-    from lmcode.saved.replace import left_by_a_kill
-
-    return (path, open_model(path)) if is_saved_model(path) else open_checkpoint(left_by_a_kill(path.absolute()) or path)
+    return opened.folder, opened.model
 
 
 def said(action: Callable[[], Any]) -> Any:
@@ -93,8 +56,8 @@ def said(action: Callable[[], Any]) -> Any:
 
 def read_rows(file: str, *, without: str | None = None) -> list[dict[str, Any]]:
     """The experiences in a JSONL file; ConfigError that names the file, the line and the rule."""
-    from lmcode.experience.experiences import check_importance, namespace_number
-    from lmcode.experience.files import from_jsonl
+    from lmcode.memories.experience_files import from_jsonl
+    from lmcode.memories.experiences import check_importance, namespace_number
 
     def judge(row: dict[str, Any]) -> None:
         namespace_number(row.get("namespace", 0))

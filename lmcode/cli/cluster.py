@@ -10,8 +10,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from lmcode.cluster.slurm import Job, hand_in, render
 from lmcode.config import ConfigError, RunConfig
+from lmcode.jobs.slurm import Job, hand_in, render
 
 Command = Callable[..., argparse.ArgumentParser]
 Number = Callable[..., Callable[[str], int | float]]
@@ -85,10 +85,11 @@ def submit(arguments: argparse.Namespace) -> str:
 def estimate(arguments: argparse.Namespace, config: RunConfig) -> str:
     """What `lmcode estimate` prints; that a run will not fit is a warning in there."""
     from lmcode import estimate as estimates
+    from lmcode.processor import has_bf16
 
     device, memory_bytes = estimates.this_machine(arguments.device)
     if arguments.memory is not None:
         memory_bytes = int(arguments.memory * estimates.GIB)
-    made = estimates.estimate(config, arguments.world, device=device, memory_bytes=memory_bytes,
+    made = estimates.estimate(config, arguments.world, device=device, memory_bytes=memory_bytes, has_bf16=has_bf16(),
                               ranks_per_host=arguments.ranks_per_host)
     return json.dumps(made.to_dict(), indent=2) if arguments.json else estimates.to_table(made)

@@ -16,12 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lmcode import __version__
 from lmcode.cli import cluster as cluster_commands
 from lmcode.cli import doctor as doctor_commands
 from lmcode.cli import memory as memory_commands
-from lmcode.config import ConfigError, RunConfig, near_match, to_yaml
+from lmcode.cli.console import forgive
+from lmcode.config import ConfigError, RunConfig, expanded, near_match, to_yaml
+from lmcode.effects import without_effect
 from lmcode.presets import load_run_config
+from lmcode.version import __version__
 
 DONE, FAILED, BAD_USAGE, REQUEUE, INTERRUPTED = 0, 1, 2, 75, 130
 
@@ -47,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after `lmcode`; those of the process when None.
     """
+    spelling = forgive()
     try:
         arguments = parse(list(sys.argv[1:] if argv is None else argv))
         return arguments.run(arguments)
@@ -58,10 +61,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
+    finally:
+        if spelling.escaped:
+            warn(f"the output's encoding ({sys.stdout.encoding}) lacks some characters, which are shown as \\uXXXX; "
+                 "PYTHONIOENCODING=utf-8 prints them")
 
 
 def complain(message: str) -> None:
     """Says what is wrong on stderr, once per job."""
+    _say(f"lmcode: error: {message}")
+
+
+def warn(message: str) -> None:
+    """Says on stderr, once per job, what a user may not have meant."""
+    _say(f"lmcode: warning: {message}")
+
+
+def _say(line: str) -> None:
     from lmcode.dist import discover
 
     try:
@@ -69,7 +85,7 @@ def complain(message: str) -> None:
     except ValueError:
         rank = 0
     if rank == 0:
-        print(f"lmcode: error: {message}", file=sys.stderr)
+        print(line, file=sys.stderr)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -78,6 +94,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Raises:
         ConfigError: for anything that is not understood, with the nearest known word.
     """
+    for word in argv:
+        if not _is_utf8(word):
+            raise ConfigError(f"the words of a command must be UTF-8: got {ascii(word)}")
     arguments, rest = build_parser().parse_known_args(argv)
     parser = arguments.parser
     for word in rest:
@@ -89,6 +108,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
                               + ("; an override looks like section.key=value" if arguments.takes_overrides else ""))
     arguments.overrides = rest
     return arguments
+
+
+def _is_utf8(word: str) -> bool:
+    """Python keeps bytes that are no UTF-8 as lone surrogates."""
+    try:
+        word.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def build_parser() -> Parser:
@@ -230,7 +258,7 @@ def _number(kind: type[int] | type[float], *, lowest: float, highest: float = fl
 def _run_config(arguments: argparse.Namespace) -> RunConfig:
     resume = getattr(arguments, "resume", "none")
     if resume not in ("auto", "none") and arguments.config is None and arguments.preset is None:
-        return load_run_config(Path(resume) / "config.yaml", arguments.overrides)
+        return load_run_config(expanded("--resume", resume) / "config.yaml", arguments.overrides)
     if arguments.config is not None and not arguments.config.endswith((".yaml", ".yml")):
         raise ConfigError(f"--config takes a file ending in .yaml or .yml: got '{arguments.config}'")
     return load_run_config(arguments.config or arguments.preset, arguments.overrides)
@@ -239,7 +267,7 @@ def _run_config(arguments: argparse.Namespace) -> RunConfig:
 def train(arguments: argparse.Namespace) -> int:
     """`lmcode train`."""
     config = _run_config(arguments)
-    from lmcode.train.preempt import noticing
+    from lmcode.jobs.preempt import noticing
 
     with noticing():  # a signal that comes while torch is imported is remembered
         from lmcode.train import loop
@@ -250,11 +278,11 @@ def train(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     """`lmcode eval`."""
     from lmcode import dist
-    from lmcode.inference import evaluate_run
+    from lmcode.eval.run import evaluate_path
 
     windows = [] if arguments.windows is None else [f"eval.final_windows={arguments.windows}"]
     with dist.running() as me:
-        report = evaluate_run(arguments.path, [*windows, *arguments.overrides], as_json=arguments.json)
+        report = evaluate_path(arguments.path, [*windows, *arguments.overrides], as_json=arguments.json)
     if me.rank == 0:
         print(report)
     return DONE
@@ -263,7 +291,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def generate(arguments: argparse.Namespace) -> int:
     """`lmcode generate`."""
     from lmcode import dist
-    from lmcode.inference import generate_text
+    from lmcode.cli.generating import generate_text
 
     with dist.running() as me:
         text = generate_text(arguments.path, arguments.prompt, max_new_tokens=arguments.max_new_tokens,
@@ -277,10 +305,10 @@ def generate(arguments: argparse.Namespace) -> int:
 def report(arguments: argparse.Namespace) -> int:
     """`lmcode report`."""
     from lmcode import dist
-    from lmcode.report.run import report_run
+    from lmcode.report.run import report_path
 
     with dist.running() as me:
-        page = report_run(arguments.path, arguments.overrides, out=arguments.out)
+        page = report_path(arguments.path, arguments.overrides, out=arguments.out)
     if me.rank == 0:
         print(page)
     return DONE
@@ -328,14 +356,16 @@ def config_check(arguments: argparse.Namespace) -> int:
     if arguments.world is not None:
         config.check_world_size(arguments.world)
     if arguments.data:
-        from lmcode.train.corpus import load_corpus
-        from lmcode.train.preempt import Preempted, noticing
+        from lmcode.data.corpus import load_corpus
+        from lmcode.jobs.preempt import Preempted, noticing
 
         try:
             with noticing() as request:
                 load_corpus(config, progress=request.give_way)
         except Preempted:
             return REQUEUE
+    for line in without_effect(config, arguments.world):
+        warn(line)
     slots = config.model.long_term_memory_slots
     banks = len(config.model.memory_layer_indices) if slots else 0
     ranks = "" if arguments.world is None else f", {arguments.world} ranks"

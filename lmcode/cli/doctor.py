@@ -81,8 +81,8 @@ def doctor(arguments: argparse.Namespace) -> tuple[str, int]:
 
 def ssh_commands(hostfile: Path, env: Mapping[str, str]) -> dict[str, list[str]]:
     """The command that starts an agent, by host."""
-    from lmcode.cluster.hostfile import read_hostfile
     from lmcode.doctor.link import over_ssh
+    from lmcode.jobs.hostfile import read_hostfile
 
     hosts = read_hostfile(hostfile)
     need("ssh", "--hostfile")

@@ -1,7 +1,7 @@
 """`lmcode memory`: looking at and changing what a saved run remembers.
 
 The one thing to know: these commands work on the newest checkpoint that verifies, in one process, whatever number of
-ranks saved it. Those that change the memory commit a revision of that checkpoint (see `train.amend`), all of the
+ranks saved it. Those that change the memory commit a revision of that checkpoint (see `saved.amend`), all of the
 change or none of it. A saved model, or a checkpoint that lies in no run, is replaced as a whole. `lmcode.cli` hands in
 its way of making parsers and prints what the commands return.
 """
@@ -22,11 +22,7 @@ from lmcode.cli.answers import (
     ago,
     alone,
     as_json,
-    is_lone_checkpoint,
-    is_saved_model,
     look,
-    open_checkpoint,
-    open_model,
     read_rows,
     said,
     short,
@@ -35,8 +31,8 @@ from lmcode.cli.answers import (
 from lmcode.config import ConfigError
 
 if TYPE_CHECKING:
-    from lmcode.lmcode import LMCODE
-    from lmcode.train.amend import Draft
+    from lmcode.backbone import Backbone
+    from lmcode.saved.amend import Draft
 
 Command = Callable[..., argparse.ArgumentParser]
 Number = Callable[..., Callable[[str], Any]]
@@ -101,8 +97,8 @@ def _add_writers(kinds: Any, command: Command, number: Number) -> None:
     one.add_argument("file", metavar="FILE", help="JSONL; - is standard input")
     one = _kind(kinds, command, "delete", delete, words="[--id N ...] [--namespace N] [--json]",
                 help="forget experiences, for good: their texts, their entries in every layer, and all spans that are kept\n"
-                     "for replay in their namespaces. A namespace without ids goes as a whole, with what was trained on or\n"
-                     "generated under its number",
+                     "for replay in their namespaces. A namespace without ids goes as a whole, with what was generated in\n"
+                     "it; visit:N is that of the N-th document, from 0 on, that was trained on",
                 examples=["runs/books --id 17 18", "runs/books --namespace house"])
     one.add_argument("--id", metavar="N", type=number(int, lowest=0), nargs="+", dest="ids", help="of experiences")
     _add_namespace(one, "everything in it; with --id those only")
@@ -198,7 +194,7 @@ def inspect(arguments: argparse.Namespace) -> Answer:
 
 def export(arguments: argparse.Namespace) -> Answer:
     """`lmcode memory export`."""
-    from lmcode.experience.files import to_jsonl
+    from lmcode.memories.experience_files import to_jsonl
 
     _, model = look(arguments.path)
     chosen = said(lambda: model.experiences.all(namespace=arguments.namespace))
@@ -215,11 +211,13 @@ def export(arguments: argparse.Namespace) -> Answer:
 
 def verify(arguments: argparse.Namespace) -> Answer:
     """`lmcode memory verify`."""
-    from lmcode.train import checkpoint, durable
+    from lmcode.files import durable
+    from lmcode.saved import checkpoint
+    from lmcode.saved.places import place_of
 
     alone()
     problems: dict[str, str | None] = {}
-    if is_saved_model(arguments.path) or is_lone_checkpoint(arguments.path):
+    if place_of(arguments.path).run is None:
         try:
             look(arguments.path)
             problems[arguments.path.name] = None
@@ -238,7 +236,7 @@ def verify(arguments: argparse.Namespace) -> Answer:
     if None in problems.values():
         newest = [name for name, problem in problems.items() if problem is None][-1]
         try:
-            open_checkpoint(run / "checkpoints" / newest)
+            look(run / "checkpoints" / newest)
         except ConfigError as error:
             problems[newest] = str(error)
     return _verdict(arguments, problems)
@@ -283,7 +281,7 @@ def expire(arguments: argparse.Namespace) -> Answer:
 
 
 def _forget(arguments: argparse.Namespace, **conditions: Any) -> Answer:
-    from lmcode.train.amend import forget
+    from lmcode.saved.amend import forget
 
     return _amend(arguments, lambda draft: forget(draft, **conditions), "deleted {count:,} experiences, {entries:,} entries "
                                                                         "of layers' banks and {replay_spans:,} replay spans")
@@ -291,7 +289,7 @@ def _forget(arguments: argparse.Namespace, **conditions: Any) -> Answer:
 
 def consolidate(arguments: argparse.Namespace) -> Answer:
     """`lmcode memory consolidate`."""
-    from lmcode.retrieval import ConsolidationReport
+    from lmcode.protocol import ConsolidationReport
 
     def merged(draft: Draft, threshold: float) -> dict[str, Any]:
         reports: dict[str, ConsolidationReport] = {
@@ -318,14 +316,17 @@ def _held_out_loss(draft: Draft) -> Callable[[float | None], float]:
     from lmcode.eval.consolidation import held_out_loss
     from lmcode.eval.documents import held_out_documents
     from lmcode.eval.held_out import held_out_sampler
+    from lmcode.opening import Opened
     from lmcode.presets import load_run_config
+    from lmcode.saved.places import place_of
 
     config = None if draft.facts is None else load_run_config(draft.folder / "config.yaml")
     if config is None or config.preset == "trainer":
         raise ConfigError("--measure reads the held-out documents of a run: "
                           f"'{draft.folder}' is a {'saved model' if config is None else 'checkpoint'} without any")
     model = draft.model
-    sampler = held_out_sampler(held_out_documents(draft.folder, config)[0], config)
+    opened = Opened(model, place_of(draft.folder), draft.folder, config, 0)
+    sampler = held_out_sampler(held_out_documents(opened).documents, config)
     return lambda threshold: held_out_loss(model, sampler, config.eval, model.banks, threshold).result.loss
 
 
@@ -333,27 +334,27 @@ def reshard(arguments: argparse.Namespace) -> Answer:
     """`lmcode memory reshard`: a run gets a revision, a saved model is written to a new folder."""
     sentence = ("moved {count:,} entries from {former} to {virtual_shards} virtual shards, {slots:,} slots a layer and "
                 "{experience_slots:,} for experiences")
+    from lmcode.saved.places import Kind, place_of
+
     target, out, virtual_shards = arguments.path, arguments.out, arguments.virtual_shards
     numbers = {"slots": arguments.slots, "experience_slots": arguments.experience_slots}
-    if is_saved_model(target):
+    if place_of(target).kind is Kind.SAVED_MODEL:
         if out is None or os.path.lexists(out):
             came = "none" if out is None else f"'{out}', which exists"
             raise ConfigError(f"'{target}' is a saved model, which is resharded into another folder: --out must be a new "
                               f"folder, got {came}")
-        result = said(lambda: _reshard_model(open_model(target), virtual_shards, out, **numbers))
+        result = said(lambda: _reshard_model(look(target)[1], virtual_shards, out, **numbers))
         return as_json(result) if arguments.json else (f"{sentence.format(**result)}: {out}\n", 0)
     if out is not None and target.is_dir():
         raise ConfigError(f"--out is for saved models: '{target}' is none, and gets a revision of its newest checkpoint")
-    from lmcode.train import amend
+    from lmcode.saved import amend
 
     return _amend(arguments, lambda draft: amend.reshard(draft, virtual_shards, **numbers), sentence)
 
 
-def _reshard_model(model: LMCODE, virtual_shards: int, out: Path, **numbers: int | None) -> dict[str, Any]:
-    from lmcode.resharding import reshard_memory
-
+def _reshard_model(model: Backbone, virtual_shards: int, out: Path, **numbers: int | None) -> dict[str, Any]:
     former = model.memory_config.virtual_shards
-    count = reshard_memory(model, virtual_shards, **numbers)
+    count = model.reshard_memory(virtual_shards, **numbers)
     model.save_pretrained(out)
     return {"count": count, "former": former, "virtual_shards": virtual_shards, "folder": str(out),
             "slots": model.config.long_term_memory_slots, "experience_slots": model.memory_config.experience_slots}
@@ -369,14 +370,15 @@ def _store(draft: Draft, rows: list[dict[str, Any]], defaults: dict[str, Any]) -
 
 def _amend(arguments: argparse.Namespace, change: Callable[[Draft], dict[str, Any]], sentence: str) -> Answer:
     """Makes a change to the newest checkpoint of a run; says what it did, where it is, and where the old memory still is."""
-    from lmcode.train import checkpoint
-    from lmcode.train.amend import amend, writing
+    from lmcode.saved import checkpoint
+    from lmcode.saved.amend import amend, writing
+    from lmcode.saved.places import place_of
 
-    if is_saved_model(arguments.path) or is_lone_checkpoint(arguments.path):
+    if place_of(arguments.path).run is None:
         return _replace(arguments, change, sentence)
     run, chosen = checkpoint.locate(arguments.path)
     with writing(run):
-        folder, model = open_checkpoint(run)
+        folder, model = look(run)
         if chosen is not None and chosen != folder.resolve():
             raise ConfigError(f"only the newest checkpoint can be changed, '{folder.name}': got '{chosen.name}'")
         done = said(lambda: amend(folder, model, change))
@@ -389,22 +391,26 @@ def _amend(arguments: argparse.Namespace, change: Callable[[Draft], dict[str, An
 
 def _replace(arguments: argparse.Namespace, change: Callable[[Draft], dict[str, Any]], sentence: str) -> Answer:
     """The same with a saved model or a checkpoint that lies in no run, which keeps its path."""
-    from lmcode.saved.pretrained import CONFIG, rewrite_memory
-    from lmcode.saved.replace import make_way
-    from lmcode.train.amend import Draft, amend
-    from lmcode.train.durable import held
+    from lmcode.files.durable import held
+    from lmcode.files.replace import make_way
+    from lmcode.saved.amend import Draft, amend
+    from lmcode.saved.files import replacing
+    from lmcode.saved.places import Kind, place_of
+    from lmcode.saved.pretrained import rewrite_memory
 
-    path, saved_model = arguments.path.resolve(), is_saved_model(arguments.path)
+    place = place_of(arguments.path)
+    path, saved_model = place.path, place.kind is Kind.SAVED_MODEL
 
     def whole() -> dict[str, Any]:
+        if saved_model:
+            with replacing(path):
+                folder, model = look(path)
+                return rewrite_memory(model, folder, lambda: change(Draft(folder, model)))
         if not path.exists():
             make_way(path)  # a kill has left it beside its place
-        with held(path / (CONFIG if saved_model else "config.yaml")):
+        with held(path / "config.yaml"):
             make_way(path)
-            folder, model = look(path)
-            if not saved_model:
-                return amend(folder, model, change).result
-            return rewrite_memory(model, folder, lambda: change(Draft(folder, model)))
+            return amend(*look(path), change).result
 
     result = said(whole)
     return as_json({**result, "folder": str(path)}) if arguments.json else (f"{sentence.format(**result)}: {path}\n", 0)

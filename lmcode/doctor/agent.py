@@ -18,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from lmcode.cluster import network
 from lmcode.doctor import facts, folder
 from lmcode.doctor.row import to_dict
+from lmcode.jobs import network
 
 MARK = "lmcode-doctor:"
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK",

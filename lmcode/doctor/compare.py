@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from lmcode.cluster import network
 from lmcode.doctor.row import Row, State, from_dict, listed
+from lmcode.jobs import network
 
 SKEW_WARN_S, SKEW_FAIL_S = 1.0, 30.0
 SLOW_GB_S = 0.1  # about 1 Gbit/s

@@ -6,7 +6,7 @@ import hashlib
 import platform
 from pathlib import Path
 
-from lmcode import __version__
+from lmcode.version import __version__
 
 PACKAGE = Path(__file__).parents[1]
 

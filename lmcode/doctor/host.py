@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
-from lmcode.cluster import network
+from lmcode import processor
 from lmcode.doctor.folder import GIB, Space, file_system_rows
 from lmcode.doctor.row import Row, State, guarded
+from lmcode.jobs import network
 
 REQUIRED = {  # lowest versions, as in setup.cfg
     "torch": "2.10", "deepspeed": "0.19.8", "huggingface_hub": "1.0", "numpy": "1.26", "psutil": "5.9", "pydantic": "2.5",
@@ -43,6 +44,7 @@ def run_checks(run_dir: Path, space: Space | None = None) -> list[Row]:
         ("packages", lambda: package_rows(installed)),
         ("faiss", lambda: [faiss_build_row(installed)]),
         ("device", device_rows),
+        ("bf16", bf16_rows),
         ("cuda of torch and faiss", lambda: [cuda_row(torch_cuda(), installed, faiss_cuda(installed))]),
         ("faiss search", lambda: [faiss_search_row()]),
         ("collectives", lambda: [collectives_row()]),
@@ -148,6 +150,16 @@ def device_rows() -> list[Row]:
     return [Row("device", "ok", f"CPU, {cores}")]
 
 
+def bf16_rows() -> list[Row]:
+    """Whether a processor that computes multiplies bf16, which a preset for GPUs asks for; nothing to say beside a GPU."""
+    import torch
+
+    able = processor.has_bf16()
+    if torch.cuda.is_available() or able is None:
+        return []
+    return [Row("bf16", "ok" if able else "warn", "this processor multiplies bf16" if able else processor.BF16_IS_SLOW)]
+
+
 def devices() -> str:
     """Where ranks compute here, in the same words on equal hosts: 'CPU' or '8 x NVIDIA H100'."""
     import torch
@@ -163,7 +175,7 @@ def faiss_search_row() -> Row:
     import torch
 
     from lmcode import dist
-    from lmcode.memory import exact, faiss_index
+    from lmcode.memory.search import exact, faiss_index
 
     device = dist.device()
     if not faiss_index.available(device):

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from lmcode.backbone import Backbone
 from lmcode.config import EvalConfig
+from lmcode.data.streams import StreamSampler
 from lmcode.eval.held_out import EvalResult, evaluate
-from lmcode.lmcode import LMCODE
 from lmcode.memory.bank import LongTermMemory
-from lmcode.train.data import StreamSampler
 
 EVERY = 4  # windows between two consolidations of an evaluation
 
@@ -26,7 +26,7 @@ class Consolidated(NamedTuple):
     merged: int
 
 
-def held_out_loss(model: LMCODE, sampler: StreamSampler, config: EvalConfig, banks: Mapping[int, LongTermMemory],
+def held_out_loss(model: Backbone, sampler: StreamSampler, config: EvalConfig, banks: Mapping[int, LongTermMemory],
                   threshold: float | None, *, every: int = EVERY) -> Consolidated:
     """Held-out loss over `config.final_windows` windows. A collective of the model's group.
 

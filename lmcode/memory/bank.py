@@ -23,13 +23,14 @@ from torch.nn import functional as F
 from lmcode.config import ConfigError, MemoryConfig
 from lmcode.dist import Group
 from lmcode.memory import entry
-from lmcode.memory.faiss_index import TIERS, check_top_k, choose_tier
 from lmcode.memory.merge import logsumexp_of, merge_lists, pack_cuts, unpack_cuts, winners
 from lmcode.memory.placement import holder_of, shards_of
 from lmcode.memory.read import SCOPES, SumsOverShards, align_rows, attend_rows, check_search, exchange_mode, pad, spread
 from lmcode.memory.rounds import consolidate_shards
+from lmcode.memory.search.faiss_index import TIERS, check_top_k, choose_tier
 from lmcode.memory.shard import Predicate, Scope, Shard, Ticket, digest_of
-from lmcode.retrieval import Candidates, ConsolidationReport, Hits, check_threshold
+from lmcode.precision import without_autocast
+from lmcode.protocol import Candidates, ConsolidationReport, Hits, check_threshold
 
 LOOKED_UP = 64  # most queries of a `look_up` that takes the short way
 MAX_QUERY = 1e15  # a longer component could overflow a score; such a query finds nothing and is counted
@@ -43,7 +44,7 @@ class LongTermMemory:
     rank. Reads stay inside; between the groups travel candidates and hit statistics, so that all change alike.
 
     A read, `search` then `attend`, goes through these phases:
-      1. all_gather of queries and namespaces: every rank sees all G queries.
+      1. all_gather of queries, namespaces and, unless the scope is "document", documents: every rank sees all G queries.
       2. Each rank searches its shard for all of them: its local top K in total order.
       3. The (score, id) lists are exchanged and merged: with `all_gather` all of them by every rank, with `all_to_all`
          each by its query's owner, who then shares the K-th hit and the log-sum-exp, 16 bytes a query. So each rank
@@ -86,17 +87,22 @@ class LongTermMemory:
             raise ConfigError(f"bank: {error}") from None
         self.next_id = self.rejected = self.clipped = 0
         self.search_seconds, self.blind_queries = 0.0, 0
-        self._sample = (torch.zeros(heads, 0, head_dim), torch.zeros(0, dtype=torch.int64)), config.scope
+        nobody_N = torch.zeros(0, dtype=torch.int64)
+        self._sample = (torch.zeros(heads, 0, head_dim), nobody_N, nobody_N), config.scope
         self._version = next(_VERSIONS)
 
     @torch.no_grad()
-    def search(self, query_HND: Tensor, namespace_N: Tensor, *, scope: Scope | None = None, top_k: int | None = None,
-               tier: str | None = None, ragged: bool = False) -> Hits:
+    @without_autocast()
+    def search(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None, *,
+               scope: Scope | None = None, top_k: int | None = None, tier: str | None = None,
+               ragged: bool = False) -> Hits:
         """Phases 1 to 3: the best entries for each head and query by query . key + weight * log importance. Collective.
 
         Args:
             query_HND: fp32 or bf16, scaled by the temperature; N may be 0.
             namespace_N: int64; a negative namespace sees nothing.
+            document_N: int64; a query does not see entries of its own document that have another namespace. Negative, or
+                None: unknown, nothing is hidden.
             scope: "document" (entries of the query's namespace), "global", or the namespaces that every query may see;
                 the config's scope when None. The same on every rank, like `top_k` and `tier`.
             tier: "exact" or "faiss-flat"; the config's when None.
@@ -107,22 +113,27 @@ class LongTermMemory:
         """
         k, N = self.top_k if top_k is None else top_k, query_HND.shape[1]
         scope = self.config.scope if scope is None else scope
-        check_search(query_HND, namespace_N, scope, k, heads=self.heads, head_dim=self.head_dim)
+        document_N = torch.full_like(namespace_N, entry.UNKNOWN) if document_N is None else document_N
+        check_search(query_HND, namespace_N, document_N, scope, k, heads=self.heads, head_dim=self.head_dim)
         started, waited = time.perf_counter(), sum(self.group.seconds.values())
         n = max(1, *self.inside.all_gather_int(N, phase="queries", device=self.device) if ragged else (N,))
         seeing_N = (query_HND.abs() < MAX_QUERY).all(-1).all(0)
         self.blind_queries += N - int(seeing_N.sum())
         query_NHD = query_HND.where(seeing_N[:, None], 0).transpose(0, 1)
         query_GHD = self.inside.all_gather(pad(query_NHD, n), phase="queries")
-        namespace_G = self.inside.all_gather(pad(namespace_N.where(seeing_N, -1), n, -1), phase="queries")
+        names_NX = namespace_N.where(seeing_N, -1)[:, None]
+        if scope != "document":
+            names_NX = torch.cat([names_NX, document_N[:, None]], dim=1)
+        names_GX = self.inside.all_gather(pad(names_NX, n, -1), phase="queries").cpu().numpy()
         query_HGE = F.pad(query_GHD.transpose(0, 1).float(), (0, 1), value=1.0)
         tier = tier or self._tiers["document" if scope == "document" else "global"]
-        found = self.shard.search(query_HGE, namespace_G.cpu().numpy(), k, scope=scope, tier=TIERS[tier])
+        # In document scope the second column is not there, and nobody looks at it.
+        found = self.shard.search(query_HGE, names_GX[:, 0], names_GX[:, -1], k, scope=scope, tier=TIERS[tier])
         score_GHK, id_GHK, slot_GHK = (part.transpose(0, 1).contiguous() for part in found)
         (own_score_NHK, own_id_NHK), (cut_score_GH, cut_id_GH, lse_GH) = self._exchange(score_GHK, id_GHK, n)
         ticket = self.shard.ticket(winners(score_GHK, id_GHK, cut_score_GH, cut_id_GH), score_GHK, slot_GHK, lse_GH,
                                    rows_per_rank=n, version=self._version)
-        self._sample = self._sample_of(query_HND, namespace_N), scope
+        self._sample = self._sample_of(query_HND, namespace_N, document_N), scope
         self.search_seconds += time.perf_counter() - started - (sum(self.group.seconds.values()) - waited)
         return Hits(*(part[:N].transpose(0, 1).contiguous() for part in (own_score_NHK, own_id_NHK)), ticket)
 
@@ -138,23 +149,29 @@ class LongTermMemory:
         return own, unpack_cuts(self.inside.all_gather(pack_cuts(*own), phase="hits"))
 
     @torch.no_grad()
-    def look_up(self, query_HND: Tensor, namespace_N: Tensor) -> tuple[Tensor, Tensor]:
+    @without_autocast()
+    def look_up(self, query_HND: Tensor, namespace_N: Tensor,
+                document_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`attend` to a fresh `search`, without gradient; faster for few queries on one rank. Collective."""
-        found = self._looked_up(query_HND, namespace_N)
+        document_N = torch.full_like(namespace_N, entry.UNKNOWN) if document_N is None else document_N
+        found = self._looked_up(query_HND, namespace_N, document_N)
         if found is None:
-            return self.attend(query_HND, self.search(query_HND, namespace_N))
+            return self.attend(query_HND, self.search(query_HND, namespace_N, document_N))
         value_HND, lse_HN, doubtful_N = found
         if bool(doubtful_N.any()):
             query_HnD = query_HND[:, doubtful_N]
-            parts = self.attend(query_HnD, self.search(query_HnD, namespace_N[doubtful_N]))
+            parts = self.attend(query_HnD, self.search(query_HnD, namespace_N[doubtful_N], document_N[doubtful_N]))
             value_HND[:, doubtful_N], lse_HN[:, doubtful_N] = parts[0].float(), parts[1]
         return value_HND.to(query_HND.dtype), lse_HN
 
-    def _looked_up(self, query_HND: Tensor, namespace_N: Tensor) -> tuple[Tensor, ...] | None:
-        """See `Shard.look_up`; None where this is no case for it."""
+    def _looked_up(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor) -> tuple[Tensor, ...] | None:
+        """See `Shard.look_up`; None where this is no case for it, as where something might be hidden."""
         if self.inside.size > 1 or not 0 < query_HND.shape[1] <= LOOKED_UP:
             return None
-        check_search(query_HND, namespace_N, self.config.scope, self.top_k, heads=self.heads, head_dim=self.head_dim)
+        check_search(query_HND, namespace_N, document_N, self.config.scope, self.top_k, heads=self.heads,
+                     head_dim=self.head_dim)
+        if self.config.scope != "document" and bool((document_N >= 0).any()):
+            return None
         started = time.perf_counter()
         longest = float(torch.linalg.vector_norm(query_HND, dim=-1, dtype=torch.float32).max())
         if not longest < MAX_QUERY:  # it may be NaN
@@ -169,6 +186,7 @@ class LongTermMemory:
             raise ValueError("hits must come from a search of this bank since it last changed: these do not")
         return hits.ticket
 
+    @without_autocast()
     def attend(self, query_HND: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
         """Phase 4: softmax attention over `hits`, (value_HND in the query's dtype, logsumexp_HN fp32). Collective.
 
@@ -222,12 +240,14 @@ class LongTermMemory:
     def commit(self, candidates: Sequence[Candidates], hits: Sequence[Hits], *, step: int) -> entry.CommitReport:
         """Counts the attention that entries received in this step, then writes what the policy chooses. Collective.
 
-        Called once per optimizer step, with a list item per micro-batch; either list may be empty. The global order of
+        Called once per optimizer step, with a list item per micro-batch; either list may be empty, `hits` on all ranks
+        alike, as every rank took part in every search. A hit is credited with its share of the softmax over its query's
+        hits, times the query's `credit_HN`. The global order of
         candidates is rank, list item, position; the policy looks at all valid ones in that order, so its choice does
         not depend on the number of ranks or memory groups.
 
         Raises:
-            ValueError: if any of the hits is stale.
+            ValueError: if any of the hits is stale, or its credit not one number for each query.
         """
         self.shard.touch(*self._count_hits(hits), step)
         evicted, clipped = sum(self.shard.evicted.values()), self.clipped
@@ -239,46 +259,62 @@ class LongTermMemory:
 
     def _count_hits(self, hits: Sequence[Hits]) -> tuple[np.ndarray, np.ndarray]:
         """What the reads of all memory groups did to each slot of this rank: see `Shard.count_hits`."""
-        counted, groups = self.shard.count_hits([self._ticket_of(one) for one in hits]), self.between.size
+        tickets, groups = [self._ticket_of(one) for one in hits], self.between.size
+        counted = self.shard.count_hits(tickets, self._gather_credits(hits, tickets))
         if groups == 1:
             return counted
         packed_M = entry.pack_hits(*counted, parts=groups).to(self.device)
         return entry.unpack_hits(self.between.all_reduce(packed_M, phase="writes"), parts=groups)
 
+    def _gather_credits(self, hits: Sequence[Hits], tickets: Sequence[Ticket]) -> list[Tensor]:
+        """What the bags of each read's ticket are to be credited with, fp32 [Q]: winners lie here, their askers anywhere."""
+        if not hits:
+            return []
+        rows = [ticket.rows_per_rank for ticket in tickets]
+        own_XH = torch.cat([entry.credit_of(one, n) for one, n in zip(hits, rows, strict=True)])
+        everyones_RXH = self.inside.all_gather(own_XH[None], phase="writes")
+        return [read_RNH.flatten() for read_RNH in everyones_RXH.split(rows, dim=1)]
+
     def _gather_candidates(self, candidates: Sequence[Candidates]) -> tuple[int, tuple[Any, ...]]:
-        """How many valid candidates there are; keys, values, namespaces and importance of those that are chosen."""
-        vector_E2HD, facts_E2 = entry.stack_candidates(candidates, heads=self.heads, head_dim=self.head_dim,
+        """How many valid candidates there are; keys, values, namespaces, documents and importance of those that are
+        chosen."""
+        vector_E2HD, facts_E3 = entry.stack_candidates(candidates, heads=self.heads, head_dim=self.head_dim,
                                                        dtype=self.shard.key_HME.dtype, device=self.device)
-        counts = self.group.all_gather_int(len(facts_E2), phase="writes", device=self.device)
+        counts = self.group.all_gather_int(len(facts_E3), phase="writes", device=self.device)
         # What decides travels first, so that the vectors of candidates that are not chosen never do.
-        namespace_E, surprise_E = entry.unpack_facts(self.group.all_gather_rows(facts_E2, counts, phase="writes"))
+        facts_E3 = self.group.all_gather_rows(facts_E3, counts, phase="writes")
+        namespace_E, document_E, surprise_E = entry.unpack_facts(facts_E3)
         chosen_E = entry.choose(surprise_E, self.config)
         chosen_parts = np.split(chosen_E, np.cumsum(counts)[:-1])
         vector_E2HD = vector_E2HD[torch.from_numpy(chosen_parts[self.group.rank]).to(self.device)]
         vector_E2HD = self.group.all_gather_rows(vector_E2HD, [int(one.sum()) for one in chosen_parts], phase="writes")
-        return len(chosen_E), (vector_E2HD[:, 0], vector_E2HD[:, 1], namespace_E[chosen_E],
+        return len(chosen_E), (vector_E2HD[:, 0], vector_E2HD[:, 1], namespace_E[chosen_E], document_E[chosen_E],
                                entry.importance_of(surprise_E[chosen_E]))
 
     @torch.no_grad()
     def write(self, key_HED: Tensor, value_HED: Tensor, namespace_E: Tensor, importance_E: Tensor | None = None,
-              step: int = 0) -> Tensor:
+              step: int = 0, document_E: Tensor | None = None) -> Tensor:
         """Writes entries directly; every rank passes the same batch. Returns their ids, int64 [E], -1 where rejected.
 
         Args:
             namespace_E: int64; rows with a negative one are rejected.
             importance_E: fp32, cut off at 10; rows where it is not positive are rejected; 1 when None.
+            document_E: int64, the text that each entry was written from; -1, or None: unknown.
         """
-        importance_E = torch.ones(key_HED.shape[1]) if importance_E is None else importance_E
-        entry.check_batch(key_HED, value_HED, namespace_E, importance_E, heads=self.heads, head_dim=self.head_dim)
+        E = key_HED.shape[1]
+        importance_E = torch.ones(E) if importance_E is None else importance_E
+        document_E = torch.full((E,), entry.UNKNOWN) if document_E is None else document_E
+        entry.check_batch(key_HED, value_HED, namespace_E, document_E, importance_E, heads=self.heads,
+                          head_dim=self.head_dim)
         vectors = (part.detach().transpose(0, 1).to(self.device) for part in (key_HED, value_HED))
-        id_E = self._store(*vectors, namespace_E.cpu().long().numpy(), importance_E.cpu().float().numpy(), step)
-        return torch.from_numpy(id_E)
+        names = (column_E.cpu().long().numpy() for column_E in (namespace_E, document_E))
+        return torch.from_numpy(self._store(*vectors, *names, importance_E.cpu().float().numpy(), step))
 
-    def _store(self, key_EHD: Tensor, value_EHD: Tensor, namespace_E: np.ndarray, importance_E: np.ndarray,
-               step: int) -> np.ndarray:
+    def _store(self, key_EHD: Tensor, value_EHD: Tensor, namespace_E: np.ndarray, document_E: np.ndarray,
+               importance_E: np.ndarray, step: int) -> np.ndarray:
         """Assigns ids, rejects, clips and writes a batch that is the same on every rank; ids with -1 where rejected."""
-        entries, accepted_E, clipped = entry.admit(key_EHD, value_EHD, namespace_E, importance_E, step=step,
-                                                   first_id=self.next_id, max_norm=self.config.max_norm)
+        entries, accepted_E, clipped = entry.admit(key_EHD, value_EHD, namespace_E, importance_E, document_E=document_E,
+                                                   step=step, first_id=self.next_id, max_norm=self.config.max_norm)
         self.shard.write(entries)
         id_E = np.full(len(accepted_E), -1, np.int64)
         id_E[accepted_E] = entries.id_E
@@ -300,7 +336,11 @@ class LongTermMemory:
         return self._totals(self.inside, self.shard.delete(chosen_M))[0]
 
     def consolidate(self, threshold: float = 0.1) -> ConsolidationReport:
-        """Merges pairs of entries of one namespace whose keys are less than a cosine distance apart. Collective.
+        """Merges pairs of entries of one text whose keys are less than a cosine distance apart. Collective.
+
+        A text is a document in a namespace; entries of unknown document are one text of their namespace. So no entry is a
+        mean of what two documents say, and deleting one of them leaves nothing of it. The price is that texts which say the
+        same, in one namespace, keep an entry each.
 
         One call is one round: every entry looks up its nearest other one over all shards, pairs are chosen greedily in
         id order (`choose_pairs`), and nobody is in two; the rest is left to the next call. The survivor is the smaller
@@ -320,17 +360,19 @@ class LongTermMemory:
     def stats(self) -> dict[str, Any]:
         """Counts over all ranks: slots, live, fill (live / slots), evicted, merged, ... Collective.
 
-        An entry counts once, however many memory groups hold it; but in `live_by_rank` for each rank that does.
+        An entry counts once, however many memory groups hold it; but in `live_by_rank` for each rank that does. `chances`
+        are the live entries that eviction will pass over once, `spared` those that it has passed over.
         """
         by_rank = [0] * self.group.size
         by_rank[self.group.rank] = int(self.shard.live_M.sum())
         merged = int((self.shard.columns["count"] - 1)[self.shard.live_M].sum())
-        numbers = *by_rank, sum(self.shard.evicted.values()), merged, self.blind_queries
-        *by_rank, evicted, merged, blind = self._totals(self.group, *numbers)
-        live, evicted, merged = (number // self.between.size for number in (sum(by_rank), evicted, merged))
+        numbers = *by_rank, sum(self.shard.evicted.values()), merged, *self.shard.count_chances(), self.blind_queries
+        *by_rank, evicted, merged, chances, spared, blind = self._totals(self.group, *numbers)
+        live, evicted, merged, chances, spared = (number // self.between.size for number in (sum(by_rank), evicted, merged,
+                                                                                             chances, spared))
         return {"slots": self.slots, "live": live, "live_by_rank": by_rank, "fill": live / self.slots,
-                "evicted": evicted, "merged": merged, "rejected": self.rejected, "clipped": self.clipped,
-                "blind_queries": blind, "next_id": self.next_id}
+                "evicted": evicted, "chances": chances, "spared": spared, "merged": merged, "rejected": self.rejected,
+                "clipped": self.clipped, "blind_queries": blind, "next_id": self.next_id}
 
     def take_search_seconds(self) -> float:
         """`search_seconds` since the last call; starts counting anew."""
@@ -346,33 +388,42 @@ class LongTermMemory:
         holder = self._holder_of(hits.id_HNK[hits.valid_HNK]) + self.group.rank - self.inside.rank
         return torch.bincount(holder, minlength=self.group.size)
 
-    def recall(self) -> float:
+    def recall(self) -> float | None:
         """`check_recall` of this bank as it is now, on queries of the latest search. Collective."""
         sample, scope = self._sample
-        return self.check_recall(*sample, self.search(*sample, scope=scope), scope=scope)
+        query_HND, namespace_N, document_N = sample
+        return self.check_recall(query_HND, namespace_N, self.search(*sample, scope=scope), document_N=document_N,
+                                 scope=scope)
 
-    def check_recall(self, query_HND: Tensor, namespace_N: Tensor, hits: Hits, *, scope: Scope | None = None) -> float:
+    def check_recall(self, query_HND: Tensor, namespace_N: Tensor, hits: Hits, *, document_N: Tensor | None = None,
+                     scope: Scope | None = None) -> float | None:
         """Recall@K of fresh `hits` against an exact search, on `recall_queries` queries of every rank. Collective.
 
-        1.0 where there was nothing to find. N must be the same on every rank, `scope` that of the search.
+        None where there was nothing to find. N must be the same on every rank, documents and `scope` those of the search.
         """
-        found_id_HNK, _ = self._sample_of(hits.id_HNK, namespace_N)
-        sample = self._sample_of(query_HND, namespace_N)
+        document_N = torch.full_like(namespace_N, entry.UNKNOWN) if document_N is None else document_N
+        found_id_HNK, *_ = self._sample_of(hits.id_HNK, namespace_N, document_N)
+        sample = self._sample_of(query_HND, namespace_N, document_N)
         exact = self.search(*sample, scope=scope, top_k=hits.id_HNK.shape[-1], tier="exact")
         found_HNK = (exact.id_HNK.unsqueeze(-1) == found_id_HNK.unsqueeze(-2)).any(-1) & exact.valid_HNK
         found, wanted = self._totals(self.group, int(found_HNK.sum()), int(exact.valid_HNK.sum()))
-        return found / wanted if wanted else 1.0
+        return found / wanted if wanted else None
 
-    def _sample_of(self, rows_HNX: Tensor, namespace_N: Tensor) -> tuple[Tensor, Tensor]:
+    def _sample_of(self, rows_HNX: Tensor, *names: Tensor) -> tuple[Tensor, ...]:
         count = self.config.recall_queries
-        return spread(rows_HNX, count), spread(namespace_N[None], count)[0]
+        return spread(rows_HNX, count), *(spread(name_N[None], count)[0] for name_N in names)
+
+    def like(self, *, slots: int | None = None, config: MemoryConfig | None = None, group: Group | None = None,
+             device: torch.device | str | None = None) -> LongTermMemory:
+        """An empty bank of this shape; what is given is different. Collective of its group."""
+        return LongTermMemory(heads=self.heads, head_dim=self.head_dim, slots=slots or self.slots, top_k=self.top_k,
+                              config=config or self.config, group=group or self.group, device=device or self.device)
 
     def fork(self, *, empty: bool, slots: int | None = None) -> LongTermMemory:
         """An independent bank with the same settings: empty (only then may `slots` differ) or a copy of all entries."""
         if slots not in (None, self.slots) and not empty:
             raise ValueError(f"a copy must have the slots of its original, {self.slots}: got {slots}")
-        other = LongTermMemory(heads=self.heads, head_dim=self.head_dim, slots=slots or self.slots, top_k=self.top_k,
-                               config=self.config, group=self.group, device=self.device)
+        other = self.like(slots=slots)
         for shard in () if empty else self.owned:
             other.load(shard, self.state(shard))
         return other

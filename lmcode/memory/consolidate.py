@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmcode.memory.exact import QUERY_BLOCK, Search, search_exact
-from lmcode.memory.faiss_index import TIERS
 from lmcode.memory.placement import holder_of
+from lmcode.memory.search.exact import QUERY_BLOCK, Search, search_exact
+from lmcode.memory.search.faiss_index import TIERS
 
 BLOCK = 1024  # entries of a rank that look for their neighbours at once, and pairs that are merged at once
 MERGED = ("count", "hit_mass", "last_hit", "importance", "chance")  # columns of `entry.METADATA` that merging changes

@@ -12,18 +12,22 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lmcode.config import MemoryConfig
 from lmcode.memory.placement import virtual_shard_of
-from lmcode.retrieval import Candidates
+from lmcode.protocol import Candidates, Hits
 
 MAX_IMPORTANCE = 10.0  # however much attention an entry receives
+MAX_CREDIT = 1e6  # of one query's hits: mass stays far from the end of int64
 MASS_UNIT = 2**20  # hit mass is counted in 1/MASS_UNIT of a unit of attention: integers add up the same in any order
 
 # Everything kept beside an entry's key and value, and how it is stored.
-METADATA = {"id": np.int64, "namespace": np.int64, "importance": np.float32, "step": np.int64, "last_hit": np.int64,
-            "hit_mass": np.int64, "count": np.int64, "chance": np.bool_}
-EMPTY = {name: kind(-1) if name == "id" else kind(0) for name, kind in METADATA.items()}
+METADATA = {"id": np.int64, "namespace": np.int64, "document": np.int64, "importance": np.float32, "step": np.int64,
+            "last_hit": np.int64, "hit_mass": np.int64, "count": np.int64, "chance": np.bool_}
+UNKNOWN = -1  # document of entries that belong to none, or nobody knows to which
+EMPTY = {name: kind(-1) if name in ("id", "document") else kind(0) for name, kind in METADATA.items()}
+ADDED = ("document",)  # columns that states saved by earlier versions lack; they are then as in an empty slot
 COUNTERS = ("next_id", "rejected", "clipped")  # numbers of a whole bank, kept with each of its virtual shards
 
 
@@ -47,6 +51,8 @@ class Entries(NamedTuple):
     key_EHD, value_EHD: fp32; the bank stores them in its own dtype.
     id_E: int64, global, never reused.
     namespace_E: int64, at least 0.
+    document_E: int64, the text that the entry was written from, whatever the namespace it was read under; `UNKNOWN`; below
+        it those of experiences (`experiences.document_of`), above it those of documents.
     importance_E: fp32 in (0, `MAX_IMPORTANCE`].
     step_E: int64, the step that wrote the entry; also its last hit until it has one.
     """
@@ -55,6 +61,7 @@ class Entries(NamedTuple):
     value_EHD: Tensor
     id_E: np.ndarray
     namespace_E: np.ndarray
+    document_E: np.ndarray
     importance_E: np.ndarray
     step_E: np.ndarray
 
@@ -66,9 +73,9 @@ class Entries(NamedTuple):
     def metadata(self) -> dict[str, np.ndarray]:
         """Columns of `METADATA` for entries that were never hit; the second chance is the shard's to give."""
         E = len(self.id_E)
-        return {"id": self.id_E, "namespace": self.namespace_E, "importance": self.importance_E, "step": self.step_E,
-                "last_hit": self.step_E, "hit_mass": np.zeros(E, np.int64), "count": np.ones(E, np.int64),
-                "chance": np.zeros(E, np.bool_)}
+        return {"id": self.id_E, "namespace": self.namespace_E, "document": self.document_E,
+                "importance": self.importance_E, "step": self.step_E, "last_hit": self.step_E,
+                "hit_mass": np.zeros(E, np.int64), "count": np.ones(E, np.int64), "chance": np.zeros(E, np.bool_)}
 
 
 def choose(surprise_E: np.ndarray, config: MemoryConfig) -> np.ndarray:
@@ -93,22 +100,39 @@ def stack_candidates(candidates: Sequence[Candidates], *, heads: int, head_dim: 
 
     Returns:
         vector_E2HD: key and value in the bank's storage dtype.
-        facts_E2: int64, the namespace and the bits of the fp32 surprise.
+        facts_E3: int64, the namespace, the document and the bits of the fp32 surprise.
     """
     vectors = [torch.empty(0, 2, heads, head_dim, dtype=dtype, device=device)]
-    facts = [torch.empty(0, 2, dtype=torch.int64, device=device)]
+    facts = [torch.empty(0, 3, dtype=torch.int64, device=device)]
     for one in candidates:
         vector_N2HD = torch.stack([one.key_HND, one.value_HND]).permute(2, 0, 1, 3)
         bits_N = one.surprise_N.float().contiguous().view(torch.int32).long()
         vectors.append(vector_N2HD[one.valid_N].to(device, dtype))
-        facts.append(torch.stack([one.namespace_N, bits_N], dim=1)[one.valid_N].to(device))
+        document_N = torch.full_like(bits_N, UNKNOWN) if one.document_N is None else one.document_N
+        facts.append(torch.stack([one.namespace_N, document_N, bits_N], dim=1)[one.valid_N].to(device))
     return torch.cat(vectors), torch.cat(facts)
 
 
-def unpack_facts(facts_E2: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Namespace int64 [E] and surprise fp32 [E] of `stack_candidates`."""
-    facts_E2 = facts_E2.cpu()
-    return facts_E2[:, 0].numpy(), facts_E2[:, 1].int().view(torch.float32).numpy()
+def unpack_facts(facts_E3: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Namespace int64 [E], document int64 [E] and surprise fp32 [E] of `stack_candidates`."""
+    facts_E3 = facts_E3.cpu()
+    return facts_E3[:, 0].numpy(), facts_E3[:, 1].numpy(), facts_E3[:, 2].int().view(torch.float32).numpy()
+
+
+def credit_of(hits: Hits, rows: int) -> Tensor:
+    """What each query's hits are to be credited with, fp32 [rows, H], zero in the rows beyond N.
+
+    Whatever is no finite amount counts as none.
+
+    Raises:
+        ValueError: for a `credit_HN` of another shape than the hits have.
+    """
+    H, N, _ = hits.score_HNK.shape
+    credit_HN = hits.score_HNK.new_ones(H, N) if hits.credit_HN is None else hits.credit_HN
+    if credit_HN.shape != (H, N):
+        raise ValueError(f"the credit of hits must be [{H}, {N}], one number for each query: got {tuple(credit_HN.shape)}")
+    credit_HN = credit_HN.float().nan_to_num(0.0, 0.0, 0.0).clamp(0.0, MAX_CREDIT)
+    return F.pad(credit_HN.transpose(0, 1), (0, 0, 0, rows - N))
 
 
 def pack_hits(hit_M: np.ndarray, mass_M: np.ndarray, *, parts: int) -> Tensor:
@@ -128,14 +152,13 @@ def importance_of(surprise_E: np.ndarray) -> np.ndarray:
     return (0.5 + surprise_E / (1.0 + surprise_E)).astype(np.float32)
 
 
-def check_batch(key_HED: Tensor, value_HED: Tensor, namespace_E: Tensor, importance_E: Tensor, *, heads: int,
-                head_dim: int) -> None:
+def check_batch(key_HED: Tensor, value_HED: Tensor, *columns_E: Tensor, heads: int, head_dim: int) -> None:
     """Raises ValueError for a batch whose shapes do not fit a bank or each other."""
     H, E, D = key_HED.shape
     if ((H, D) != (heads, head_dim) or value_HED.shape != key_HED.shape
-            or not namespace_E.shape == importance_E.shape == (E,)):
+            or any(column_E.shape != (E,) for column_E in columns_E)):
         raise ValueError(f"keys and values must be [{heads}, E, {head_dim}], the rest [E]: "
-                         f"got {[tuple(part.shape) for part in (key_HED, value_HED, namespace_E, importance_E)]}")
+                         f"got {[tuple(part.shape) for part in (key_HED, value_HED, *columns_E)]}")
 
 
 def acceptable(key_EHD: Tensor, value_EHD: Tensor, namespace_E: np.ndarray, importance_E: np.ndarray) -> np.ndarray:
@@ -159,15 +182,19 @@ def clip_norm(vector_EHD: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
 
 
 def admit(key_EHD: Tensor, value_EHD: Tensor, namespace_E: np.ndarray, importance_E: np.ndarray, *, first_id: int,
-          step: int, max_norm: float) -> tuple[Entries, np.ndarray, int]:
-    """Turns a batch into entries with consecutive ids: those acceptable, which rows they are, how many were clipped."""
+          step: int, max_norm: float, document_E: np.ndarray | None = None) -> tuple[Entries, np.ndarray, int]:
+    """Turns a batch into entries with consecutive ids: those acceptable, which rows they are, how many were clipped.
+
+    Without documents they are `UNKNOWN`.
+    """
     accepted_E = acceptable(key_EHD, value_EHD, namespace_E, importance_E)
     key_EHD, long_key_E = clip_norm(key_EHD, max_norm)
     value_EHD, long_value_E = clip_norm(value_EHD, max_norm)
     clipped = int(((long_key_E | long_value_E).cpu().numpy() & accepted_E).sum())
     id_E = first_id + np.arange(len(namespace_E), dtype=np.int64)
     importance_E = np.minimum(importance_E, np.float32(MAX_IMPORTANCE))
-    entries = Entries(key_EHD, value_EHD, id_E, namespace_E, importance_E, np.full_like(id_E, step))
+    document_E = np.full_like(id_E, UNKNOWN) if document_E is None else document_E
+    entries = Entries(key_EHD, value_EHD, id_E, namespace_E, document_E, importance_E, np.full_like(id_E, step))
     return entries.take(np.flatnonzero(accepted_E)), accepted_E, clipped
 
 

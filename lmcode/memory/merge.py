@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmcode.retrieval import NO_SCORE
+from lmcode.protocol import NO_SCORE
 
 _INVALID = 2**32 - 1  # low half of a packed invalid hit: after every id
 

@@ -12,20 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmcode.memory.faiss_index import check_top_k
 from lmcode.memory.merge import logsumexp_of
+from lmcode.memory.search.faiss_index import check_top_k
 from lmcode.memory.shard import Scope
-from lmcode.retrieval import NO_SCORE, Hits
+from lmcode.precision import without_autocast
+from lmcode.protocol import NO_SCORE, Hits
 
 SCOPES = ("document", "global")
 
 
-def check_search(query_HND: Tensor, namespace_N: Tensor, scope: Scope, k: int, *, heads: int, head_dim: int) -> None:
+def check_search(query_HND: Tensor, namespace_N: Tensor, document_N: Tensor, scope: Scope, k: int, *, heads: int,
+                 head_dim: int) -> None:
     """Raises ValueError for shapes that do not fit a bank, an unknown scope, or K outside 1..2048."""
     H, N, D = query_HND.shape
-    if (H, D) != (heads, head_dim) or namespace_N.shape != (N,):
-        raise ValueError(f"queries must be [{heads}, N, {head_dim}] and namespaces [N]: "
-                         f"got {tuple(query_HND.shape)} and {tuple(namespace_N.shape)}")
+    if (H, D) != (heads, head_dim) or not namespace_N.shape == document_N.shape == (N,):
+        raise ValueError(f"queries must be [{heads}, N, {head_dim}], namespaces and documents [N]: got "
+                         f"{tuple(query_HND.shape)}, {tuple(namespace_N.shape)} and {tuple(document_N.shape)}")
     if isinstance(scope, str) and scope not in SCOPES:
         raise ValueError(f"scope must be 'document', 'global' or a list of namespaces: got '{scope}'")
     check_top_k(k)
@@ -98,6 +100,7 @@ class SumsOverShards(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast()  # who calls backward inside a region of autocast has it here, too
     def backward(ctx: Any, grad_HND: Tensor, grad_lse_HN: Tensor) -> tuple[Tensor | None, ...]:
         (value_HND,) = ctx.saved_tensors
         dot_HN1 = (grad_HND * value_HND).sum(-1, keepdim=True)

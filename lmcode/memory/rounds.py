@@ -16,7 +16,7 @@ from lmcode.memory import consolidate
 from lmcode.memory.merge import merge_lists
 from lmcode.memory.read import pad
 from lmcode.memory.shard import Shard
-from lmcode.retrieval import ConsolidationReport
+from lmcode.protocol import ConsolidationReport
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def consolidate_shards(shard: Shard, group: Group, threshold: float, *, tier: st
     Args:
         tier: of the search for neighbours.
     """
-    slot_P, block, device = shard.slots_by_namespace()[0], consolidate.BLOCK, shard.key_HME.device
+    slot_P, block, device = shard.slots_by_text()[0], consolidate.BLOCK, shard.key_HME.device
     live_R = group.all_gather_int(len(slot_P), phase="writes", device=device)
     starts = range(0, max(1, *live_R), block)
     link_L3 = torch.cat([_links(shard, group, slot_P[start:start + block], threshold, tier) for start in starts])
@@ -42,10 +42,10 @@ def consolidate_shards(shard: Shard, group: Group, threshold: float, *, tier: st
 def _links(shard: Shard, group: Group, slot_n: np.ndarray, threshold: float, tier: str) -> Tensor:
     """Links of the entries in one block of this rank's slots, or in fewer; every rank asks for as many."""
     n, block = len(slot_n), consolidate.BLOCK
-    id_n, namespace_n, unit_nF = shard.questions(slot_n)
+    id_n, text_n2, unit_nF = shard.questions(slot_n)
     unit_GF = group.all_gather(pad(unit_nF, block), phase="writes")
-    namespace_G = group.all_gather(pad(namespace_n, block, -1), phase="writes").cpu().numpy()
-    lists = shard.nearest(unit_GF, namespace_G, tier=consolidate.nearest_search(tier))[:2]
+    text_G2 = group.all_gather(pad(text_n2, block, -1), phase="writes").cpu().numpy()
+    lists = shard.nearest(unit_GF, text_G2, tier=consolidate.nearest_search(tier))[:2]
     lists = (group.all_to_all(part, phase="writes").view(-1, block, 2) for part in lists)
     score_n2, other_n2 = (part[:n] for part in merge_lists(*lists))
     return consolidate.links_of(id_n, score_n2, other_n2, heads=shard.key_HME.shape[0], threshold=threshold)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Union
+from typing import Any, Union
 
 import numpy as np
 import torch
@@ -21,12 +21,12 @@ from torch.nn import functional as F
 
 from lmcode.config import MemoryConfig
 from lmcode.memory.consolidate import merge_columns, merge_vectors, pack_columns, unit_keys
-from lmcode.memory.entry import COUNTERS, EMPTY, MASS_UNIT, MAX_IMPORTANCE, METADATA, Entries, check_content
+from lmcode.memory.entry import COUNTERS, EMPTY, MASS_UNIT, MAX_IMPORTANCE, METADATA, UNKNOWN, Entries, check_content
 from lmcode.memory.evict import choose_slots
-from lmcode.memory.exact import Found, Search, Stack, attend_best, no_hits, stack_rows
 from lmcode.memory.placement import capacity_of, virtual_shard_of
+from lmcode.memory.search.exact import Found, Hidden, Search, Stack, attend_best, no_hits, stack_rows
 from lmcode.memory.ticket import Ticket, make_ticket, query_gradients, weighted_sums, winning_rows
-from lmcode.retrieval import NO_SCORE
+from lmcode.protocol import NO_SCORE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Predicate = Callable[[Mapping[str, np.ndarray]], np.ndarray]
@@ -62,6 +62,7 @@ class Shard:
         self.hand = dict.fromkeys(self.owned, 0)
         self.evicted = dict.fromkeys(self.owned, 0)
         self._index: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._texts: tuple[np.ndarray, dict[tuple[int, int], slice]] | None = None
         self._kept: dict[object, Rows] = {}
         self._stacks: dict[object, Stack | None] = {}
 
@@ -96,7 +97,7 @@ class Shard:
             self.columns[name][slot_E] = column_E
         self.columns["chance"][slot_E] = entries.importance_E >= self.config.second_chance_importance
         self._refresh_scores(slot_E)
-        self._index = None
+        self._index = self._texts = None
 
     def _refresh_scores(self, slot_E: np.ndarray) -> None:
         """Puts importance into the keys. The logarithm is fp64, so that its fp32 value is the same on every path."""
@@ -133,8 +134,17 @@ class Shard:
         self.key_HME[:, slots] = 0
         self.value_HMD[:, slots] = 0
         self._refresh_scores(slot_E)
-        self._index = None
+        self._index = self._texts = None
         return len(slot_E)
+
+    def name_documents(self, first_E: np.ndarray, end_E: np.ndarray, document_E: np.ndarray) -> None:
+        """Gives entries of unknown document those of ranges of ids, which ascend and do not overlap."""
+        if len(first_E):
+            id_M, document_M = self.columns["id"], self.columns["document"]
+            at_M = np.searchsorted(first_E, id_M, side="right") - 1
+            named_M = (at_M >= 0) & (id_M < end_E[at_M]) & (document_M == UNKNOWN)
+            document_M[named_M] = document_E[at_M[named_M]]
+            self._texts = None
 
     def slots_of_ids(self, id_E: np.ndarray) -> np.ndarray:
         """Slots of entries that this rank holds."""
@@ -142,9 +152,12 @@ class Shard:
         return order_M[np.searchsorted(self.columns["id"], id_E, sorter=order_M)]
 
     def questions(self, slot_n: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """What these slots ask when they look for neighbours, on the device: ids, namespaces, `unit_keys`."""
-        id_n, namespace_n = (self._on_device(self.columns[name][slot_n]) for name in ("id", "namespace"))
-        return id_n, namespace_n, unit_keys(self.key_HME[:, self._on_device(slot_n), :-1])
+        """What these slots ask when they look for neighbours, on the device: ids, texts (namespace and document, int64
+        [n, 2]), `unit_keys`."""
+        id_n, namespace_n, document_n = (self._on_device(self.columns[name][slot_n])
+                                         for name in ("id", "namespace", "document"))
+        unit_nF = unit_keys(self.key_HME[:, self._on_device(slot_n), :-1])
+        return id_n, torch.stack([namespace_n, document_n], dim=1), unit_nF
 
     def take(self, id_E: np.ndarray) -> tuple[Tensor, Tensor]:
         """What another rank needs of these entries to merge them: fp32 vector_E2HD and int64 `pack_columns` [E, 5]."""
@@ -165,18 +178,26 @@ class Shard:
             self.columns[name][slot_E] = column_E
         self._refresh_scores(slot_E)
 
-    def count_mass(self, ticket: Ticket) -> np.ndarray:
-        """Attention that each slot received, over all heads, in units of 1 / `MASS_UNIT`: int64 [M]."""
-        unit_W = (ticket.weight_W.double() * MASS_UNIT).round().long().cpu()
+    def count_mass(self, ticket: Ticket, credit_Q: Tensor) -> np.ndarray:
+        """Attention that each slot received, over all heads, in units of 1 / `MASS_UNIT`: int64 [M].
+
+        A weight times its bag's credit is exact in fp64 and rounded once. Both come from a model's fp32 and may differ in
+        their last bits between batch shapes; a coarser unit would let fewer of them through, but magnify those.
+        """
+        unit_W = (ticket.weight_W.double() * credit_Q.double()[ticket.bag_W] * MASS_UNIT).round().long().cpu()
         slot_W = ticket.row_W.cpu() % self.num_slots
         return torch.zeros(self.num_slots, dtype=torch.int64).index_add_(0, slot_W, unit_W).numpy()
 
-    def count_hits(self, tickets: Sequence[Ticket]) -> tuple[np.ndarray, np.ndarray]:
-        """What these reads did to each slot: bool [M], whether it won, and the `count_mass` of all."""
+    def count_hits(self, tickets: Sequence[Ticket], credits_Q: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        """What these reads did to each slot: bool [M], whether it won, and the `count_mass` of all.
+
+        Args:
+            credits_Q: of each read, fp32.
+        """
         hit_M, mass_M = np.zeros(self.num_slots, bool), np.zeros(self.num_slots, np.int64)
-        for ticket in tickets:
+        for ticket, credit_Q in zip(tickets, credits_Q, strict=True):
             hit_M[ticket.row_W.cpu().numpy() % self.num_slots] = True
-            mass_M += self.count_mass(ticket)
+            mass_M += self.count_mass(ticket, credit_Q)
         return hit_M, mass_M
 
     def touch(self, hit_M: np.ndarray, mass_M: np.ndarray, step: int) -> None:
@@ -197,6 +218,12 @@ class Shard:
         columns["chance"][slot_E] |= (before_E < threshold) & (after_E >= threshold)
         self._refresh_scores(slot_E)
 
+    def count_chances(self) -> tuple[int, int]:
+        """Live entries that have a second chance, and those that have used theirs up."""
+        columns = self.columns
+        favoured_M = self.live_M & (columns["importance"] >= self.config.second_chance_importance)
+        return int(columns["chance"].sum()), int((favoured_M & ~columns["chance"]).sum())
+
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def slots_by_namespace(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -208,18 +235,33 @@ class Shard:
             self._index = order, names, np.append(starts, len(order))
         return self._index
 
+    def slots_by_text(self) -> tuple[np.ndarray, dict[tuple[int, int], slice]]:
+        """Live slots sorted by (namespace, document, id), and where among them those of each text are."""
+        if self._texts is None:
+            live = np.flatnonzero(self.live_M)
+            text_2P = np.stack([self.columns[name][live] for name in ("namespace", "document")])
+            order_P = np.lexsort((self.columns["id"][live], text_2P[1], text_2P[0]))
+            starts, ends, texts = _runs(text_2P.T[order_P])
+            self._texts = live[order_P], dict(zip(texts, map(slice, starts, ends), strict=True))
+        return self._texts
+
     def slots_of(self, namespaces: np.ndarray) -> np.ndarray:
         """Live slots of these namespaces, by (namespace, id)."""
         order, names, starts = self.slots_by_namespace()
         found = np.flatnonzero(np.isin(names, namespaces))
         return np.concatenate([order[:0], *(order[starts[at]:starts[at + 1]] for at in found)])
 
-    def search(self, query_HGE: Tensor, namespace_G: np.ndarray, k: int, *, scope: Scope, tier: Search) -> Found:
+    def search(self, query_HGE: Tensor, namespace_G: np.ndarray, document_G: np.ndarray, k: int, *, scope: Scope,
+               tier: Search) -> Found:
         """The k best rows of this rank for each head and query: score, id and slot, [H, G, K], in total order.
 
-        A query with a negative namespace sees nothing, whatever the scope.
+        A query with a negative namespace sees nothing, whatever the scope; one of a known document sees nothing that was
+        written from this document under another namespace.
         """
-        return self._search(query_HGE, namespace_G, k, scope, tier, self._own_keys)
+        def hidden(slot_P: Tensor | None, queries: np.ndarray) -> Hidden:
+            return () if scope == "document" else self._hidden(slot_P, namespace_G[queries], document_G[queries])
+
+        return self._search(query_HGE, _groups(namespace_G, scope), k, tier, self._rows_of, hidden)
 
     def look_up(self, query_HNE: Tensor, namespace_N: np.ndarray, k: int, *, scope: Scope,
                 longest: float) -> tuple[Tensor, ...] | None:
@@ -257,51 +299,82 @@ class Shard:
                                     else stack_rows(self.key_HME, [self._on_device(slot_P) for slot_P in slots]))
         return self._stacks[groups]
 
-    def nearest(self, unit_GF: Tensor, namespace_G: np.ndarray, *, tier: Search) -> Found:
-        """The two entries here that are nearest to each query in its namespace, itself included: as `search`, [G, 2].
+    def nearest(self, unit_GF: Tensor, text_G2: np.ndarray, *, tier: Search) -> Found:
+        """The two entries here that are nearest to each query in its text, itself included: as `search`, [G, 2].
 
         Args:
-            unit_GF: rows of `unit_keys`; so are the rows that they are compared with, a namespace at a time.
+            unit_GF: rows of `unit_keys`; so are the rows that they are compared with, a text at a time.
+            text_G2: namespace (negative: none, so nothing is found) and document of each query.
         """
         query_1GE = F.pad(unit_GF, (0, 1), value=1.0).unsqueeze(0)
-        score_1G2, id_1G2, slot_1G2 = self._search(query_1GE, namespace_G, 2, "document", tier, self._own_unit_keys)
+        order_G = np.lexsort((text_G2[:, 1], text_G2[:, 0]))
+        groups = [(order_G[start:end], text) for start, end, text in zip(*_runs(text_G2[order_G]), strict=True)
+                  if text[0] >= 0]
+        score_1G2, id_1G2, slot_1G2 = self._search(query_1GE, groups, 2, tier, self._unit_rows_of)
         return score_1G2[0], id_1G2[0], slot_1G2[0]
 
-    def _search(self, query_HGE: Tensor, namespace_G: np.ndarray, k: int, scope: Scope, tier: Search,
-                keys_of: Callable[[Tensor | None], Tensor]) -> Found:
+    def _search(self, query_HGE: Tensor, groups: list[tuple[np.ndarray, Any]], k: int, tier: Search,
+                rows_of: Callable[[Any], Rows],
+                hidden_of: Callable[[Tensor | None, np.ndarray], Hidden] = lambda *_: ()) -> Found:
         H, G, _ = query_HGE.shape
         found = no_hits((H, G, k), query_HGE.device)
-        for queries, names in _groups(namespace_G, scope):
-            rows = self._rows_of(names, keys_of)
+        for queries, seen in groups:
+            rows = rows_of(seen)
             if len(rows.id_P) == 0:
                 continue
             positions = self._on_device(queries)
-            score_HQK, id_HQK, slot_HQK = tier(query_HGE.index_select(1, positions), rows.key_HPE, rows.id_P, k)
+            score_HQK, id_HQK, slot_HQK = tier(query_HGE.index_select(1, positions), rows.key_HPE, rows.id_P, k,
+                                               hidden=hidden_of(rows.slot_P, queries))
             if rows.slot_P is not None:
                 slot_HQK = rows.slot_P[slot_HQK.clamp(min=0)].where(slot_HQK >= 0, -1)
             for whole, part in zip(found, (score_HQK, id_HQK, slot_HQK), strict=True):
                 whole.index_copy_(1, positions, part)
         return found
 
-    def _rows_of(self, names: tuple[int, ...] | None, keys_of: Callable[[Tensor | None], Tensor]) -> Rows:
-        """The rows of these namespaces (None: of all), by `keys_of`; few rows are kept until the shard changes."""
-        if (names, keys_of) in self._kept:
-            return self._kept[names, keys_of]
+    def _hidden(self, slot_P: Tensor | None, namespace_Q: np.ndarray, document_Q: np.ndarray) -> Hidden:
+        """Which of these rows (None: of all slots) are hidden from whom: those of a query's own document, written under
+        another namespace, so in another reading. What its own reading has written comes from earlier tokens."""
+        documents = np.unique(document_Q[document_Q >= 0])
+        if len(documents) == 0:
+            return ()
+        document_P, namespace_P = (self.columns[name] if slot_P is None else self.columns[name][slot_P.cpu().numpy()]
+                                   for name in ("document", "namespace"))
+        own_L = np.flatnonzero(np.isin(document_P, documents))
+        if len(own_L) == 0:
+            return ()
+        readings, reading_Q = np.unique(np.stack([document_Q, namespace_Q], axis=1), axis=0, return_inverse=True)
+        pairs = [(np.flatnonzero(reading_Q.reshape(-1) == number),
+                  own_L[(document_P[own_L] == document) & (namespace_P[own_L] != namespace)])
+                 for number, (document, namespace) in enumerate(readings) if document >= 0]
+        return [(self._on_device(query_Q), self._on_device(row_P)) for query_Q, row_P in pairs if len(row_P)]
+
+    def _rows_of(self, names: tuple[int, ...] | None) -> Rows:
+        """The rows of these namespaces; None: of all."""
+        if names in self._kept:
+            return self._kept[names]
         slot_P = np.flatnonzero(self.live_M) if names is None else self.slots_of(np.array(names))
         # From half full on, scores of empty slots cost less than a copy of the live rows.
-        everything = names is None and (2 * len(slot_P) >= self.num_slots > 0)
-        slots = None if everything else self._on_device(slot_P)
-        ids = self.columns["id"] if everything else self.columns["id"][slot_P]
-        rows = Rows(keys_of(slots), self._on_device(ids), slots)
-        if not everything and len(slot_P) + sum(len(kept.id_P) for kept in self._kept.values()) <= KEPT_ROWS:
-            self._kept[names, keys_of] = rows
+        if names is None and (2 * len(slot_P) >= self.num_slots > 0):
+            return Rows(self.key_HME, self._on_device(self.columns["id"]), None)
+        slots = self._on_device(slot_P)
+        id_P = self._on_device(self.columns["id"][slot_P])
+        return self._keep(names, Rows(self.key_HME.index_select(1, slots), id_P, slots))
+
+    def _unit_rows_of(self, text: tuple[int, int]) -> Rows:
+        """The `unit_keys` of the rows of a text."""
+        if ("text", text) in self._kept:
+            return self._kept["text", text]
+        order_P, texts = self.slots_by_text()
+        slot_P = order_P[texts.get(text, slice(0))]
+        slots = self._on_device(slot_P)
+        unit_1PE = F.pad(unit_keys(self.key_HME[:, slots, :-1]), (0, 1)).unsqueeze(0)
+        return self._keep(("text", text), Rows(unit_1PE, self._on_device(self.columns["id"][slot_P]), slots))
+
+    def _keep(self, key: object, rows: Rows) -> Rows:
+        """Keeps few rows until the shard changes."""
+        if len(rows.id_P) + sum(len(kept.id_P) for kept in self._kept.values()) <= KEPT_ROWS:
+            self._kept[key] = rows
         return rows
-
-    def _own_keys(self, slots: Tensor | None) -> Tensor:
-        return self.key_HME if slots is None else self.key_HME.index_select(1, slots)
-
-    def _own_unit_keys(self, slots: Tensor) -> Tensor:
-        return F.pad(unit_keys(self.key_HME[:, slots, :-1]), (0, 1)).unsqueeze(0)
 
     def ticket(self, won_GHK: Tensor, score_GHK: Tensor, slot_GHK: Tensor, lse_GH: Tensor, *, rows_per_rank: int,
                version: int) -> Ticket:
@@ -348,7 +421,7 @@ class Shard:
             column[place] = state[name].numpy()
         self.hand[shard], self.evicted[shard] = int(state["hand"]), int(state["evicted"])
         self._refresh_scores(np.arange(place.start, place.stop))
-        self._index = None
+        self._index = self._texts = None
 
     def check(self, shard: int, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError where a state, bank-wide counters included, is not one of this virtual shard."""
@@ -384,6 +457,13 @@ def _groups(namespace_G: np.ndarray, scope: Scope) -> list[tuple[np.ndarray, tup
                 if name >= 0]
     queries = np.flatnonzero(namespace_G >= 0)
     return [(queries, None if scope == "global" else tuple(scope))] if len(queries) else []
+
+
+def _runs(text_P2: np.ndarray) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    """Where equal rows of a sorted table start and end, and which they are."""
+    changes = np.flatnonzero((text_P2[1:] != text_P2[:-1]).any(axis=1)) + 1
+    bounds = [0, *changes.tolist(), len(text_P2)] if len(text_P2) else [0]
+    return bounds[:-1], bounds[1:], list(map(tuple, text_P2[bounds[:-1]].tolist()))
 
 
 def digest_of(state: Mapping[str, Tensor]) -> bytes:

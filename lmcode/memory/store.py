@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lmcode.memory.entry import COUNTERS, METADATA
+from lmcode.memory.entry import ADDED, COUNTERS, EMPTY, METADATA
 
 if TYPE_CHECKING:
     from lmcode.memory.bank import LongTermMemory
@@ -48,7 +48,7 @@ def save_shard(path: Path | str, state: dict[str, Tensor]) -> None:
 
 
 def load_shard(path: Path | str) -> dict[str, Tensor]:
-    """Reads what `save_shard` wrote; `LongTermMemory.load` judges the content.
+    """Reads what `save_shard` wrote, an earlier version's included; `LongTermMemory.load` judges the content.
 
     Raises:
         ValueError: if the file is missing or not of this format.
@@ -66,6 +66,8 @@ def load_shard(path: Path | str) -> dict[str, Tensor]:
     fine = {*header} == {"format", *NUMBERS} and all(type(number) is int for number in header.values())
     if not fine or max(map(abs, header.values())) >= 2**63:
         raise ValueError(f"{path}: the header entry 'lmcode' must hold the int64 numbers {NUMBERS}: got {header}")
+    if "id" in tensors:
+        tensors = {**{name: torch.full_like(tensors["id"], int(EMPTY[name])) for name in ADDED}, **tensors}
     if {*tensors} != {*TENSORS}:
         raise ValueError(f"{path}: tensors must be {sorted(TENSORS)}: got {sorted(tensors)}")
     return {**tensors, **{name: torch.tensor(header[name]) for name in NUMBERS}}

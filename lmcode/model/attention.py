@@ -21,11 +21,13 @@ class SelfAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x_BTC: Tensor, *, rotation: Rotation | None = None, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x_BTC: Tensor, *, rotation: Rotation | None = None, cache: LayerCache | None = None,
+                seen_BTT: Tensor | None = None) -> Tensor:
         """Attends to tokens at or before each position; `rotation` is None where positions are learned elsewhere.
 
         Padding needs no mask: it only ever trails, so no real token can see it. Keys and values go into `cache`, if there
-        is one, for the tokens to come.
+        is one, for the tokens to come. `seen_BTT`, where documents share a window, says which tokens (last dim) each may
+        see.
         """
         B, T, C = x_BTC.shape
         qkv_BTPAD = self.query_key_value(x_BTC).view(B, T, 3, self.num_heads, C // self.num_heads)
@@ -36,6 +38,7 @@ class SelfAttention(nn.Module):
         v_BATD = value_BTAD.transpose(1, 2)
         if cache is not None:
             cache.fill("attention", torch.stack([k_BATD, v_BATD]))
-        mixed_BATD = F.scaled_dot_product_attention(q_BATD, k_BATD, v_BATD, is_causal=True,
+        mixed_BATD = F.scaled_dot_product_attention(q_BATD, k_BATD, v_BATD, is_causal=seen_BTT is None,
+                                                    attn_mask=None if seen_BTT is None else seen_BTT[:, None],
                                                     dropout_p=self.dropout if self.training else 0.0)
         return self.output(mixed_BATD.transpose(1, 2).reshape(B, T, C))

@@ -13,7 +13,7 @@ from lmcode.config import LMCODEConfig
 from lmcode.model.attention import SelfAttention
 from lmcode.model.long_term import LongTermRead, ReadTape, Window
 from lmcode.model.short_term import ShortTermMemory
-from lmcode.retrieval import NullRetriever, Retriever
+from lmcode.protocol import NullRetriever, Retriever
 
 NORM_EPSILON = 1e-6  # the default of nn.RMSNorm would be bf16's own, 0.008
 
@@ -64,11 +64,11 @@ class MemoryAugmentedLayer(nn.Module):
     def forward(self, x_BTC: Tensor, *, window: Window, tape: ReadTape) -> Tensor:
         """Runs one window of each stream; [B, T, C] -> [B, T, C], side products on `tape`."""
         x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), rotation=window.rotation,
-                                                     cache=window.cache))
+                                                     cache=window.cache, seen_BTT=window.seen_BTT))
         if self.short_term is not None:
             read_BTC, slots_BSE = self.short_term(self.short_term_norm(x_BTC), slots_BSE=window.slots_BSE,
                                                   reset_B=window.reset_B, valid_BT=window.valid_BT,
-                                                  cache=window.cache)
+                                                  cache=window.cache, piece_BT=window.piece_BT)
             tape.record(slots_BSE=slots_BSE)
             x_BTC = x_BTC + self.dropout(read_BTC)
         if self.long_term_read is not None:

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lmcode.config import LMCODEConfig
+from lmcode.config import LMCODEConfig, build
 from lmcode.model.cache import Cache
 from lmcode.model.layer import MemoryAugmentedLayer, norm
 from lmcode.model.long_term import LongTermRead, ReadTape, Window
 from lmcode.model.rotary import rotary_table
 from lmcode.model.short_term import ShortTermMemory
-from lmcode.retrieval import Candidates, Hits, NullRetriever, Retriever
+from lmcode.protocol import Candidates, Hits, NullRetriever, Retriever
 
 IGNORED = -100  # the target that is not counted, as in torch and Hugging Face
 INITIAL_STD = 0.02  # of every matrix (Radford et al. 2019)
@@ -48,7 +48,7 @@ class StreamState(NamedTuple):
 class LayerMemory(NamedTuple):
     """One memory layer's traffic in one forward pass; all detached. N = B * ceil(T / retrieval_stride), b-major.
 
-    hits: what the retriever found, one row per query.
+    hits: what the retriever found, one row per query, and the attention paid to it.
     candidates: what may be written, one row per token (B * T, b-major).
     gate_BT: fp32, the sigmoid gate of each token.
     share_HN: fp32, share of the joint softmax that went to the hits; the mean over the tokens that share a query.
@@ -136,6 +136,33 @@ class MemoryLM(nn.Module):
             query_PC, key_PC, _ = read.query_key_value.weight.chunk(3)
             query_PC.copy_(key_PC)
 
+    @torch.no_grad()
+    def resize_token_embeddings(self, vocab_size: int) -> nn.Embedding:
+        """Gives the model another vocabulary: ids that stay keep their rows, new ones get the mean of all old rows, so that
+        at first none of them is likelier than the average token. The head is the embedding, before and after.
+
+        Make optimizers and engines after it, since the weight is a new parameter.
+
+        Raises:
+            ValueError: for fewer than 2 ids, or where the weights are not the model's own to change (ZeRO-3 has taken them
+                away, an adapter or a quantiser has replaced the module); nothing has changed then.
+        """
+        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 2:
+            raise ValueError(f"a vocabulary has at least 2 ids: got {vocab_size!r}")
+        old_VC = self.embedding.weight
+        own = type(self.embedding) is nn.Embedding and type(self.head) is nn.Linear and self.head.weight is old_VC
+        if not own or tuple(old_VC.shape) != (self.config.vocab_size, self.config.hidden_size):
+            raise ValueError("the embedding can be resized only where it is this model's own and whole: got "
+                             f"{type(self.embedding).__name__} {list(old_VC.shape)} and {type(self.head).__name__}")
+        config = build(LMCODEConfig, {**self.config.model_dump(), "vocab_size": vocab_size})
+        kept_VC = old_VC[:vocab_size]
+        added_VC = old_VC.float().mean(0).to(old_VC.dtype).expand(vocab_size - len(kept_VC), -1)
+        weight_VC = nn.Parameter(torch.cat([kept_VC, added_VC]), requires_grad=old_VC.requires_grad)
+        self.embedding.weight = self.head.weight = weight_VC
+        self.embedding.num_embeddings = self.head.out_features = vocab_size
+        self.config = config
+        return self.embedding
+
     def set_retrievers(self, retrievers: Mapping[int, Retriever]) -> None:
         """Gives memory layers their retrievers; those left out find nothing from now on.
 
@@ -161,7 +188,8 @@ class MemoryLM(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, *, targets_BT: Tensor | None = None,
                 state: StreamState | None = None, reset_B: Tensor | None = None, namespace_B: Tensor | None = None,
-                valid_BT: Tensor | None = None, cache: Cache | None = None) -> LMCODEOutput:
+                document_B: Tensor | None = None, valid_BT: Tensor | None = None, cache: Cache | None = None,
+                piece_BT: Tensor | None = None) -> LMCODEOutput:
         """Runs one window of B streams.
 
         Args:
@@ -172,21 +200,32 @@ class MemoryLM(nn.Module):
             reset_B: bool, streams that start a new document here: initial slots, nothing pending.
             namespace_B: int64, the document each stream is in; arange(B) if None. A negative one is no document: it
                 finds nothing and offers nothing for writing.
+            document_B: int64, the text that each stream reads: the same number whenever, and under whatever namespace, it
+                is read. What was written from it under another namespace is not seen. Negative, or None: unknown.
             valid_BT: bool, False marks padding, which must trail. Targets there are ignored.
             cache: an empty one, filled by this pass over the streams' first tokens of a window; see `decode.py`.
+            piece_BT: int64, where documents share a window: which of them each token belongs to, ascending from 0, which is
+                the one that `state` and `reset_B` are about; `namespace_B` and `document_B` are then [B, P], of each of
+                them. Each is read as if it had begun in a window of its own, and sees nothing of the others; the state that
+                is returned is that of the last. (Short-term segments are those of the window.)
 
         Raises:
             ValueError: wrong shape, dtype or range of an argument; a state of other streams or another model; both
                 labels and targets; padding that does not trail; a cache that is not empty.
         """
-        self._check(input_ids, labels, targets_BT, state, reset_B, namespace_B, valid_BT)
+        self._check(input_ids, labels, targets_BT, state, reset_B, namespace_B, document_B, valid_BT, piece_BT)
         input_ids_BT, labels_BT = input_ids, labels
-        window = self._window(input_ids_BT, state, reset_B, namespace_B, valid_BT)
+        window = self._window(input_ids_BT, state, reset_B, namespace_B, document_B, valid_BT)
+        if piece_BT is not None:
+            if cache is not None or labels is not None or namespace_B is None:
+                raise ValueError("documents that share a window need their namespaces, and targets instead of labels; they "
+                                 "cannot fill a cache")
+            window = window._replace(piece_BT=piece_BT, seen_BTT=same_piece(piece_BT))
         if cache is not None:
             self._begin(cache, input_ids_BT, valid_BT)
         x_BTC = self.embedding(input_ids_BT)
         if self.positions is not None:
-            x_BTC = x_BTC + self.positions(torch.arange(x_BTC.shape[1], device=x_BTC.device))
+            x_BTC = x_BTC + self.positions(places(input_ids_BT, piece_BT))
         x_BTC, tapes = self._run_layers(self.dropout(x_BTC), window, state, cache)
         logits_BTV = self.head(self.norm(x_BTC))
 
@@ -221,7 +260,7 @@ class MemoryLM(nn.Module):
         cache.begin(config.num_layers, [T] * B if valid_BT is None else valid_BT.sum(dim=1).tolist())
 
     def _window(self, input_ids_BT: Tensor, state: StreamState | None, reset_B: Tensor | None,
-                namespace_B: Tensor | None, valid_BT: Tensor | None) -> Window:
+                namespace_B: Tensor | None, document_B: Tensor | None, valid_BT: Tensor | None) -> Window:
         """What all layers share about this window; the carried state of each layer is added by `_run_layers`."""
         (B, T), device = input_ids_BT.shape, input_ids_BT.device
         rotation = None
@@ -233,7 +272,7 @@ class MemoryLM(nn.Module):
                            else state.pending_valid_B)
         if reset_B is not None:
             pending_valid_B = pending_valid_B & ~reset_B
-        return Window(namespace_B, pending_valid_B, reset_B, valid_BT, rotation)
+        return Window(namespace_B, pending_valid_B, reset_B, valid_BT, rotation, document_B=document_B)
 
     def _run_layers(self, x_BTC: Tensor, window: Window, state: StreamState | None,
                     cache: Cache | None) -> tuple[Tensor, list[ReadTape]]:
@@ -262,7 +301,7 @@ class MemoryLM(nn.Module):
 
     def _check(self, input_ids_BT: Tensor, labels_BT: Tensor | None, targets_BT: Tensor | None,
                state: StreamState | None, reset_B: Tensor | None, namespace_B: Tensor | None,
-               valid_BT: Tensor | None) -> None:
+               document_B: Tensor | None, valid_BT: Tensor | None, piece_BT: Tensor | None) -> None:
         """Refuses what `forward` cannot run, before anything is computed."""
         V, longest = self.config.vocab_size, self.config.context_length
         if not isinstance(input_ids_BT, Tensor):
@@ -275,10 +314,13 @@ class MemoryLM(nn.Module):
             raise ValueError(f"input_ids must have at most context_length = {longest} tokens: got {T}")
         if labels_BT is not None and targets_BT is not None:
             raise ValueError("give labels (shifted here) or targets (already aligned), not both")
+        of_documents = (B,) if piece_BT is None or namespace_B is None else (B, *namespace_B.shape[1:2])
         for name, tensor, dtype, shape in (("labels", labels_BT, torch.int64, (B, T)),
                                            ("targets", targets_BT, torch.int64, (B, T)),
                                            ("reset_B", reset_B, torch.bool, (B,)),
-                                           ("namespace_B", namespace_B, torch.int64, (B,)),
+                                           ("namespace_B", namespace_B, torch.int64, of_documents),
+                                           ("document_B", document_B, torch.int64, of_documents),
+                                           ("piece_BT", piece_BT, torch.int64, (B, T)),
                                            ("valid_BT", valid_BT, torch.bool, (B, T))):
             if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape):
                 raise ValueError(f"{name} must be {dtype} {list(shape)}: got {tensor.dtype} {list(tensor.shape)}")
@@ -288,6 +330,8 @@ class MemoryLM(nn.Module):
                 _check_ids(name, tensor.masked_fill(tensor == IGNORED, 0), V)
         if valid_BT is not None and bool((valid_BT[:, 1:] & ~valid_BT[:, :-1]).any()):
             raise ValueError("padding must trail: valid_BT has a True after a False")
+        if piece_BT is not None and namespace_B is not None:
+            _check_pieces(piece_BT, namespace_B)
         if state is not None:
             self.check_state(state, B)
 
@@ -311,6 +355,31 @@ def _check_ids(name: str, ids_BT: Tensor, vocab_size: int) -> None:
     smallest, largest = torch.stack(torch.aminmax(ids_BT)).tolist()
     if smallest < 0 or largest >= vocab_size:
         raise ValueError(f"{name} must lie in 0..{vocab_size - 1}: got {smallest}..{largest}")
+
+
+def _check_pieces(piece_BT: Tensor, namespace_BP: Tensor) -> None:
+    """Refuses numbers of documents that do not ascend from 0, or for which there is no namespace."""
+    steps_BT = piece_BT.diff(dim=1)
+    if namespace_BP.dim() != 2 or bool((piece_BT[:, 0] != 0).any() | ((steps_BT != 0) & (steps_BT != 1)).any()
+                                       | (piece_BT[:, -1] >= namespace_BP.shape[1]).any()):
+        raise ValueError("piece_BT must ascend from 0 by 0 or 1, within the P documents of namespace_B [B, P]: got up to "
+                         f"{int(piece_BT.max())}, namespaces {list(namespace_BP.shape)}")
+
+
+def same_piece(piece_BT: Tensor) -> Tensor:
+    """Which tokens (last dim) each token may attend to: those of its own document, at or before it; bool [B, T, T]."""
+    T = piece_BT.shape[1]
+    causal_TT = torch.ones(T, T, dtype=torch.bool, device=piece_BT.device).tril()
+    return (piece_BT[:, :, None] == piece_BT[:, None, :]) & causal_TT
+
+
+def places(input_ids_BT: Tensor, piece_BT: Tensor | None) -> Tensor:
+    """The place of each token in its window, [T]; or in its part of the window, [B, T], where documents share one."""
+    place_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
+    if piece_BT is None:
+        return place_T
+    begins_BT = F.pad(piece_BT.diff(dim=1) != 0, (1, 0))
+    return place_T - (place_T * begins_BT).cummax(dim=1).values
 
 
 def aligned_targets(labels_BT: Tensor | None, targets_BT: Tensor | None, valid_BT: Tensor | None) -> Tensor | None:
@@ -337,6 +406,8 @@ def surprises(token_loss_BT: Tensor, window: Window, state: StreamState | None) 
     if state is not None:
         first_B = state.pending_surprise_B.where(window.pending_valid_B, 0.0)
     surprise_BT = torch.cat([first_B[:, None], token_loss_BT[:, :-1]], dim=1)
+    if window.piece_BT is not None:  # nothing predicts the first token of a document
+        surprise_BT = surprise_BT.masked_fill(F.pad(window.piece_BT.diff(dim=1) != 0, (1, 0)), 0.0)
     if window.valid_BT is None:
         return surprise_BT, token_loss_BT[:, -1].clone()
     count_B = window.valid_BT.sum(dim=1)
@@ -355,5 +426,6 @@ def next_state(tapes: list[ReadTape], window: Window, pending_surprise_B: Tensor
 
 def layer_memory(tape: ReadTape, surprise_BT: Tensor) -> LayerMemory:
     """A memory layer's tape as it is handed out, with the surprises that the layer could not know."""
-    return LayerMemory(tape.hits, tape.candidates._replace(surprise_N=surprise_BT.flatten()), tape.gate_BT,
-                       tape.share_HN, tape.null_share_HN)
+    return LayerMemory(tape.hits._replace(credit_HN=tape.credit_HN),
+                       tape.candidates._replace(surprise_N=surprise_BT.flatten()), tape.gate_BT, tape.share_HN,
+                       tape.null_share_HN)

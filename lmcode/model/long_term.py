@@ -1,8 +1,8 @@
 """The long-term read: one softmax over a sequence's own past, the bank's entries and a null slot, behind a gate.
 
 The module asks a `Retriever` exactly once per forward pass, whatever the data, since collectives hide behind it. Stored
-entries are constants; the local part is what trains the key and value projections. All scores and softmaxes are fp32.
-Letters here: P partial softmaxes.
+entries are constants; the local part is what trains the key and value projections. All scores, softmaxes, log-sum-exps
+and mixed values are fp32, under autocast, too. Letters here: P partial softmaxes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from lmcode.config import LMCODEConfig
 from lmcode.model.rotary import Rotation
-from lmcode.retrieval import NO_SCORE, Candidates, Hits, Retriever
+from lmcode.precision import without_autocast
+from lmcode.protocol import NO_SCORE, Candidates, Hits, Retriever
 
 if TYPE_CHECKING:
     from lmcode.model.cache import LayerCache
@@ -37,6 +38,10 @@ class Window(NamedTuple):
     slots_BSE: this layer's carried short-term slots; None starts afresh.
     pending_key_BHD: this layer's key of each stream's last token; None where there is none.
     cache: what this layer is to keep for later tokens of the window; None outside generation.
+    document_B: int64, the text that each stream reads, negative where unknown; None: unknown everywhere.
+    piece_BT: int64, the document within the window that each token belongs to, ascending from 0; None: there is one, and
+        else `namespace_B` and `document_B` are [B, P], of each such document.
+    seen_BTT: bool, which tokens (last dim) each token may attend to; None: itself and all before it.
     """
 
     namespace_B: Tensor
@@ -47,6 +52,13 @@ class Window(NamedTuple):
     slots_BSE: Tensor | None = None
     pending_key_BHD: Tensor | None = None
     cache: LayerCache | None = None
+    document_B: Tensor | None = None
+    piece_BT: Tensor | None = None
+    seen_BTT: Tensor | None = None
+
+    def of_tokens(self, of_B: Tensor, length: int) -> Tensor:
+        """A property of streams, or of their documents, for each token: [B, length]."""
+        return of_B[:, None].expand(-1, length) if self.piece_BT is None else of_B.gather(1, self.piece_BT)
 
 
 @dataclass
@@ -62,6 +74,7 @@ class ReadTape:
     gate_BT: Tensor | None = None
     share_HN: Tensor | None = None
     null_share_HN: Tensor | None = None
+    credit_HN: Tensor | None = None
     pending_key_BHD: Tensor | None = None
     slots_BSE: Tensor | None = None
 
@@ -91,9 +104,12 @@ def merge_partials(values_HND: Sequence[Tensor], lses_HN: Sequence[Tensor]) -> t
     return torch.stack(parts).sum(dim=0), share_PHN
 
 
-def attend_own_past(query_HBTD: Tensor, key_HBTD: Tensor, value_HBTD: Tensor, *,
-                    successor_values: bool) -> tuple[Tensor, Tensor]:
+def attend_own_past(query_HBTD: Tensor, key_HBTD: Tensor, value_HBTD: Tensor, *, successor_values: bool,
+                    seen_BTT: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Softmax attention of token i over tokens j < i of its sequence: logit q_i . k_j, value v_{j+1} (or v_j).
+
+    Args:
+        seen_BTT: which tokens j are of the sequence of i; None: all.
 
     Returns:
         Value [H, B, T, D] and log-sum-exp [H, B, T]; 0 and `NO_SCORE` for the first token, which has no past.
@@ -101,12 +117,15 @@ def attend_own_past(query_HBTD: Tensor, key_HBTD: Tensor, value_HBTD: Tensor, *,
     T = query_HBTD.shape[2]
     earlier_TT = torch.ones(T, T, dtype=torch.bool, device=query_HBTD.device).tril(-1)
     has_past_T = torch.arange(T, device=query_HBTD.device) > 0
+    if seen_BTT is not None:
+        earlier_TT = earlier_TT & seen_BTT
+        has_past_T = earlier_TT.any(dim=-1)
     if successor_values:
         value_HBTD = value_HBTD.roll(-1, dims=2)  # what wraps around sits at j = T-1, which no token may see
     score_HBTT = (query_HBTD @ key_HBTD.transpose(2, 3)).masked_fill(~earlier_TT, NO_SCORE)
     lse_HBT = score_HBTT.logsumexp(dim=-1)
     mixed_HBTD = (score_HBTT - lse_HBT.unsqueeze(-1)).exp() @ value_HBTD
-    return mixed_HBTD.where(has_past_T[:, None], 0.0), lse_HBT.where(has_past_T, NO_SCORE)
+    return mixed_HBTD.where(has_past_T[..., None], 0.0), lse_HBT.where(has_past_T, NO_SCORE)
 
 
 def fill_cache(cache: LayerCache, query_HBTD: Tensor, key_HBTD: Tensor, value_HBTD: Tensor, *,
@@ -134,19 +153,31 @@ def retrieval_queries(query_HBTD: Tensor, namespace_BT: Tensor, stride: int) -> 
     H, _, T, D = query_HBTD.shape
     if stride > 1:
         query_HBTD = F.pad(query_HBTD[:, :, stride - 1:T - 1:stride], (0, 0, 1, 0))
-        namespace_BT = F.pad(namespace_BT[:, stride - 1:T - 1:stride], (1, 0), value=-1)
-    return query_HBTD.reshape(H, -1, D), namespace_BT.reshape(-1)
+    return query_HBTD.reshape(H, -1, D), per_query(namespace_BT, stride).reshape(-1)
+
+
+def per_query(of_BT: Tensor, stride: int) -> Tensor:
+    """What is known of the token that each query was made from, [B, ceil(T / stride)]; -1 for that of the first chunk."""
+    if stride == 1:
+        return of_BT
+    return F.pad(of_BT[:, stride - 1:of_BT.shape[1] - 1:stride], (1, 0), value=-1)
+
+
+def sum_per_query(share_HBT: Tensor, stride: int) -> Tensor:
+    """Sum of `share_HBT` over the tokens that share a query: [H, N] in the order of `retrieval_queries`."""
+    if stride > 1:
+        share_HBT = F.pad(share_HBT, (0, -share_HBT.shape[2] % stride)).unflatten(2, (-1, stride)).sum(dim=-1)
+    return share_HBT.flatten(1)
 
 
 def share_per_query(share_HBT: Tensor, stride: int) -> Tensor:
     """Mean of `share_HBT` over the tokens that share a query: [H, N] in the order of `retrieval_queries`."""
-    if stride > 1:
-        H, B, T = share_HBT.shape
-        padding = -T % stride
-        per_chunk_HBGL = F.pad(share_HBT, (0, padding)).view(H, B, -1, stride)
-        share_HBT = per_chunk_HBGL.mean(dim=-1)
-        share_HBT[..., -1] *= stride / (stride - padding)
-    return share_HBT.flatten(1)
+    return sum_per_query(share_HBT, stride) / sum_per_query(torch.ones_like(share_HBT), stride)
+
+
+def attention_paid(share_HBT: Tensor, valid_BT: Tensor | None, stride: int) -> Tensor:
+    """What the tokens of each query, without padding, gave its hits in all: `Hits.credit_HN` from their `share_HBT`."""
+    return sum_per_query(share_HBT if valid_BT is None else share_HBT.where(valid_BT, 0.0), stride)
 
 
 def make_candidates(key_HBTD: Tensor, value_HBTD: Tensor, window: Window, *, successor_values: bool) -> Candidates:
@@ -157,7 +188,8 @@ def make_candidates(key_HBTD: Tensor, value_HBTD: Tensor, window: Window, *, suc
     """
     H, B, T, D = key_HBTD.shape
     valid_BT = torch.ones(B, T, dtype=torch.bool, device=key_HBTD.device)
-    valid_BT &= (window.namespace_B >= 0)[:, None]
+    namespace_BT = window.of_tokens(window.namespace_B, T)
+    valid_BT &= namespace_BT >= 0
     if window.valid_BT is not None:
         valid_BT &= window.valid_BT
     if successor_values:
@@ -166,9 +198,13 @@ def make_candidates(key_HBTD: Tensor, value_HBTD: Tensor, window: Window, *, suc
                       else pending_BHD.to(key_HBTD.dtype).transpose(0, 1).unsqueeze(2))
         key_HBTD = torch.cat([first_HB1D, key_HBTD[:, :, :-1]], dim=2)
         valid_BT[:, 0] &= window.pending_valid_B
+        if window.piece_BT is not None:
+            valid_BT[:, 1:] &= window.piece_BT[:, 1:] == window.piece_BT[:, :-1]
+    document_B = torch.full_like(window.namespace_B, -1) if window.document_B is None else window.document_B
     return Candidates(key_HBTD.detach().flatten(1, 2), value_HBTD.detach().flatten(1, 2),
-                      window.namespace_B.repeat_interleave(T),
-                      torch.zeros(B * T, dtype=torch.float32, device=key_HBTD.device), valid_BT.flatten())
+                      namespace_BT.flatten(),
+                      torch.zeros(B * T, dtype=torch.float32, device=key_HBTD.device), valid_BT.flatten(),
+                      window.of_tokens(document_B, T).flatten())
 
 
 def last_keys(key_HBTD: Tensor, window: Window) -> Tensor:
@@ -204,16 +240,13 @@ class LongTermRead(nn.Module):
         query_HBTD, key_HBTD, value_HBTD = self._project(x_BTC)
         if window.cache is not None:
             fill_cache(window.cache, query_HBTD, key_HBTD, value_HBTD, successor_values=self.successor_values)
-        own_HBTD, own_lse_HBT = attend_own_past(query_HBTD, key_HBTD, value_HBTD, successor_values=self.successor_values)
-        found_HBTD, found_lse_HBT = self._retrieve(query_HBTD, window, retriever, tape)
-        null_lse_HBT = self.null_logit_H.float()[:, None, None].expand_as(own_lse_HBT)
-        merged_HBTD, share_PHBT = merge_partials([own_HBTD, found_HBTD],
-                                                 [own_lse_HBT, found_lse_HBT, null_lse_HBT])
-        gate_BT1 = torch.sigmoid(self.gate(x_BTC))
+        merged_HBTD, share_PHBT = self._read(query_HBTD, key_HBTD, value_HBTD, window, retriever, tape)
+        gate_BT1, share_HBT = torch.sigmoid(self.gate(x_BTC)), share_PHBT[1].detach()
         tape.record(pending_key_BHD=last_keys(key_HBTD, window),
                     candidates=make_candidates(key_HBTD, value_HBTD, window, successor_values=self.successor_values),
                     gate_BT=gate_BT1.detach().squeeze(-1).float(),
-                    share_HN=share_per_query(share_PHBT[1].detach(), self.stride),
+                    share_HN=share_per_query(share_HBT, self.stride),
+                    credit_HN=attention_paid(share_HBT, window.valid_BT, self.stride),
                     null_share_HN=share_per_query(share_PHBT[2].detach(), self.stride))
         merged_BTP = merged_HBTD.permute(1, 2, 0, 3).reshape(B, T, -1)
         return gate_BT1 * self.output(merged_BTP.to(x_BTC.dtype))
@@ -227,10 +260,20 @@ class LongTermRead(nn.Module):
         query_HBTD = F.normalize(query_HBTD, dim=-1) * temperature_H[:, None, None, None]
         return query_HBTD, F.normalize(key_HBTD, dim=-1), value_HBTD
 
+    @without_autocast()
+    def _read(self, query_HBTD: Tensor, key_HBTD: Tensor, value_HBTD: Tensor, window: Window, retriever: Retriever,
+              tape: ReadTape) -> tuple[Tensor, Tensor]:
+        """One softmax over own past, hits and null slot: the value [H, B, T, D] and each one's share [3, H, B, T]."""
+        own_HBTD, own_lse_HBT = attend_own_past(query_HBTD, key_HBTD, value_HBTD, successor_values=self.successor_values,
+                                                seen_BTT=window.seen_BTT)
+        found_HBTD, found_lse_HBT = self._retrieve(query_HBTD, window, retriever, tape)
+        null_lse_HBT = self.null_logit_H.float()[:, None, None].expand_as(own_lse_HBT)
+        return merge_partials([own_HBTD, found_HBTD], [own_lse_HBT, found_lse_HBT, null_lse_HBT])
+
     def _queries(self, query_HBTD: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         """What this pass asks the bank, and on behalf of which documents; padding asks for none."""
         _, B, T, _ = query_HBTD.shape
-        namespace_BT = window.namespace_B[:, None].expand(B, T)
+        namespace_BT = window.of_tokens(window.namespace_B, T)
         if window.valid_BT is not None:
             namespace_BT = namespace_BT.where(window.valid_BT, -1)
         return retrieval_queries(query_HBTD, namespace_BT, self.stride)
@@ -241,11 +284,17 @@ class LongTermRead(nn.Module):
         H, B, T, D = query_HBTD.shape
         query_HND, namespace_N = self._queries(query_HBTD, window)
         if tape.hits is None:
-            tape.record(hits=retriever.search(query_HND.detach(), namespace_N))
+            document_N = (None if window.document_B is None else
+                          per_query(window.of_tokens(window.document_B, T), self.stride).flatten())
+            tape.record(hits=retriever.search(query_HND.detach(), namespace_N, document_N))
         value_HND, lse_HN = retriever.attend(query_HND, tape.hits)
         value_HBGD = value_HND.float().view(H, B, -1, D)
         lse_HBG = lse_HN.float().view(H, B, -1) + self.retrieved_bias_H.float()[:, None, None]
         if self.stride > 1:
             value_HBGD = value_HBGD.repeat_interleave(self.stride, dim=2)[:, :, :T]
             lse_HBG = lse_HBG.repeat_interleave(self.stride, dim=2)[:, :, :T]
+            if window.piece_BT is not None:  # a document must not see what another one asked for
+                asked_BT = per_query(window.piece_BT, self.stride).repeat_interleave(self.stride, dim=1)[:, :T]
+                own_BT = window.piece_BT == asked_BT
+                value_HBGD, lse_HBG = value_HBGD.where(own_BT[..., None], 0.0), lse_HBG.where(own_BT, NO_SCORE)
         return value_HBGD, lse_HBG

@@ -1,7 +1,8 @@
 """Reading texts for what they offer to the memory: the candidates of each text, as if it were a document of its own.
 
 The one thing to know: a text is read from its own start, and from nothing but itself. What it offers depends neither on
-what a bank holds nor on the other texts of the batch (but for rounding), so texts may be read in any number at once.
+what a bank holds nor on the other texts of the batch (but for rounding), so texts may be read in any number at once. No
+autocast reaches in here.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor
 
 from lmcode.model.lm import IGNORED, MemoryLM, StreamState
-from lmcode.retrieval import Candidates
+from lmcode.model.mode import in_eval_mode
+from lmcode.precision import without_autocast
+from lmcode.protocol import Candidates
 
 STREAMS = 32  # texts that are read side by side
 
 
 @torch.no_grad()
+@without_autocast()
 def read_texts(model: MemoryLM, rows: Sequence[Sequence[int]]) -> list[dict[int, Candidates]]:
     """The valid candidates of each text, by memory layer, in the order of its tokens.
 
@@ -30,16 +34,11 @@ def read_texts(model: MemoryLM, rows: Sequence[Sequence[int]]) -> list[dict[int,
     """
     offered: list[dict[int, Candidates]] = [{}] * len(rows)
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # side by side with least padding
-    was_training = model.training
-    model.eval()
-    try:
-        with model.reading_from({}):
-            for start in range(0, len(rows), STREAMS):
-                batch = by_length[start:start + STREAMS]
-                for index, candidates in zip(batch, _read_side_by_side(model, [rows[i] for i in batch]), strict=True):
-                    offered[index] = candidates
-    finally:
-        model.train(was_training)
+    with in_eval_mode(model), model.reading_from({}):
+        for start in range(0, len(rows), STREAMS):
+            batch = by_length[start:start + STREAMS]
+            for index, candidates in zip(batch, _read_side_by_side(model, [rows[i] for i in batch]), strict=True):
+                offered[index] = candidates
     return offered
 
 

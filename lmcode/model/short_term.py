@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmcode.config import LMCODEConfig
-from lmcode.retrieval import NO_SCORE
+from lmcode.precision import without_autocast
+from lmcode.protocol import NO_SCORE
 
 if TYPE_CHECKING:
     from lmcode.model.cache import LayerCache
@@ -30,7 +31,8 @@ class ShortTermMemory(nn.Module):
         candidate = softmax(query(slot) . key(token) / sqrt(E)) value(token)
         z         = sigmoid(update gate of [slot, candidate])
         slot     <- (1 - z * eta) * slot + z * eta * candidate
-    Slots are kept in fp32 whatever the module's dtype: steps of size eta would be lost to bf16 rounding.
+    Slots are kept in fp32 whatever the module's dtype: steps of size eta would be lost to bf16 rounding. So is all that a
+    write computes but its linear maps.
     """
 
     def __init__(self, config: LMCODEConfig) -> None:
@@ -48,7 +50,8 @@ class ShortTermMemory(nn.Module):
         self.address_SE = nn.Parameter(torch.empty(S, E))
 
     def forward(self, x_BTC: Tensor, *, slots_BSE: Tensor | None = None, reset_B: Tensor | None = None,
-                valid_BT: Tensor | None = None, cache: LayerCache | None = None) -> tuple[Tensor, Tensor]:
+                valid_BT: Tensor | None = None, cache: LayerCache | None = None,
+                piece_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Reads and writes one window of each stream; T need not be a multiple of the segment.
 
         Args:
@@ -57,25 +60,38 @@ class ShortTermMemory(nn.Module):
             reset_B: bool, streams that return to the initial slots although slots were carried.
             valid_BT: bool, False at padding, which is never written; a segment of padding leaves the slots as they are.
             cache: is given the slots after the last complete segment and the tokens of the segment begun since.
+            piece_BT: int64, the document within the window that each token belongs to, ascending from 0, which is the one
+                that slots were carried for; None: there is one. Each document has slots of its own, and those of the last
+                are returned.
 
         Returns:
             What each token read, [B, T, C] in the dtype of x; and the slots after the window, fp32 [B, S, E], detached.
         """
         T = x_BTC.shape[1]
         query_BTE, key_BTE, value_BTE = self.tokens(x_BTC).chunk(3, dim=-1)
-        key_BTE = key_BTE * key_BTE.shape[-1] ** -0.5
+        key_BTE = key_BTE.float() * key_BTE.shape[-1] ** -0.5
         # Attention is linear in its values, so the gate's share of the candidate can be computed per token, up front.
-        written_BTP = torch.cat([value_BTE, self.candidate_gate(value_BTE)], dim=-1)
+        written_BTP = torch.cat([value_BTE, self.candidate_gate(value_BTE)], dim=-1).float()
         slots_BSE = self._first_slots(x_BTC.shape[0], slots_BSE, reset_B)
         history: list[Tensor] = []
         for start in range(0, T, self.segment):
             history.append(slots_BSE)
             part = slice(start, start + self.segment)
             valid_BL = None if valid_BT is None else valid_BT[:, part]
+            if piece_BT is not None:
+                # Only the piece that the segment ends with may go on, so only its tokens are written, to its own slots.
+                last_B1 = piece_BT[:, part][:, -1:]
+                goes_on_B1 = last_B1 == piece_BT[:, max(0, start - 1), None] if start else last_B1 == 0
+                slots_BSE = self._first_slots(x_BTC.shape[0], slots_BSE, ~goes_on_B1[:, 0])
+                own_BL = piece_BT[:, part] == last_B1
+                valid_BL = own_BL if valid_BL is None else own_BL & valid_BL
             slots_BSE = self.write(slots_BSE, key_BTE[:, part], written_BTP[:, part], valid_BL)
         if cache is not None:
             self._fill(cache, torch.stack([*history, slots_BSE], dim=1), key_BTE, written_BTP, valid_BT)
-        return self.output(self._read(query_BTE, torch.stack(history, dim=1), self.segment)), slots_BSE.detach()
+        slots_BGSE = torch.stack(history, dim=1)
+        read_BTE = (self._read(query_BTE, slots_BGSE, self.segment) if piece_BT is None
+                    else self._read_pieces(query_BTE, slots_BGSE, piece_BT))
+        return self.output(read_BTE), slots_BSE.detach()
 
     def _fill(self, cache: LayerCache, slots_BGSE: Tensor, key_BTE: Tensor, written_BTP: Tensor,
               valid_BT: Tensor | None) -> None:
@@ -99,16 +115,14 @@ class ShortTermMemory(nn.Module):
         return torch.where(reset_B[:, None, None], initial_BSE, slots_BSE.float())
 
     def write(self, slots_BSE: Tensor, key_BLE: Tensor, written_BLP: Tensor, valid_BL: Tensor | None = None) -> Tensor:
-        """One segment's update of the slots; `written_BLP` holds values and their part of the gate side by side."""
-        E = slots_BSE.shape[-1]
-        normed_BSE = F.rms_norm(slots_BSE, (E,), eps=EPSILON).to(key_BLE.dtype)
-        query_BSE, slot_gate_BSE = self.slots_write(normed_BSE).chunk(2, dim=-1)
-        score_BSL = (query_BSE + self.address_SE) @ key_BLE.transpose(1, 2)
-        if valid_BL is not None:
-            score_BSL = score_BSL.masked_fill(~valid_BL[:, None], NO_SCORE)
-        attended_BSP = score_BSL.softmax(dim=-1) @ written_BLP
-        candidate_BSE, candidate_gate_BSE = attended_BSP.float().chunk(2, dim=-1)
-        z_BSE = torch.sigmoid(slot_gate_BSE.float() + candidate_gate_BSE)
+        """One segment's update of the slots; `written_BLP` holds values and their part of the gate side by side, in fp32."""
+        query_BSE, slot_gate_BSE = self.slots_write(self._normed(slots_BSE)).float().chunk(2, dim=-1)
+        with without_autocast():
+            score_BSL = (query_BSE + self.address_SE.float()) @ key_BLE.transpose(1, 2)
+            if valid_BL is not None:
+                score_BSL = score_BSL.masked_fill(~valid_BL[:, None], NO_SCORE)
+            candidate_BSE, candidate_gate_BSE = (score_BSL.softmax(dim=-1) @ written_BLP).chunk(2, dim=-1)
+        z_BSE = torch.sigmoid(slot_gate_BSE + candidate_gate_BSE)
         new_BSE = torch.lerp(slots_BSE, candidate_BSE, z_BSE * self.update_rate)
         if valid_BL is None:
             return new_BSE
@@ -120,12 +134,24 @@ class ShortTermMemory(nn.Module):
         G = slots_BGSE.shape[1]
         if G * segment != T:
             query_BTE = F.pad(query_BTE, (0, 0, 0, G * segment - T))
-        key_BGSE, value_BGSE = self.slots_to_read(slots_BGSE, query_BTE.dtype)
+        key_BGSE, value_BGSE = self.slots_to_read(slots_BGSE)
         read_BGLE = F.scaled_dot_product_attention(query_BTE.view(B, G, segment, E), key_BGSE, value_BGSE)
         return read_BGLE.reshape(B, -1, E)[:, :T]
 
-    def slots_to_read(self, slots_SE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values by which tokens read slots [..., S, E]."""
-        normed_SE = F.rms_norm(slots_SE, slots_SE.shape[-1:], eps=EPSILON).to(dtype)
-        key_SE, value_SE = self.slots_read(normed_SE).chunk(2, dim=-1)
+    def _read_pieces(self, query_BTE: Tensor, slots_BGSE: Tensor, piece_BT: Tensor) -> Tensor:
+        """As `_read`; but tokens of documents that begin within a segment attend to the initial slots."""
+        B, T, _ = query_BTE.shape
+        before_BT = F.pad(piece_BT[:, self.segment - 1:T - 1:self.segment], (1, 0))  # what goes on into each segment
+        goes_on_BT = piece_BT == before_BT.repeat_interleave(self.segment, dim=1)[:, :T]
+        carried_BTE = self._read(query_BTE, slots_BGSE, self.segment)
+        fresh_BTE = self._read(query_BTE, self._first_slots(B, None, None)[:, None], T)
+        return torch.where(goes_on_BT[..., None], carried_BTE, fresh_BTE)
+
+    def slots_to_read(self, slots_SE: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values by which tokens read slots [..., S, E], in the dtype of the module's linear maps."""
+        key_SE, value_SE = self.slots_read(self._normed(slots_SE)).chunk(2, dim=-1)
         return key_SE, value_SE
+
+    def _normed(self, slots_SE: Tensor) -> Tensor:
+        """What the linear maps see of slots: normalised, in the module's dtype."""
+        return F.rms_norm(slots_SE, slots_SE.shape[-1:], eps=EPSILON).to(self.address_SE.dtype)

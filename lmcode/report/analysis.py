@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmcode.lmcode import LMCODE
+from lmcode.backbone import Backbone
+from lmcode.data.streams import StreamSampler
+from lmcode.data.tokenizer import Tokenizer
 from lmcode.memory.bank import LongTermMemory
 from lmcode.memory.entry import MASS_UNIT, METADATA, importance_of
+from lmcode.model.mode import in_eval_mode
+from lmcode.protocol import Hits, NullRetriever
 from lmcode.report.sequences import as_documents, device_of, token_sequences
-from lmcode.retrieval import Hits, NullRetriever
-from lmcode.tokenizer import Tokenizer
-from lmcode.train.data import StreamSampler
 
 QUERIES = 256  # entries that are asked for at each point of the curve
 STREAMS = 8  # windows that are read in one forward pass
@@ -62,7 +63,7 @@ def near_duplicate_share(bank: LongTermMemory, threshold: float) -> float:
     return report.merged / report.before if report.before else float("nan")
 
 
-def compute_memory_efficiency(model: LMCODE, *, thresholds: Sequence[float] = (0.1,)) -> dict[str, Any]:
+def compute_memory_efficiency(model: Backbone, *, thresholds: Sequence[float] = (0.1,)) -> dict[str, Any]:
     """What the memory costs and how well it is used. A collective.
 
     Args:
@@ -100,7 +101,7 @@ def _bank_efficiency(bank: LongTermMemory, thresholds: Sequence[float]) -> dict[
 
 
 def attention_received(columns: dict[str, np.ndarray]) -> np.ndarray:
-    """Units of attention that each entry has received so far, fp64: 1 is the whole softmax over the hits of one query."""
+    """Units of attention that each entry has received so far, fp64: 1 is the whole softmax of one token and head."""
     return columns["hit_mass"] / MASS_UNIT
 
 
@@ -109,9 +110,9 @@ class Recorder(NullRetriever):
 
     query_HND: Tensor
 
-    def search(self, query_HND: Tensor, namespace_N: Tensor) -> Hits:
+    def search(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None) -> Hits:
         self.query_HND = query_HND
-        return super().search(query_HND, namespace_N)
+        return super().search(query_HND, namespace_N, document_N)
 
 
 class Items(NamedTuple):
@@ -128,18 +129,13 @@ class Items(NamedTuple):
 
 
 @contextmanager
-def quietly(model: LMCODE) -> Any:
+def quietly(model: Backbone) -> Any:
     """Without gradient and in evaluation mode; the mode it came in afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+    with in_eval_mode(model), torch.no_grad():
+        yield
 
 
-def read_items(model: LMCODE, sequences: list[list[int]]) -> dict[int, Items]:
+def read_items(model: Backbone, sequences: list[list[int]]) -> dict[int, Items]:
     """Reads the sequences, cut into windows that know nothing of each other, and collects each bank's items.
 
     Nothing is retrieved while reading, so an item does not depend on which others were stored before.
@@ -161,7 +157,7 @@ def read_items(model: LMCODE, sequences: list[list[int]]) -> dict[int, Items]:
             for layer, parts in found.items()}
 
 
-def _items(model: LMCODE, batch: Any, candidates: Any, query_HND: Tensor, stride: int) -> Items:
+def _items(model: Backbone, batch: Any, candidates: Any, query_HND: Tensor, stride: int) -> Items:
     """Pairs each query with the candidate whose key stands at the token that asks; both are b-major."""
     B, T = batch.input_ids_BT.shape
     asks_G = torch.arange(query_HND.shape[1] // B) * stride - int(stride > 1)  # a chunk asks with the token before it
@@ -179,7 +175,7 @@ def _items(model: LMCODE, batch: Any, candidates: Any, query_HND: Tensor, stride
                  importance_P, next_P)
 
 
-def analyze_memory_capacity(model: LMCODE, test_sequences: Iterable[Any], *, sizes: Sequence[int] | None = None,
+def analyze_memory_capacity(model: Backbone, test_sequences: Iterable[Any], *, sizes: Sequence[int] | None = None,
                             slots: int | None = None, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
     """Recall against the number of stored items, for each bank. A collective; the model's banks are left alone.
 

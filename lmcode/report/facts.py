@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from lmcode.experience.experiences import namespace_number
-from lmcode.lmcode import LMCODE
+from lmcode.backbone import Backbone
+from lmcode.data.tokenizer import Tokenizer
+from lmcode.memories.experiences import namespace_number, spelled
 from lmcode.memory.placement import capacity_of, rank_of, virtual_shard_of
 from lmcode.report.analysis import analyze_memory_capacity, attention_received, compute_memory_efficiency, entry_columns
 from lmcode.report.history import Curves
 from lmcode.report.reading import Reading, read_documents
 from lmcode.report.sequences import tokenizer_of
-from lmcode.tokenizer import Tokenizer
 
 THRESHOLDS = (0.05, 0.1, 0.2)  # cosine distances at which near-duplicates are counted
 MOST_COPIED = 300_000  # entries; above this near-duplicates take too long to count for a report
@@ -73,7 +73,7 @@ class ReportFacts:
     notes: tuple[str, ...] = ()
 
 
-def gather(model: LMCODE, sequences: Sequence[Sequence[int]], *, title: str, names: Sequence[str] | None = None,
+def gather(model: Backbone, sequences: Sequence[Sequence[int]], *, title: str, names: Sequence[str] | None = None,
            tokenizer: Tokenizer | None = None, step: int | None = None, ranks: int | None = None,
            length: int | None = None, curves: Curves | None = None, settings: Mapping[str, Any] | None = None,
            notes: Iterable[str] = ()) -> ReportFacts:
@@ -125,7 +125,7 @@ def up_to(sequences: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]
     return chosen
 
 
-def experience_facts(model: LMCODE) -> ExperienceFacts | None:
+def experience_facts(model: Backbone) -> ExperienceFacts | None:
     """The experiences of a model; None if nothing was ever stored. A collective."""
     if not model.has_experiences:
         return None
@@ -134,7 +134,7 @@ def experience_facts(model: LMCODE) -> ExperienceFacts | None:
     return ExperienceFacts(len(held), model.experiences.bank.slots, newest)
 
 
-def bank_facts(model: LMCODE, layer: int, efficiency: dict[str, Any], step: int | None, ranks: int) -> BankFacts:
+def bank_facts(model: Backbone, layer: int, efficiency: dict[str, Any], step: int | None, ranks: int) -> BankFacts:
     """The facts of one bank. A collective."""
     bank, read = model.banks[layer], model.layers[layer].long_term_read
     columns, shards = entry_columns(bank), bank.config.virtual_shards
@@ -153,7 +153,7 @@ def bank_facts(model: LMCODE, layer: int, efficiency: dict[str, Any], step: int 
 def largest_namespaces(columns: Mapping[str, np.ndarray], names: Mapping[int, str]) -> list[tuple[str, int]]:
     """Name (or number) and entries of the namespaces with most entries, the lower number first among equals."""
     numbers, counts = np.unique(columns["namespace"], return_counts=True)
-    return [(names.get(int(numbers[one]), str(numbers[one])), int(counts[one]))
+    return [(names.get(int(numbers[one]), spelled(int(numbers[one]))), int(counts[one]))
             for one in np.lexsort((numbers, -counts))[:LISTED]]
 
 
@@ -162,6 +162,6 @@ def most_read(columns: Mapping[str, np.ndarray], now: int, names: Mapping[int, s
     received = attention_received(columns)
     order = [one for one in np.lexsort((columns["id"], -received))[:LISTED] if received[one] > 0]
     return [{"id": int(columns["id"][one]), "received": float(received[one]),
-             "namespace": names.get(int(columns["namespace"][one]), str(columns["namespace"][one])),
+             "namespace": names.get(int(columns["namespace"][one]), spelled(int(columns["namespace"][one]))),
              "importance": float(columns["importance"][one]), "age": now - int(columns["step"][one]),
              "last_hit": now - int(columns["last_hit"][one]), "count": int(columns["count"][one])} for one in order]

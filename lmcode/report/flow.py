@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmcode.experience.experiences import Namespace, namespace_number
-from lmcode.lmcode import LMCODE
+from lmcode.backbone import Backbone
+from lmcode.data.tokenizer import Tokenizer
+from lmcode.memories.experiences import Namespace, namespace_number
 from lmcode.memory.bank import LongTermMemory
+from lmcode.protocol import Hits, NullRetriever, Retriever
 from lmcode.report.analysis import quietly
 from lmcode.report.sequences import as_text, device_of, token_sequences, tokenizer_of
-from lmcode.retrieval import Hits, NullRetriever, Retriever
-from lmcode.tokenizer import Tokenizer
 
 
 class Everything:
@@ -24,8 +24,8 @@ class Everything:
     def __init__(self, bank: LongTermMemory) -> None:
         self._bank, self.top_k = bank, bank.top_k
 
-    def search(self, query_HND: Tensor, namespace_N: Tensor) -> Hits:
-        return self._bank.search(query_HND, namespace_N, scope="global")
+    def search(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None) -> Hits:
+        return self._bank.search(query_HND, namespace_N, document_N, scope="global")
 
     def attend(self, query_HND: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
         return self._bank.attend(query_HND, hits)
@@ -47,7 +47,7 @@ class Flow(NamedTuple):
     null_LT: np.ndarray
 
 
-def memory_flow(model: LMCODE, input_sequence: Any, *, namespace: Namespace | None = None,
+def memory_flow(model: Backbone, input_sequence: Any, *, namespace: Namespace | None = None,
                 tokenizer: Tokenizer | None = None) -> Flow:
     """Reads one sequence and returns where its tokens looked. A collective; changes nothing.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lmcode.lmcode import LMCODE
+from lmcode.backbone import Backbone
 from lmcode.memory.bank import LongTermMemory
 from lmcode.model.lm import LayerMemory, LMCODEOutput
 
@@ -44,7 +44,7 @@ class MemoryMonitor:
         ValueError: for a model without a bank.
     """
 
-    def __init__(self, model: LMCODE) -> None:
+    def __init__(self, model: Backbone) -> None:
         if not getattr(model, "banks", None):
             raise ValueError("a monitor needs a model with a bank: this one has none (long_term_memory_slots is 0)")
         self.model = model

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 from lmcode.report.charts import share_bars
 from lmcode.report.facts import BankFacts, ReportFacts
-from lmcode.report.look import CSS
 from lmcode.report.markup import Markup, element, empty, figure, join, number, percent, size_of, table
 from lmcode.report.reading import Example, ShownHit
 from lmcode.report.sections import bank_charts, capacity_section, gates_section, training_section, usage_charts
+from lmcode.report.style import CSS
 
+MADE_BY = "Made by LMCODE."
 EXCERPT = 160  # characters of an experience's text that are shown
 
 
@@ -37,7 +38,7 @@ def render(facts: ReportFacts) -> str:
     head = element("head", element("meta", charset="utf-8"), element("title", f"{facts.title} – memory report"),
                    element("meta", name="viewport", content="width=device-width, initial-scale=1"),
                    element("style", Markup(CSS)))
-    footer = element("footer", "Made by LMCODE. This page asks for nothing from the network and runs no script.")
+    footer = element("footer", f"{MADE_BY} This page asks for nothing from the network and runs no script.")
     page = element("html", head, element("body", header(facts), links, element("main", body), footer), lang="en")
     return f"<!DOCTYPE html>\n{page}\n"
 

@@ -7,6 +7,7 @@ returned, a script calls `savefig`, and every function writes the file itself if
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,17 +15,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmcode.config import near_match
-from lmcode.experience.experiences import Namespace
+from lmcode.memories.experiences import Namespace
 from lmcode.report.history import Curves, curves_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lmcode.lmcode import LMCODE
-    from lmcode.tokenizer import Tokenizer
+    from lmcode.backbone import Backbone
+    from lmcode.data.tokenizer import Tokenizer
 
 COLOURS = ("#2563b8", "#d1661a", "#178a72", "#8450b8", "#b5404f", "#6b7280")
+MADE_BY = "Drawn by LMCODE."
+SAYS_WHO = {"png": "Software", "svg": "Creator", "pdf": "Creator", "ps": "Creator", "eps": "Creator"}  # where it is noted
 MOST_LABELS = 64  # tokens that fit as words along an axis
 PANELS = {  # of a monitor: measure -> title, label of the y axis
     "fill": ("How full", "% of slots"), "gate_mean": ("Gate", "mean over tokens"),
@@ -50,14 +53,17 @@ def finish(figure: Figure, path: str | Path | None) -> Figure:
     """Writes the figure if there is a path; returns it.
 
     Raises:
-        ValueError: for a kind of file that matplotlib does not know.
+        ValueError: for a kind of file that matplotlib does not know, and for a file that exists and does not say that it was
+            drawn here.
     """
     if path is not None:
         known, kind = figure.canvas.get_supported_filetypes(), Path(path).suffix.removeprefix(".").lower()
         if kind not in known:
             raise ValueError(f"a figure is written as one of {', '.join(sorted(known))}: got '{path}'."
                              f"{near_match(kind, known)}")
-        figure.savefig(path)
+        if os.path.lexists(path) and MADE_BY.encode() not in Path(path).read_bytes():
+            raise ValueError(f"'{path}' exists and was not drawn by this program: give another file")
+        figure.savefig(path, metadata={SAYS_WHO[kind]: MADE_BY} if kind in SAYS_WHO else None)
     return figure
 
 
@@ -141,7 +147,7 @@ def label_of(name: str) -> str:
                      *(f"({one})" for one in place if one in ("train", "eval") and last == "loss")])
 
 
-def visualize_memory_flow(model: LMCODE, input_sequence: Any, *, namespace: Namespace | None = None,
+def visualize_memory_flow(model: Backbone, input_sequence: Any, *, namespace: Namespace | None = None,
                           tokenizer: Tokenizer | None = None, path: str | Path | None = None) -> Figure:
     """Draws where the tokens of one sequence look: for each memory layer the gate and the shares of the read's softmax.
 

@@ -14,17 +14,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lmcode.eval.held_out import evaluation_banks
-from lmcode.lmcode import LMCODE
+from lmcode.backbone import Backbone
+from lmcode.data.corpus import Documents
+from lmcode.data.streams import Batch, StreamSampler
+from lmcode.data.tokenizer import Tokenizer
+from lmcode.eval.held_out import apart
 from lmcode.memory.bank import LongTermMemory
 from lmcode.memory.entry import choose
 from lmcode.model.lm import LayerMemory, LMCODEOutput
+from lmcode.protocol import Candidates
 from lmcode.report.analysis import quietly
 from lmcode.report.sequences import as_documents, as_text, device_of
-from lmcode.retrieval import Candidates
-from lmcode.tokenizer import Tokenizer
-from lmcode.train.corpus import Documents
-from lmcode.train.data import Batch, StreamSampler
 
 STREAMS = 4  # documents that are read side by side
 BEFORE, AFTER = 20, 5  # tokens of text that an example shows up to a place and after it
@@ -110,7 +110,7 @@ class Reading:
     examples: tuple[Example, ...]
 
 
-def read_documents(model: LMCODE, sequences: Sequence[Sequence[int]], *, names: Sequence[str] | None = None,
+def read_documents(model: Backbone, sequences: Sequence[Sequence[int]], *, names: Sequence[str] | None = None,
                    tokenizer: Tokenizer | None = None, length: int | None = None, windows: int = 16) -> Reading:
     """Reads documents side by side, window by window, with the memory and again without retrieval. A collective.
 
@@ -135,9 +135,9 @@ def read_documents(model: LMCODE, sequences: Sequence[Sequence[int]], *, names: 
 class _Reader:
     """The state of a reading: streams, forks, and what has been seen so far."""
 
-    def __init__(self, model: LMCODE, documents: Documents) -> None:
+    def __init__(self, model: Backbone, documents: Documents) -> None:
         self.model, self.documents = model, documents
-        self.forks = evaluation_banks(model.banks, None)
+        self.forks = model.memories.fork()
         self.state_on = self.state_off = None
         self.origin: dict[int, dict[int, Place]] = {layer: {} for layer in model.banks}
         self.seen: dict[int, list[Asked]] = {layer: [] for layer in model.banks}
@@ -158,7 +158,7 @@ class _Reader:
 
     def _forward(self, batch: Batch, state: object) -> LMCODEOutput:
         return self.model(batch.input_ids_BT, targets_BT=batch.targets_BT, state=state, reset_B=batch.reset_B,
-                          namespace_B=batch.namespace_B, valid_BT=batch.valid_BT)
+                          namespace_B=apart(batch.namespace_B), document_B=batch.document_B, valid_BT=batch.valid_BT)
 
     def _keep_losses(self, batch: Batch, place_BT: np.ndarray, on: LMCODEOutput, off: LMCODEOutput) -> None:
         valid_BT = batch.valid_BT.cpu().numpy()

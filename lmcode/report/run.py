@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lmcode import dist
-from lmcode.config import ConfigError, RunConfig
+from lmcode.backbone import Backbone
+from lmcode.config import ConfigError, flatten
+from lmcode.data.tokenizer import Tokenizer
 from lmcode.dist import Group, on_rank_0
 from lmcode.eval.documents import OTHER_CORPUS, held_out_documents
-from lmcode.lmcode import LMCODE
+from lmcode.files import durable
+from lmcode.opening import Opened, open_model
 from lmcode.report.facts import gather
 from lmcode.report.history import curves_of, read_metrics, tagged
-from lmcode.report.page import render
+from lmcode.report.page import MADE_BY, render
 from lmcode.report.sequences import token_sequences
-from lmcode.tokenizer import Tokenizer
-from lmcode.train import durable
-from lmcode.train.checkpoint import find, lies_in_run, load_model
-from lmcode.train.metrics import flatten
+from lmcode.saved.places import Kind
 
 log = logging.getLogger("lmcode")
 MOST_DOCUMENTS = 64  # held-out documents that are looked at
 
 
-def generate_memory_report(model: LMCODE, dataset: Iterable[Any], path: str | Path | None = None, *,
+def generate_memory_report(model: Backbone, dataset: Iterable[Any], path: str | Path | None = None, *,
                            tokenizer: Tokenizer | None = None, title: str = "LMCODE",
                            history: Any = None) -> str:
     """The report of a model as one self-contained HTML page. A collective; the model and its banks are left as they are.
@@ -52,11 +53,11 @@ def generate_memory_report(model: LMCODE, dataset: Iterable[Any], path: str | Pa
     return page
 
 
-def report_run(run: Path, overrides: list[str], *, out: Path | None = None) -> Path:
-    """Makes the report of a run's newest checkpoint that verifies, whatever number of ranks trained it. A collective.
+def report_path(path: Path, overrides: list[str], *, out: Path | None = None) -> Path:
+    """Makes the report of the model at a path, whatever number of ranks trained it. A collective.
 
     Args:
-        run: a run folder, or one checkpoint in it.
+        path: a run folder, a checkpoint, or a saved model (then with a text to look at, data.path=).
         overrides: dotted settings, such as where the data is now.
         out: the file to write; when None, report/index.html in the run folder, or CHECKPOINT.report.html beside a checkpoint
             that lies in no run, since nothing may be added to it.
@@ -65,46 +66,49 @@ def report_run(run: Path, overrides: list[str], *, out: Path | None = None) -> P
         The file that was written.
 
     Raises:
-        ConfigError: if there is no checkpoint, or the file cannot be written.
+        ConfigError: if nothing can be opened there, or the file cannot be written.
     """
     group = Group.world()
-    checkpoint = Path(on_rank_0(group, lambda: str(find(run).resolve())))  # found once: a run may be saving newer ones
-    model, config, tokenizer, step = load_model(checkpoint, overrides, group=group, device=dist.device())
-    ranks = config.memory.ranks_per_group(durable.read_manifest(checkpoint).facts.world_size)
-    in_run = lies_in_run(checkpoint)
-    folder = checkpoint.parents[1] if in_run else checkpoint
-    sequences, names, notes = held_out_text(config, checkpoint)
+    opened = open_model(path, overrides, group=group, device=dist.device())
+    model, config, step, run = opened.model, opened.config, opened.step, opened.place.run
+    saved_model = opened.place.kind is Kind.SAVED_MODEL
+    ranks = config.memory.ranks_per_group(1 if saved_model else durable.read_manifest(opened.folder).facts.world_size)
+    folder = opened.place.path if run is None else run
+    sequences, names, notes = held_out_text(opened)
     rows = read_metrics(folder / "metrics.jsonl")
     log.info("measuring the memory of step %d on %d held-out documents", step, len(sequences))
-    facts = gather(model, sequences, names=names, title=folder.name, tokenizer=tokenizer, step=step, ranks=ranks,
+    facts = gather(model, sequences, names=names, title=folder.name, tokenizer=model.tokenizer, step=step, ranks=ranks,
                    length=config.train.sequence_length, curves=curves_of(rows) if rows else {},
                    settings=flatten(config.model_dump(mode="json")), notes=notes)
     page = render(facts)
-    place = out or (folder / "report" / "index.html" if in_run else folder.with_name(f"{folder.name}.report.html"))
+    place = out or (run / "report" / "index.html" if run is not None else folder.with_name(f"{folder.name}.report.html"))
     on_rank_0(group, lambda: write_page(place, page))
     return place
 
 
-def held_out_text(config: RunConfig, checkpoint: Path) -> tuple[list[list[int]], list[str], list[str]]:
+def held_out_text(opened: Opened) -> tuple[list[list[int]], list[str], list[str]]:
     """Token ids and names of held-out documents, spread over all of them; notes on what a reader must know about them."""
     try:
-        documents, same_corpus = held_out_documents(checkpoint, config)
+        held_out = held_out_documents(opened)
     except ConfigError as error:
         log.warning("the held-out documents could not be read: %s", error)
         return [], [], [f"The held-out documents could not be read, so there are no examples and no capacity curve: {error}"]
-    notes = [] if same_corpus else [OTHER_CORPUS]
+    documents, notes = held_out.documents, [] if held_out.same_corpus else [OTHER_CORPUS]
     stride = -(-len(documents) // MOST_DOCUMENTS)
     chosen = range(0, len(documents), stride)
     return [documents.document(one).tolist() for one in chosen], [documents.names[one] for one in chosen], notes
 
 
 def write_page(path: Path, page: str) -> None:
-    """Writes the page whole or not at all.
+    """Writes the page whole or not at all; in the place of an older one, if any.
 
     Raises:
-        ConfigError: if the file system refuses.
+        ConfigError: if something else is there, or the file system refuses.
     """
+    path = path.resolve()
     try:
+        if os.path.lexists(path) and MADE_BY.encode() not in path.read_bytes():
+            raise ConfigError(f"'{path}' exists and is no report of this program: give another file")
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.replace_text(path, page)
     except OSError as error:

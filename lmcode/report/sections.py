@@ -68,7 +68,7 @@ def usage_charts(bank: BankFacts) -> list[Markup]:
     return [
         figure(histogram(received, [], x="attention received (units)", labels=[name for _, name in RECEIVED]),
                title="Attention received",
-               caption="One unit is the whole softmax over one query's hits. A high first bar means dead weight: entries "
+               caption="One unit is the whole softmax of one token and head. A high first bar means dead weight: entries "
                        "that nobody ever asked for."),
         figure(histogram(*bins(bank.age_E), x="age (steps since written)"), title="Age of the entries",
                caption="A flat shape that ends at once is a ring that turns over at an even pace; a tail to the right are "
@@ -153,10 +153,13 @@ def training_section(facts: ReportFacts) -> Markup:
     losses = [Line(name, *curves[key]) for key, name in (
         ("train/loss", "training"), ("eval/loss", "held out"), ("eval/loss_memory_off", "held out, memory off"),
         ("eval/loss_memory_shuffled", "held out, memory of another document")) if key in curves]
+    missing = [name for key, name in (("eval/loss_memory_off", "off"), ("eval/loss_memory_shuffled", "of another document"))
+               if key not in curves and "eval/loss" in curves]
     charts = [figure(line_chart(losses, x="step", y="loss (nats per token)"), title="Loss",
                      legend=[line.name for line in losses],
                      caption="Held-out loss with the memory should lie below that without it, and below that with the "
-                             "memory of another document: then it is the content that helps.")]
+                             "memory of another document: then it is the content that helps."
+                             + "".join(f" Not measured: memory {name}." for name in missing))]
     charts += [lone(curves, "perf/tokens_per_s", "Speed", "tokens/s", "All ranks together. It falls while the bank fills, "
                     "and dips when the machine has other work."), phases(facts),
                lone(curves, "train/learning_rate", "Learning rate", "per step", "Warm-up, then decay."),
@@ -165,8 +168,12 @@ def training_section(facts: ReportFacts) -> Markup:
     for measure, title, unit, caption in (
             ("fill", "How full the memory is", "share of the slots", "At 1 every new entry makes an older one go."),
             ("hit_mass", "Attention to the bank", "share of the softmax", "How much of the read went to retrieved entries."),
-            ("age_p50", "Age of the hits", "steps, median", "How far back the memory is used.")):
+            ("age_p50", "Age of the hits", "steps, median", "How far back the memory is used."),
+            ("recall_at_k", "What the search finds", "share of the exact hits",
+             "A sample of queries is searched exactly, too: at 1 the faster search has missed nothing.")):
         lines = layer_lines(facts, measure)
+        if not lines and layer_lines(facts, "fill"):
+            charts.append(empty(f"{title}: not measured."))
         if lines:
             charts.append(figure(line_chart(lines, x="step", y=unit, low=0), title=title,
                                  legend=[line.name for line in lines], caption=caption))

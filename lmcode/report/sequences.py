@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmcode.lmcode import LMCODE
-from lmcode.tokenizer import Tokenizer, as_tokenizer
-from lmcode.train.corpus import Documents
+from lmcode.backbone import Backbone
+from lmcode.data.corpus import Documents
+from lmcode.data.tokenizer import Tokenizer, as_tokenizer
 
 
-def tokenizer_of(model: LMCODE, tokenizer: Tokenizer | None = None) -> Tokenizer | None:
+def tokenizer_of(model: Backbone, tokenizer: Tokenizer | None = None) -> Tokenizer | None:
     """The given tokenizer, else the model's own; None if it has none."""
     return as_tokenizer(tokenizer) if tokenizer is not None else getattr(model, "tokenizer", None)
 
 
-def token_sequences(model: LMCODE, data: Iterable[Any], *, tokenizer: Tokenizer | None = None,
+def token_sequences(model: Backbone, data: Iterable[Any], *, tokenizer: Tokenizer | None = None,
                     shortest: int = 2) -> list[list[int]]:
     """Each item of `data` as token ids.
 
@@ -42,7 +42,7 @@ def token_sequences(model: LMCODE, data: Iterable[Any], *, tokenizer: Tokenizer 
     return [_ids(model, item, place, tokenizer_of(model, tokenizer), shortest) for place, item in enumerate(items)]
 
 
-def _ids(model: LMCODE, item: Any, place: int, tokenizer: Tokenizer | None, shortest: int) -> list[int]:
+def _ids(model: Backbone, item: Any, place: int, tokenizer: Tokenizer | None, shortest: int) -> list[int]:
     if isinstance(item, Mapping):
         if "input_ids" not in item:
             raise ValueError(f"item {place} is a mapping and must have 'input_ids': got {sorted(map(str, item))}")
@@ -77,6 +77,6 @@ def as_text(tokenizer: Tokenizer | None, ids: Iterable[int]) -> str:
     return tokenizer.decode(ids) if tokenizer is not None else "".join(f"<{one}>" for one in ids)
 
 
-def device_of(model: LMCODE) -> torch.device:
+def device_of(model: Backbone) -> torch.device:
     """Where the model computes."""
     return next(model.parameters()).device

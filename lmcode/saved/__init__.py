@@ -1,1 +1,1 @@
-"""A model with its memory as a folder for other people: written whole or not at all, read without running code."""
+"""What a model leaves on disk: folders for other people, checkpoints and where they lie, changes to a saved memory."""

@@ -4,106 +4,50 @@ The one thing to know: this is the path for strangers' files, so everything is s
 there is no pickle and no program that is run. A folder holds
 
     config.json            model_type, sizes under Hugging Face's names, `lmcode_model` and `lmcode_memory` (the settings)
-    model.safetensors      fp32 weights; the head is the embedding and not repeated
+    model.safetensors      fp32 weights, of a model in training those that the optimizer keeps; the head is the embedding
     tokenizer.json, tokenizer_config.json
     banks/, experiences/   as in a checkpoint, one file per virtual shard; left out where the memory stays at home
     README.md              the model card, which says what the memory holds
     modeling_lmcode.py     two lines for transformers' `trust_remote_code`; never run from here
 
-It appears whole or not at all, and takes the place of an older one as `saved.replace` describes. Files may be links only
-into the folder, or into the blobs of the hub's cache. Flipped bits in the numbers are not found: hash what must not change.
-`LMCODE` takes both ways from `Pretrained`, a `huggingface_hub.ModelHubMixin`; any number of ranks loads what any wrote.
+    lmcode_files.json      which of the files in the folder these are, with size and hash
+
+Other files may lie among them and stay as they are: `saved.files` says how ours are replaced, all of them or none. They may
+be links only into the folder, or into the blobs of the hub's cache. Flipped bits in the numbers are not found: hash what
+must not change.
+`LMCODE` has both ways as methods; any number of ranks loads what any wrote.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
-from lmcode import __version__
+from lmcode.backbone import Backbone
 from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, build, near_match
+from lmcode.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, load_tokenizer, save_for_transformers
 from lmcode.dist import Group, on_rank_0, raise_together
+from lmcode.files.durable import is_stray
+from lmcode.files.replace import link
+from lmcode.memories.files import BANKS, EXPERIENCES, load_memory, make_folders, save_memory
 from lmcode.model.lm import MemoryLM
-from lmcode.saved import replace
-from lmcode.tokenizer import CONFIG_FILE, TOKENIZER_FILE, load_tokenizer, save_for_transformers
+from lmcode.saved import files
+from lmcode.saved.files import CARD, CONFIG, MODEL_TYPE
+from lmcode.version import __version__
 
-if TYPE_CHECKING:
-    from lmcode.lmcode import LMCODE
-
-CONFIG, WEIGHTS, CARD, PROGRAM = "config.json", "model.safetensors", "README.md", "modeling_lmcode.py"
-MODEL_TYPE = "lmcode"
-
-
-class Pretrained(ModelHubMixin):
-    """`save_pretrained`, `from_pretrained`, `push_to_hub`. Collectives: every rank of the model's group calls them."""
-
-    def save_pretrained(self, save_directory: str | Path, *, include_memory: bool = True) -> None:
-        """Writes the model as a folder, which appears whole or not at all; one of the same kind is replaced.
-
-        Args:
-            save_directory: the same on every rank, on a file system that all ranks share.
-            include_memory: banks and experiences too. They can hold what the model has read, word for word.
-
-        Raises:
-            ConfigError: on every rank, if the folder holds something else, a weight is not finite or not there (ZeRO-3
-                keeps it elsewhere), or the file system refuses; what was there is as it was.
-        """
-        write(self, Path(save_directory).absolute(), include_memory=include_memory)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, include_memory: bool = True,
-                        group: Group | None = None, device: torch.device | str = "cpu", revision: str | None = None,
-                        cache_dir: str | Path | None = None, force_download: bool = False,
-                        local_files_only: bool = False, token: str | bool | None = None) -> LMCODE:
-        """Loads what `save_pretrained` wrote, in eval mode. A collective of `group`.
-
-        Args:
-            pretrained_model_name_or_path: a folder, or the name of a repository of the Hugging Face hub.
-            include_memory: the memory too, if the folder holds it; otherwise it is empty.
-            group: the ranks that share the banks, `Group.world()` in a job of several; this process alone by default.
-            device: where weights and banks go.
-            revision, cache_dir, force_download, local_files_only, token: of the download.
-
-        Raises:
-            ConfigError: on every rank: what is missing, damaged, or does not fit; the message names the file.
-        """
-        group, place = group or Group(), Path(pretrained_model_name_or_path)
-        problem, folder = None, replace.left_by_a_kill(place.absolute()) or place
-        if not folder.is_dir():
-            try:
-                folder = download(str(pretrained_model_name_or_path), revision=revision, cache_dir=cache_dir, token=token,
-                                  force_download=force_download, local_files_only=local_files_only)
-            except ConfigError as error:
-                problem = str(error)
-        raise_together(group, problem)
-        return read(folder, include_memory=include_memory, group=group, device=device)
-
-    def push_to_hub(self, repo_id: str, *, include_memory: bool = True, private: bool | None = None,
-                    token: str | None = None, commit_message: str | None = None) -> str:
-        """Saves the model in a temporary folder, which rank 0 uploads; returns the commit's address.
-        See `save_pretrained`."""
-        place = Path(on_rank_0(self.group, tempfile.mkdtemp))
-        try:
-            self.save_pretrained(place / "model", include_memory=include_memory)
-            return on_rank_0(self.group, lambda: upload(place / "model", repo_id, private=private, token=token,
-                                                        commit_message=commit_message))
-        finally:
-            if self.group.rank == 0:
-                shutil.rmtree(place)
-
-
-def is_saved_model(path: Path) -> bool:
-    """Whether `save_pretrained` wrote what is there, or what a kill has left beside it."""
-    return ((replace.left_by_a_kill(path.absolute()) or path) / CONFIG).is_file()
+log = logging.getLogger("lmcode")
+WEIGHTS, PROGRAM = "model.safetensors", "modeling_lmcode.py"
+Made = TypeVar("Made", bound=Backbone)
 
 
 def download(name: str, **settings: Any) -> Path:
@@ -120,6 +64,35 @@ def download(name: str, **settings: Any) -> Path:
                           f"({why})") from None
 
 
+def find(name: str | Path, group: Group, **settings: Any) -> Path:
+    """The folder of a saved model: at the path `name`, or of the repository of that name. A collective.
+
+    Raises:
+        ConfigError: on every rank, if it cannot be had on any.
+    """
+    problem, folder = None, files.whole(Path(name))
+    if not folder.is_dir():
+        try:
+            folder = download(str(name), **settings)
+        except ConfigError as error:
+            problem = str(error)
+    raise_together(group, problem)
+    return folder
+
+
+def push(model: Backbone, repo_id: str, *, include_memory: bool, private: bool | None, token: str | None,
+         commit_message: str | None) -> str:
+    """Saves the model in a temporary folder, which rank 0 uploads; returns the commit's address. A collective."""
+    place = Path(on_rank_0(model.group, tempfile.mkdtemp))
+    try:
+        write(model, place / "model", include_memory=include_memory)
+        return on_rank_0(model.group, lambda: upload(place / "model", repo_id, private=private, token=token,
+                                                     commit_message=commit_message))
+    finally:
+        if model.group.rank == 0:
+            shutil.rmtree(place)
+
+
 def upload(folder: Path, repo_id: str, *, private: bool | None, token: str | None, commit_message: str | None) -> str:
     """Uploads a folder to a repository, which is made if need be; returns the address of the commit."""
     from huggingface_hub import HfApi
@@ -129,96 +102,86 @@ def upload(folder: Path, repo_id: str, *, private: bool | None, token: str | Non
     return str(api.upload_folder(repo_id=target, folder_path=folder, commit_message=commit_message))
 
 
-def write(model: LMCODE, place: Path, *, include_memory: bool) -> None:
-    """See `Pretrained.save_pretrained`."""
+def write(model: Backbone, place: Path, *, include_memory: bool) -> None:
+    """See `LMCODE.save_pretrained`."""
     from safetensors import SafetensorError
 
-    from lmcode.saved.memory import save_memory
-
-    temporary = replace.beside(place) / ".new.tmp"
-    try:
-        on_rank_0(model.group, lambda: _begin(model, place, temporary, include_memory))
+    weights = exact_weights(model)
+    with ExitStack() as stack:  # on rank 0 it holds the right to change the folder
+        on_rank_0(model.group, lambda: _begin(stack, model, weights, place, include_memory))
         problem = None
         try:
             if include_memory:
-                save_memory(temporary, model)
+                save_memory(files.draft(place), model.memories)
         except (OSError, ValueError, SafetensorError) as error:
             problem = f"'{place}' was not written: {error}"
         raise_together(model.group, problem)
         text = card(model, include_memory)
-        on_rank_0(model.group, lambda: _finish(place, temporary, text))
-    except ConfigError:
-        if model.group.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        on_rank_0(model.group, lambda: _finish(stack, place, text))
 
 
-def rewrite_memory(model: LMCODE, place: Path, change: Callable[[], Any]) -> Any:
-    """Changes the memory of a model that was read from `place`, and replaces that folder by one with the new memory, all of
-    it or none; returns what `change` does. One process alone.
+def rewrite_memory(model: Backbone, place: Path, change: Callable[[], Any]) -> Any:
+    """Changes the memory of a model that was read from `place`, and replaces its files there, all of them or none; returns
+    what `change` does. One process alone, which holds the right to (`files.replacing`).
 
     All other files stay as they are, but for a model card that nobody has edited.
 
     Raises:
-        ConfigError: if the file system refuses; what was there is as it was.
+        ConfigError: if the file system refuses, or a file of the memory has been changed by somebody else; what was there is
+            as it was.
     """
-    from lmcode.saved.memory import BANKS, EXPERIENCES, make_folders, save_memory
-
-    former_card, file = card(model, include_memory=True), place / CARD
-    result = change()
-    replace.make_way(place)
-    temporary, anew = replace.beside(place) / ".new.tmp", {BANKS, EXPERIENCES}
-    if file.is_file() and file.read_text(encoding="utf-8") == former_card:
-        anew.add(CARD)
+    result, draft = change(), files.draft(place)
     try:
-        shutil.copytree(place, temporary, copy_function=replace.link,
-                        ignore=lambda folder, names: anew.intersection(names) if Path(folder) == place else ())
-        make_folders(temporary, model)
-        save_memory(temporary, model)
-        if CARD in anew:
-            (temporary / CARD).write_text(card(model, include_memory=True), encoding="utf-8")
-        replace.complete(temporary, replace.beside(place) / "new")
-    except OSError as error:  # shutil.Error too
-        shutil.rmtree(replace.beside(place), ignore_errors=True)
+        for name in (CONFIG, WEIGHTS, TOKENIZER_FILE, CONFIG_FILE, PROGRAM):
+            if (place / name).is_file():
+                link((place / name).resolve(), draft / name)
+        make_folders(draft, model.memories)
+        save_memory(draft, model.memories)
+        files.put_in_place(place, card(model, include_memory=True) if (place / CARD).is_file() else None)
+    except OSError as error:
         raise ConfigError(f"'{place}' was not changed: {error}") from None
-    replace.take_place(place)
     return result
 
 
-def _begin(model: LMCODE, place: Path, temporary: Path, include_memory: bool) -> None:
+def exact_weights(model: Backbone) -> dict[str, Tensor]:
+    """All weights, fp32 on the CPU, on rank 0 (elsewhere none): the optimizer's where the model is, or was, trained. A
+    collective."""
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach().float().cpu() if model.masters is None else model.masters(parameter)
+        if model.group.rank == 0:
+            weights[name] = weight.contiguous()
+    return weights
+
+
+def _begin(stack: ExitStack, model: Backbone, weights: Mapping[str, Tensor], place: Path, include_memory: bool) -> None:
+    """Takes the right to change the folder for the length of `stack`, and writes all but the memory and the card."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from lmcode.saved.memory import make_folders
-
-    if os.path.lexists(place) and not (place.is_dir() and (not any(place.iterdir()) or (place / CONFIG).is_file())):
-        raise ConfigError(f"'{place}' exists and is no saved model: give another folder")
-    weights = {name: p.detach().float().cpu().contiguous() for name, p in model.named_parameters()}
     check_weights("the model", weights, model.config)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    replace.make_way(place)
-    temporary.mkdir(parents=True)
+    stack.enter_context(files.replacing(place))
+    draft = files.draft(place)
     if include_memory:
-        make_folders(temporary, model)
+        make_folders(draft, model.memories)
     try:
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        save_file(dict(weights), draft / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"'{place}' was not written: {error}") from None
-    _write_json(temporary / CONFIG, config_json(model, include_memory))
+    _write_json(draft / CONFIG, config_json(model, include_memory))
     if model.tokenizer is not None:
-        save_for_transformers(model.tokenizer, temporary, max_length=model.config.context_length)
-    (temporary / PROGRAM).write_text("# For transformers' trust_remote_code; needs lmcode to be installed.\n"
-                                     "from lmcode.hf import LMCODEForCausalLM, LMCODEHFConfig  # noqa: F401\n",
-                                     encoding="utf-8")
+        save_for_transformers(model.tokenizer, draft, max_length=model.config.context_length)
+    (draft / PROGRAM).write_text("# For transformers' trust_remote_code; needs lmcode to be installed.\n"
+                                 "from lmcode.hf import LMCODEForCausalLM, LMCODEHFConfig  # noqa: F401\n",
+                                 encoding="utf-8")
 
 
-def _finish(place: Path, temporary: Path, text: str) -> None:
-    (temporary / CARD).write_text(text, encoding="utf-8")
-    replace.complete(temporary, replace.beside(place) / "new")
-    replace.take_place(place)
+def _finish(stack: ExitStack, place: Path, text: str) -> None:
+    files.put_in_place(place, text)
+    stack.close()  # before any rank goes on
 
 
-def config_json(model: LMCODE, holds_memory: bool) -> dict[str, Any]:
+def config_json(model: Backbone, holds_memory: bool) -> dict[str, Any]:
     """What config.json says: our settings whole, and the sizes that programs of Hugging Face's ask for."""
     config = model.config
     end = None if model.tokenizer is None else model.tokenizer.end_id
@@ -229,12 +192,12 @@ def config_json(model: LMCODE, holds_memory: bool) -> dict[str, Any]:
             "num_attention_heads": config.num_heads, "max_position_embeddings": config.context_length,
             "tie_word_embeddings": True, "bos_token_id": end, "eos_token_id": end, "dtype": "float32",
             "lmcode_model": config.model_dump(mode="json"), "lmcode_memory": model.memory_config.model_dump(mode="json"),
-            "lmcode_holds_memory": holds_memory and bool(model.banks)}
+            "lmcode_holds_memory": holds_memory and bool(model.banks), "lmcode_tokenizer": model.tokenizer is not None}
 
 
-def card(model: LMCODE, include_memory: bool) -> str:
+def card(model: Backbone, include_memory: bool) -> str:
     """The model card, as Markdown. A collective of the model's group."""
-    weights = sum(p.numel() for p in model.parameters())
+    weights = sum(math.prod(shape) for shape in weight_shapes(model.config).values())  # ZeRO-3 empties parameters
     return f"""---
 library_name: lmcode
 pipeline_tag: text-generation
@@ -262,14 +225,14 @@ print(model.tokenizer.decode(model.generate([tokens], max_new_tokens=50)[0].toli
 """
 
 
-def _held(model: LMCODE, include_memory: bool) -> str:
+def _held(model: Backbone, include_memory: bool) -> str:
     if not model.banks:
         return "This model has no long-term memory."
     if not include_memory:
         return "The long-term memory was left out: this model starts with an empty one."
     lines = [f"- layer {layer}: {bank.stats()['live']:,} of {bank.slots:,} slots hold an entry"
              for layer, bank in model.banks.items()]
-    spaces = [one.namespace for one in model.experiences.all()] if model.has_experiences else []
+    spaces = [one.namespace for one in model.experiences.all()] if model.memories.has_experiences else []
     kinds = sorted({json.dumps(space, ensure_ascii=False) for space in spaces})
     shown = ", ".join(f"`{kind[:60]}`" for kind in kinds[:20]) + (f" and {len(kinds) - 20} more" if len(kinds) > 20 else "")
     lines.append(f"- {len(spaces):,} experiences, texts that are stored word for word"
@@ -304,12 +267,20 @@ def settings(folder: Path) -> tuple[LMCODEConfig, MemoryConfig, bool]:
         raise ConfigError(f"'{file}': {error}") from None
 
 
-def read(folder: Path, *, include_memory: bool, group: Group, device: torch.device | str) -> LMCODE:
-    """See `Pretrained.from_pretrained`."""
-    from lmcode.lmcode import LMCODE
-    from lmcode.saved.memory import BANKS, load_memory
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the tokenizer in the folder of a saved model belongs to it (somebody else's may lie there)."""
+    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    return content.get("lmcode_tokenizer") is not False and (folder / TOKENIZER_FILE).is_file()
+
+
+def read(folder: Path, make: Callable[..., Made], *, include_memory: bool, group: Group,
+         device: torch.device | str) -> Made:
+    """A model of the class `make` from a saved model's folder. A collective of `group`: see `LMCODE.from_pretrained`."""
 
     model, problem, with_memory = None, None, False
+    if strays := sorted(name for part in (BANKS, EXPERIENCES) for path in (folder / part).rglob("*")
+                           if is_stray(name := path.relative_to(folder).as_posix())):
+        log.warning("'%s': passed over what is no part of the model: %s", folder, ", ".join(strays))
     try:
         check_links(folder)
         config, memory, holds_memory = settings(folder)
@@ -319,19 +290,19 @@ def read(folder: Path, *, include_memory: bool, group: Group, device: torch.devi
     raise_together(group, problem)  # memory groups are made by all ranks or by none
     try:
         try:
-            model = LMCODE(config, memory=memory, group=group, device=device)
+            model = make(config, memory=memory, group=group, device=device)
         except (RuntimeError, MemoryError) as error:
             raise ConfigError(f"'{folder / CONFIG}': there is no memory for banks of long_term_memory_slots = "
                               f"{config.long_term_memory_slots}: {' '.join(str(error).split())[:80]}") from None
         model.load_state_dict(weights, strict=False)
-        if (folder / TOKENIZER_FILE).is_file():
+        if has_tokenizer(folder):
             model.tokenizer = load_tokenizer(folder)
-        with_memory = include_memory and bool(model.banks) and (holds_memory or (folder / BANKS).is_dir())
+        with_memory = include_memory and bool(model.banks) and holds_memory
     except ConfigError as error:
         problem = str(error)
     raise_together(group, problem)
     if with_memory:
-        load_memory(folder, model)
+        load_memory(folder, model.memories)
     return model.to(device).eval()
 
 
@@ -354,11 +325,16 @@ def load_weights(file: Path, config: LMCODEConfig) -> dict[str, Tensor]:
     return weights
 
 
+def weight_shapes(config: LMCODEConfig) -> dict[str, list[int]]:
+    """The weights of a model of this config. RuntimeError for sizes that no tensor has."""
+    with torch.device("meta"):
+        return {name: list(p.shape) for name, p in MemoryLM(config).named_parameters()}
+
+
 def check_weights(where: str, weights: Mapping[str, Tensor], config: LMCODEConfig) -> None:
     """Refuses weights that are not those of a model of this config."""
     try:
-        with torch.device("meta"):
-            wanted = {name: list(p.shape) for name, p in MemoryLM(config).named_parameters()}
+        wanted = weight_shapes(config)
     except RuntimeError as error:
         raise ConfigError(f"{where}: no tensor has the sizes that the settings ask for: {error!s:.120}") from None
     for name in sorted(wanted.keys() | weights.keys()):
@@ -373,8 +349,6 @@ def check_weights(where: str, weights: Mapping[str, Tensor], config: LMCODEConfi
 
 def check_links(folder: Path) -> None:
     """Refuses files of a saved model that are links to elsewhere: to outside the folder, unless into the hub's cache."""
-    from lmcode.saved.memory import BANKS, EXPERIENCES
-
     allowed = [folder.resolve()]
     if folder.parent.name == "snapshots":
         allowed.append(folder.parent.parent.resolve() / "blobs")

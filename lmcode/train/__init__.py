@@ -1,1 +1,1 @@
-"""Training: text to tokens to batches, the engine, the loop, checkpoints. Brings model and memory together."""
+"""Training: the engine, the loop that reads from top to bottom, what it saves, resumes and logs, the trainer."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lmcode.config import ConfigError, RunConfig, near_match
+from lmcode.config import ConfigError, RunConfig, expanded, near_match
 
 SHARDING_KEYS = frozenset({
     "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
@@ -55,9 +55,10 @@ def find(name_or_path: str | Path) -> Path:
     """
     text = str(name_or_path)
     if text.endswith(".json"):
-        if not Path(text).is_file():
+        file = expanded("train.deepspeed", text)
+        if not file.is_file():
             raise ConfigError(f"train.deepspeed: there is no file '{text}'")
-        return Path(text)
+        return file
     known = {path.stem: path for folder in reversed(folders()) for path in sorted(folder.glob("*.json"))}
     if text not in known:
         raise ConfigError(f"train.deepspeed: expected a path ending in .json or one of {', '.join(sorted(known))}: "

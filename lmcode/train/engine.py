@@ -32,8 +32,25 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
 
 
+class Masters:
+    """What an engine leaves on its model as `masters`: the fp32 weight behind each parameter, for `save_pretrained`.
+
+    A copy of the model, or a pickle of it, has None there: what is copied are the parameters.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __call__(self, parameter: nn.Parameter) -> Tensor:
+        """See `Engine.exact_weight`. A collective."""
+        return self._engine.exact_weight(parameter)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
+
+
 class Engine:
-    """DeepSpeed's engine for one run. Make it on every rank, after `dist.start`."""
+    """DeepSpeed's engine for one run. Make it on every rank, after `dist.start`. The model keeps it alive."""
 
     def __init__(self, model: nn.Module, config: RunConfig, *, world_size: int) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -57,6 +74,8 @@ class Engine:
             model=model, model_parameters=parameter_groups(model, config.train.weight_decay),
             config=settings, dist_init_required=False)
         self.skipped_steps = 0
+        self._dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        model.masters = Masters(self)
 
     @property
     def module(self) -> nn.Module:
@@ -75,6 +94,11 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Accumulates the gradient of `loss` / accumulation steps, averaged over ranks."""
         self._engine.backward(loss)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate that the optimizer has now."""
+        return float(self._engine.optimizer.param_groups[0]["lr"])
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self._engine.optimizer.param_groups:
@@ -141,6 +165,18 @@ class Engine:
     def weights(self) -> dict[str, Tensor]:
         """All weights, fp32 on the CPU, on every rank. A collective."""
         return {name: self._whole_weight(parameter) for name, parameter in self.module.named_parameters()}
+
+    def exact_weight(self, parameter: nn.Parameter) -> Tensor:
+        """The fp32 weight behind a parameter of the model, whole and on the CPU, on every rank. A collective.
+
+        Where somebody has changed the parameter since the last update, in which it was the rounded weight, it is the
+        parameter that counts, element by element.
+        """
+        whole = self._whole_weight(parameter)
+        if parameter.shape != whole.shape:  # ZeRO-3 has it in parts, which nobody else changes
+            return whole
+        now = parameter.detach().cpu()
+        return whole.where(whole.to(self._dtype).to(now.dtype) == now, now.float())
 
     def _whole_weight(self, parameter: nn.Parameter) -> Tensor:
         import deepspeed

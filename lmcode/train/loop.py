@@ -1,7 +1,7 @@
 """The training job from top to bottom: batch -> forward -> backward -> step -> commit -> log, then a summary.
 
 Every rank runs these lines in the same order, so every collective inside them is issued by all. The banks are written in
-one place only: `commit` below, once per optimizer step, after the update was applied.
+one place only, in `train_step`, once per optimizer step, after the update was applied.
 """
 
 from __future__ import annotations
@@ -13,26 +13,25 @@ from pathlib import Path
 import torch
 
 from lmcode import dist
-from lmcode.cluster import network
-from lmcode.config import RunConfig
+from lmcode.config import RunConfig, flatten
+from lmcode.data.replay import ReplaySampler, keep_paused
+from lmcode.data.streams import Batch
 from lmcode.dist import Group, Rank
-from lmcode.eval.held_out import MODES, EvalResult, evaluate
+from lmcode.eval.held_out import MODES, EvalResult, evaluate, void_controls
+from lmcode.files import durable
+from lmcode.jobs import network, preempt
+from lmcode.jobs.clock import Clock
+from lmcode.jobs.preempt import Preempted, Request, agreed, noticing
+from lmcode.jobs.watch import NullWatch, digest_of, watching
 from lmcode.memory.entry import COUNTERS
 from lmcode.model.lm import LayerMemory, StreamState
-from lmcode.retrieval import Candidates, Hits
-from lmcode.train import checkpoint, durable, health, observe, preempt, saving, summary
-from lmcode.train.clock import Clock
-from lmcode.train.data import Batch
+from lmcode.train import health, observe, resuming, saving, summary
 from lmcode.train.ds_config import resolve
 from lmcode.train.engine import synchronise
-from lmcode.train.metrics import flatten
-from lmcode.train.preempt import Preempted, Request, agreed, noticing
 from lmcode.train.progress import Progress
-from lmcode.train.replay import ReplaySampler, keep_paused
 from lmcode.train.schedule import learning_rate
 from lmcode.train.session import Session, StepResult
 from lmcode.train.start import open_run, set_up
-from lmcode.train.watch import NullWatch, digest_of, watching
 
 log = logging.getLogger("lmcode")
 
@@ -82,7 +81,7 @@ def _run(config: RunConfig, me: Rank, watch: NullWatch, request: Request, resume
             finish(session, session.training_seconds)
     except Preempted:
         return give_way(session)
-    return 0 if session.saved == checkpoint.place_of(session) else 1
+    return 0 if session.saved == resuming.place_of(session) else 1
 
 
 def fit(session: Session) -> None:
@@ -104,7 +103,8 @@ def fit(session: Session) -> None:
         session.step += 1
         clock.step = session.step
         health.check(session, result)
-        consolidate(session)
+        if result.applied:  # a refused step leaves no trace
+            consolidate(session)
         synchronise(session.engine.device)
         seconds = time.perf_counter() - started
         clock.add("step", seconds)
@@ -140,7 +140,8 @@ def train_step(session: Session) -> StepResult:
     engine.set_learning_rate(learning_rate(config.train, session.step))
     reads: dict[int, list[LayerMemory]] = {layer: [] for layer in session.model.banks}
     states: dict[int, StreamState] = {}
-    losses_B: list[torch.Tensor] = []
+    losses_BP: list[torch.Tensor] = []
+    by_source_2S = torch.zeros(2, max(1, len(config.data.sources)), dtype=torch.float64, device=engine.device)
     loss_sum, applied = torch.zeros((), dtype=torch.float64, device=engine.device), False
     tokens = session.sampler.global_tokens(session.step)
     for micro in range(accumulation):
@@ -150,7 +151,7 @@ def train_step(session: Session) -> StepResult:
         with clock("forward"):
             state, reset_B = carried(session, micro, batch)
             output = engine.forward(batch.input_ids_BT, targets_BT=batch.targets_BT, state=state, reset_B=reset_B,
-                                    namespace_B=batch.namespace_B, valid_BT=batch.valid_BT)
+                                    valid_BT=batch.valid_BT, **batch.reading())
         local_sum = output.token_loss.sum()
         with clock("backward"):
             # DeepSpeed averages over ranks and accumulation steps; the loss is a mean over the tokens of the whole batch.
@@ -159,19 +160,33 @@ def train_step(session: Session) -> StepResult:
             applied = engine.step()
         states[micro] = (output.state if session.replay is None
                          else keep_paused(state, output.state, batch.replayed_B))
-        losses_B.append(output.token_loss.detach().double().sum(1))
+        losses_BP.append(batch.by_piece(output.token_loss.detach()))
+        by_source_2S += sums_by_source(batch, losses_BP[-1], sources=by_source_2S.shape[1])
         loss_sum += local_sum.detach().double()
         for layer, layer_reads in reads.items():
             layer_reads.append(output.memory[layer])
     with clock("commit"):
         local = torch.stack([loss_sum, loss_sum.new_tensor(float(session.request.asked()))])
-        loss_sum, asked = group.all_reduce(local, phase="loss").tolist()
+        loss_sum, asked, *by_source = group.all_reduce(torch.cat([local, by_source_2S.flatten()]), phase="loss").tolist()
         loss = loss_sum / max(1, tokens)
         session.states = states if applied else {}  # what a refused step carried may not be finite: streams start afresh
         if applied:
-            commit(session, reads)
-            remember(session, losses_B)
-    return StepResult(loss, applied, tokens, reads, asked > 0)
+            session.model.memories.commit(reads, step=session.step)
+            remember(session, losses_BP)
+    return StepResult(loss, applied, tokens, reads, asked > 0, source_losses(config, by_source))
+
+
+def sums_by_source(batch: Batch, loss_BP: torch.Tensor, *, sources: int) -> torch.Tensor:
+    """Sums of token losses and numbers of tokens of what each source gave to a micro-batch, [2, S]; replay left out."""
+    both_2BP = torch.stack([loss_BP, batch.by_piece(batch.valid_BT)])
+    of_S = [(batch.source_BP == source).double() for source in range(sources)]
+    return torch.stack([(both_2BP * of_BP).sum((1, 2)) for of_BP in of_S], dim=1)
+
+
+def source_losses(config: RunConfig, sums: list[float]) -> dict[str, float]:
+    """Mean token loss by name of the source, of those that the step has read."""
+    names = [source.name for source in config.data.sources]
+    return {name: loss / tokens for name, loss, tokens in zip(names, sums, sums[len(names):], strict=False) if tokens}
 
 
 def carried(session: Session, micro: int, batch: Batch) -> tuple[StreamState | None, torch.Tensor]:
@@ -186,18 +201,10 @@ def carried(session: Session, micro: int, batch: Batch) -> tuple[StreamState | N
     return state, batch.reset_B if state is None else batch.reset_B | ~state.pending_valid_B
 
 
-def remember(session: Session, losses_B: list[torch.Tensor]) -> None:
-    """Keeps what was trained on for replay: the tokens are known everywhere, the rows' losses are gathered. A collective."""
+def remember(session: Session, losses_BP: list[torch.Tensor]) -> None:
+    """Keeps what was trained on for replay: the tokens are known everywhere, the losses are gathered. A collective."""
     if isinstance(session.sampler, ReplaySampler):
-        session.sampler.remember(session.step, session.group.all_gather(torch.cat(losses_B), phase="replay"))
-
-
-def commit(session: Session, reads: dict[int, list[LayerMemory]]) -> None:
-    """Writes what the step offers into every bank, once, and books the hits it had."""
-    for layer, bank in session.model.banks.items():
-        candidates: list[Candidates] = [read.candidates for read in reads[layer]]
-        hits: list[Hits] = [read.hits for read in reads[layer]]
-        bank.commit(candidates, hits, step=session.step)
+        session.sampler.remember(session.step, session.group.all_gather(torch.cat(losses_BP), phase="replay"))
 
 
 def consolidate(session: Session) -> None:
@@ -205,8 +212,8 @@ def consolidate(session: Session) -> None:
     if not is_due(session.config.train.memory_consolidation_interval, session.step):
         return
     with session.clock("commit"), session.clock("consolidation"):
-        for layer, bank in session.model.banks.items():
-            report = bank.consolidate(session.config.memory.consolidation_threshold)
+        reports = session.model.memories.consolidate(session.config.memory.consolidation_threshold)
+        for layer, report in reports.items():
             log.info("consolidation after step %d, layer %d: %d entries within %g of another were merged, %d are left",
                      session.step, layer, report.merged, report.threshold, report.after)
 
@@ -242,9 +249,9 @@ def give_way(session: Session) -> int:
     log.warning("asked to end by %s", session.request.reason or "another rank")
     with session.clock("saving"):
         saving.settle(session, wait=True)
-        if session.step and session.saved != checkpoint.place_of(session):
+        if session.step and session.saved != resuming.place_of(session):
             saving.save(session)
-    safe = not session.step or session.saved == checkpoint.place_of(session)
+    safe = not session.step or session.saved == resuming.place_of(session)
     if safe:
         log.warning("stopped after step %d: go on with --resume auto train.run_dir=%s", session.step, session.run_folder)
         session.request.honoured()
@@ -254,13 +261,16 @@ def give_way(session: Session) -> int:
 
 def finish(session: Session, training_seconds: float) -> None:
     """Saves, measures the memory against its controls, and prints what a person wants to know. A collective."""
-    if session.saved != checkpoint.place_of(session):
+    if session.saved != resuming.place_of(session):
         with session.clock("saving"):
             saving.save(session)
-    modes = MODES if session.model.banks else ("on",)
-    results = {mode: held_out_loss(session, mode, session.config.eval.final_windows) for mode in modes}
+    windows, void = session.config.eval.final_windows, {}
+    if session.model.banks:
+        void = void_controls(session.held_out, scope=session.config.memory.scope, windows=windows)
+    modes = [mode for mode in MODES if mode not in void] if session.model.banks else ["on"]
+    results = {mode: held_out_loss(session, mode, windows) for mode in modes}
     observe.log_evaluation(session, results)
-    facts = summary.collect(session, results, training_seconds, session.saved or Path("none"))
+    facts = summary.collect(session, results, void, training_seconds, session.saved or Path("none"))
     if session.me.rank == 0:
         session.metrics.hyperparameters(flatten(session.config.model_dump(mode="json")), observe.result_tags(results))
         session.metrics.text(session.step, "sample", facts.sample)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lmcode.train.durable import replace_text
+from lmcode.files.durable import replace_text
 
 log = logging.getLogger("lmcode")
 
@@ -102,14 +102,3 @@ def drop_rows_beyond(path: Path, step: int) -> None:
         except (ValueError, TypeError, KeyError):
             log.warning("dropped an unreadable line of %s", path)
     replace_text(path, "".join(kept))
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'train': {'seed': 0}} -> {'train.seed': 0}."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -10,23 +10,22 @@ from collections.abc import Mapping
 
 import torch
 
-from lmcode import __version__
+from lmcode.backbone import Backbone
 from lmcode.config import RunConfig
+from lmcode.data.replay import ReplaySampler
 from lmcode.dist import Rank
 from lmcode.eval.held_out import EvalResult
-from lmcode.lmcode import LMCODE
-from lmcode.train.clock import PHASES
+from lmcode.jobs.clock import PHASES
 from lmcode.train.engine import count_parameters
-from lmcode.train.replay import ReplaySampler
-from lmcode.train.schedule import learning_rate
 from lmcode.train.session import Session, StepResult
+from lmcode.version import __version__
 
 log = logging.getLogger("lmcode")
 
 EVAL_TAGS = {"on": "eval/loss", "off": "eval/loss_memory_off", "shuffled": "eval/loss_memory_shuffled"}
 
 
-def describe_start(config: RunConfig, me: Rank, model: LMCODE) -> str:
+def describe_start(config: RunConfig, me: Rank, model: Backbone) -> str:
     """One line: who trains what on how many ranks, and how many of the weights serve the memory."""
     total = count_parameters(model.parameters())
     memory = count_parameters(p for name, p in model.named_parameters() if "_term" in name)
@@ -46,10 +45,11 @@ def log_step(session: Session, result: StepResult) -> None:
     values = {
         "train/loss": result.loss,
         "train/grad_norm": session.engine.gradient_norm(),
-        "train/learning_rate": learning_rate(session.config.train, session.step - 1),
+        "train/learning_rate": session.engine.learning_rate,
         "train/skipped_steps": float(session.engine.skipped_steps),
         "perf/tokens_per_s": result.tokens / max(timings["step"] / steps, 1e-9),
     }
+    values.update({f"train/loss/{name}": loss for name, loss in result.by_source.items()})
     times = phase_times(session, timings, steps)
     session.costs.add(times, steps)
     values.update(times)
@@ -86,7 +86,7 @@ def phase_times(session: Session, timings: Mapping[str, float], steps: int) -> d
 
 
 def layer_metrics(session: Session, result: StepResult, layer: int) -> dict[str, float]:
-    """The `memory/L{layer}/...` numbers of one bank, with their histograms. A collective."""
+    """The `memory/L{layer}/...` numbers of one bank, with their histograms, without what was not measured. A collective."""
     bank, group, reads = session.model.banks[layer], session.group, result.reads[layer]
     gate = torch.cat([read.gate_BT.flatten() for read in reads])
     share = torch.cat([read.share_HN.flatten() for read in reads])
@@ -99,14 +99,17 @@ def layer_metrics(session: Session, result: StepResult, layer: int) -> dict[str,
     scores = torch.cat([read.hits.score_HNK[read.hits.valid_HNK] for read in reads])
     for name, sample in (("scores", scores), ("ages", ages), ("gates", gate)):
         session.metrics.histogram(session.step, f"{prefix}/{name}", sample)
+    recall = bank.recall()
     return {
+        **({} if recall is None else {f"{prefix}/recall_at_k": recall}),
         f"{prefix}/fill": stats["live"] / stats["slots"],
         f"{prefix}/gate_mean": gate_mean,
         f"{prefix}/hit_mass": hit_mass,
         f"{prefix}/null_mass": null_mass,
         f"{prefix}/age_p50": float(ages.median()) if ages.numel() else float("nan"),
-        f"{prefix}/recall_at_k": bank.recall(),
         f"{prefix}/evicted": float(stats["evicted"]),
+        f"{prefix}/second_chance_share": stats["chances"] / max(1, stats["live"]),
+        f"{prefix}/spared_share": stats["spared"] / max(1, stats["live"]),
         f"{prefix}/merged": float(stats["merged"]),
         f"{prefix}/rejected": float(stats["rejected"]),
     }
@@ -114,7 +117,10 @@ def layer_metrics(session: Session, result: StepResult, layer: int) -> dict[str,
 
 def result_tags(results: Mapping[str, EvalResult]) -> dict[str, float]:
     """Held-out losses under their metric names."""
-    return {EVAL_TAGS[mode]: result.loss for mode, result in results.items()}
+    tags = {EVAL_TAGS[mode]: result.loss for mode, result in results.items()}
+    if "on" in results:
+        tags.update({f"eval/loss/{name}": loss for name, loss in results["on"].by_source.items()})
+    return tags
 
 
 def log_evaluation(session: Session, results: Mapping[str, EvalResult]) -> None:

@@ -1,6 +1,6 @@
 """A checkpoint at a path of its own, whatever its name: what `MemoryAwareTrainer.save_checkpoint` writes.
 
-It is the commit of `checkpoint` under another name, put in place as `saved.replace` describes: a kill while an old one is
+It is the commit of `checkpoint` under another name, put in place as `files.replace` describes: a kill while an old one is
 replaced leaves both beside the path, and `find` looks there.
 """
 
@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from lmcode.config import ConfigError, near_match
-from lmcode.dist import Group, on_rank_0
-from lmcode.saved.replace import beside, left_by_a_kill, make_way, take_place
-from lmcode.tokenizer import load_tokenizer
-from lmcode.train import durable, saving
-from lmcode.train.corpus import Corpus, Documents
+from lmcode.config import ConfigError
+from lmcode.data.corpus import Corpus, Documents
+from lmcode.data.tokenizer import load_tokenizer
+from lmcode.dist import on_rank_0
+from lmcode.files import durable
+from lmcode.files.replace import beside, make_way, take_place
+from lmcode.train import saving
 from lmcode.train.session import Session
 
 
@@ -26,10 +27,10 @@ def save(session: Session, path: Path) -> None:
     """Commits the checkpoint of the current step as `path`; what was there stays until the new one is whole. A collective.
 
     Raises:
-        ConfigError: if something is there that is no checkpoint.
+        ConfigError: if something is there that is no checkpoint, or holds a file that is not of it.
         SaveFailed: if the file system refuses; the old checkpoint is as it was.
     """
-    path = path.absolute()
+    path = path.resolve()
     on_rank_0(session.group, lambda: _make_way(path))
     saving.commit(session, beside(path) / "new")
     on_rank_0(session.group, lambda: take_place(path))
@@ -38,27 +39,12 @@ def save(session: Session, path: Path) -> None:
 
 def _make_way(path: Path) -> None:
     """Refuses a place that is taken by something else, and finishes or removes what a kill has left."""
-    if os.path.lexists(path) and not (path / durable.MANIFEST).is_file():
-        raise ConfigError(f"'{path}' exists and is no checkpoint of this program: give another path")
+    if os.path.lexists(path):
+        try:
+            durable.verify(path)
+        except durable.DamagedCheckpoint as error:
+            raise ConfigError(f"'{path}' exists and is no checkpoint of this program: give another path ({error})") from None
     make_way(path)
-
-
-def find(path: Path, group: Group) -> Path:
-    """The checkpoint at `path`, or the one that a kill left beside it, verified. A collective.
-
-    Raises:
-        ConfigError: if there is none, or it does not verify.
-    """
-    return on_rank_0(group, lambda: _find(path.absolute()))
-
-
-def _find(path: Path) -> Path:
-    place = left_by_a_kill(path) or path
-    if not place.exists():
-        names = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ConfigError(f"there is no checkpoint '{path}'.{near_match(path.name, names)}")
-    durable.verify(place)
-    return place
 
 
 def corpus_of(folder: Path) -> tuple[dict[str, Any], Corpus]:

@@ -18,20 +18,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lmcode import __version__
 from lmcode.config import to_yaml
-from lmcode.saved.memory import Parts, memory_folders, memory_parts
-from lmcode.train import durable, optimizer_files, replay, stream_files
-from lmcode.train.checkpoint import RNG_FOLDER, place_of, rng_file, write_json
-from lmcode.train.commit import Commit, SaveFailed
-from lmcode.train.durable import DamagedCheckpoint, Facts
+from lmcode.data import replay
+from lmcode.files import durable
+from lmcode.files.commit import Commit, SaveFailed
+from lmcode.files.durable import DamagedCheckpoint, Facts, Parts, write_json
+from lmcode.memories.files import memory_folders, memory_parts
+from lmcode.train import optimizer_files, stream_files
+from lmcode.train.resuming import RNG_FOLDER, place_of, rng_file
 from lmcode.train.session import Session
+from lmcode.version import __version__
 
 log = logging.getLogger("lmcode")
 
 
 def _begin(session: Session, final: Path) -> Commit:
-    folders = (optimizer_files.FOLDER, RNG_FOLDER, stream_files.FOLDER, *memory_folders(session.model))
+    folders = (optimizer_files.FOLDER, RNG_FOLDER, stream_files.FOLDER, *memory_folders(session.model.memories))
     return Commit(session.group, final, needed=expected_bytes(session, final.parent), folders=folders,
                   snapshot=partial(snapshot, session), facts=_facts(session), keep=session.config.train.save_total_limit)
 
@@ -126,10 +128,11 @@ def snapshot(session: Session) -> Parts:
     if moments:
         parts[optimizer_files.part_file(rank)] = partial(save_file, moments)
     parts.update(stream_files.stream_parts(session.states, first=rank * (config.train.streams // ranks)))
-    parts.update(memory_parts(session.model))
+    parts.update(memory_parts(session.model.memories))
     if rank == 0:
         trainer = {"step": session.step, "updates": session.engine.updates, "skipped_steps": session.engine.skipped_steps,
-                   "failed_saves": session.failed_saves, "training_seconds": session.training_seconds,
+                   "skipped_in_a_row": session.skipped_in_a_row, "failed_saves": session.failed_saves,
+                   "training_seconds": session.training_seconds,
                    "owes_evaluation": session.owes_evaluation, "resharded": session.resharded,
                    "corpus": session.corpus.meta["digest"], "pass": dataclasses.asdict(session.data_pass)}
         parts["model.safetensors"] = partial(save_file, weights)

@@ -6,19 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lmcode.backbone import Backbone
 from lmcode.config import RunConfig
+from lmcode.data.corpus import Corpus
+from lmcode.data.replay import Replay, ReplaySampler
+from lmcode.data.streams import Pass, StreamSampler
 from lmcode.dist import Group, Rank
-from lmcode.lmcode import LMCODE
+from lmcode.files.commit import Commit
+from lmcode.files.durable import Lock
+from lmcode.jobs.clock import Clock, Costs
+from lmcode.jobs.preempt import Request
 from lmcode.model.lm import LayerMemory, StreamState
-from lmcode.train.clock import Clock, Costs
-from lmcode.train.commit import Commit
-from lmcode.train.corpus import Corpus
-from lmcode.train.data import Pass, StreamSampler
-from lmcode.train.durable import Lock
 from lmcode.train.engine import Engine
 from lmcode.train.metrics import NullMetrics
-from lmcode.train.preempt import Request
-from lmcode.train.replay import Replay, ReplaySampler
 
 
 def nothing(*_values: object) -> None:
@@ -39,7 +39,7 @@ class Session:
     group: Group
     run_folder: Path | None
     corpus: Corpus
-    model: LMCODE
+    model: Backbone
     engine: Engine
     sampler: StreamSampler | ReplaySampler
     held_out: StreamSampler | None
@@ -78,10 +78,12 @@ class Session:
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step did: global mean loss in nats per token, whether the update was applied, the targets of the
-    global batch, each memory layer's traffic by micro-batch, and whether any rank was asked to save and end."""
+    global batch, each memory layer's traffic by micro-batch, whether any rank was asked to save and end, and the loss by
+    source where there are several."""
 
     loss: float
     applied: bool
     tokens: int
     reads: dict[int, list[LayerMemory]]
     asked: bool = False
+    by_source: dict[str, float] = field(default_factory=dict)

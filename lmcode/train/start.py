@@ -5,7 +5,9 @@ Whatever is wrong is found here, before the first step, and reported alike on ev
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,21 +17,26 @@ from pathlib import Path
 import torch
 
 from lmcode import dist
-from lmcode.config import ConfigError, RunConfig, to_yaml
+from lmcode.config import ConfigError, RunConfig, expanded, to_yaml
+from lmcode.data.corpus import Corpus, load_corpus
+from lmcode.data.replay import make_replay, make_sampler
+from lmcode.data.streams import Pass
 from lmcode.dist import Group, Rank, on_rank_0
+from lmcode.effects import without_effect
 from lmcode.eval.held_out import held_out_sampler
-from lmcode.lmcode import LMCODE
-from lmcode.train import checkpoint, durable, observe
-from lmcode.train.clock import Clock
-from lmcode.train.corpus import Corpus, load_corpus
-from lmcode.train.data import Pass
-from lmcode.train.durable import Lock
+from lmcode.files import durable
+from lmcode.files.durable import Lock
+from lmcode.jobs.clock import Clock
+from lmcode.jobs.preempt import Preempted, Request, agreed
+from lmcode.jobs.watch import NullWatch
+from lmcode.memories.experiences import VISITS
+from lmcode.opening import make_model
+from lmcode.processor import BF16_IS_SLOW, has_bf16
+from lmcode.saved import checkpoint
+from lmcode.train import observe, resuming
 from lmcode.train.engine import Engine
 from lmcode.train.metrics import Metrics, NullMetrics
-from lmcode.train.preempt import Preempted, Request, agreed
-from lmcode.train.replay import make_replay, make_sampler
 from lmcode.train.session import Session
-from lmcode.train.watch import NullWatch
 
 log = logging.getLogger("lmcode")
 
@@ -67,7 +74,7 @@ def open_run(config: RunConfig, group: Group, resume: str | None = None) -> Star
         found = on_rank_0(group, lambda: _open(config, group.size, None if resume == "none" else resume, held))
     except ConfigError:
         for lock in held:
-            lock.close()
+            lock.withdraw()
         raise
     return Start(*found, lock=held[0] if held else None)
 
@@ -77,11 +84,13 @@ def _open(config: RunConfig, world_size: int, resume: str | None, held: list[Loc
     name, resharded = config.train.run_dir, {}
     if resume == "auto" and name is None:
         raise ConfigError("--resume auto needs train.run_dir, the run folder to go on in")
-    run, chosen = Path(name or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"), None
+    run, chosen = (None if name is None else expanded("train.run_dir", name)), None
     if resume not in (None, "auto"):
-        run, chosen = checkpoint.locate(Path(resume))
-        if name is not None and Path(name).resolve() != run.resolve():
+        former, (run, chosen) = run, checkpoint.locate(expanded("--resume", resume))
+        if former is not None and former.resolve() != run.resolve():
             log.warning("going on in '%s', where the checkpoint is; train.run_dir says '%s'", run, name)
+    run = run or free_folder(Path("runs"), f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    _check_ours(run)
     durable.make_folder(run)
     held.append(Lock(run))
     if resume is None and (run / "config.yaml").exists():
@@ -103,6 +112,45 @@ def _open(config: RunConfig, world_size: int, resume: str | None, held: list[Loc
     return run, chosen, False, resharded
 
 
+def free_folder(parent: Path, name: str) -> Path:
+    """Makes a folder that nobody else has: `name`, or name-2, name-3 and so on where runs start in the same second."""
+    durable.make_folder(parent)
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            durable.sync(parent)
+            return folder
+    raise AssertionError("numbers do not end")
+
+
+def _check_ours(run: Path) -> None:
+    """Refuses a folder in which a run would write over files that no run has written.
+
+    Raises:
+        ConfigError: for a config.yaml that is not as a run leaves it, and without one for any other of a run's files.
+    """
+    settings = run / "config.yaml"
+    if not settings.exists():
+        theirs = [name for name in ("ds_config.json", "metrics.jsonl", "summary.txt") if os.path.lexists(run / name)]
+    else:
+        theirs = [] if settings.read_bytes() == _as_dumped(settings) else [settings.name]
+    if theirs:
+        raise ConfigError(f"'{run / theirs[0]}' was not written by a run and is not replaced: give another train.run_dir")
+
+
+def _as_dumped(path: Path) -> bytes | None:
+    """What `config.to_yaml` makes of the mapping in a YAML file, whatever settings this version has; None if it is none."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+    known = isinstance(values, dict) and {"preset", "model", "train"} <= values.keys()
+    return yaml.safe_dump(values, sort_keys=False).encode() if known else None
+
+
 def set_up(config: RunConfig, me: Rank, *, start: Start | None = None, watch: NullWatch | None = None,
            request: Request | None = None) -> Session:
     """Builds the session: run folder, corpus, model with banks, engine; and puts it where its checkpoint was, if `start`
@@ -119,35 +167,45 @@ def set_up(config: RunConfig, me: Rank, *, start: Start | None = None, watch: Nu
     log.info("corpus: %s", corpus.describe())
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     device = dist.device()
-    model = LMCODE(config.model, memory=config.memory, group=group, device=device)
+    model = make_model(config, group=group, device=device)
     model.activation_checkpointing = config.train.activation_checkpointing
     model.tokenizer = corpus.tokenizer
     engine = Engine(model, config, world_size=me.world_size)
     agreed(request, group)
-    replay, data_pass = make_replay(config), Pass()
+    replay, data_pass = make_replay(config), Pass(first_namespace=VISITS)
     session = Session(config=config, me=me, group=group, run_folder=start.run_folder, corpus=corpus, model=model,
                       engine=engine, sampler=make_sampler(config, corpus.train, replay, data_pass=data_pass),
                       held_out=held_out_sampler(corpus.held_out, config), metrics=NullMetrics(), replay=replay,
                       data_pass=data_pass, lock=start.lock, clock=watch.clock, request=request, report=watch.report)
     if start.checkpoint is not None:
-        checkpoint.restore(session, start.checkpoint)
+        resuming.restore(session, start.checkpoint)
     agreed(request, group)
-    if me.rank == 0:
-        session.metrics = record_in(start.run_folder, session)
+    on_rank_0(group, lambda: _record(session))
     announce(session)
     return session
+
+
+def _record(session: Session) -> None:
+    session.metrics = record_in(session.run_folder, session)
 
 
 def record_in(run_folder: Path, session: Session) -> Metrics:
     """Leaves a job's resolved settings in its run folder and opens its metrics; rank 0 only."""
     durable.replace_text(run_folder / "config.yaml", to_yaml(session.config))
-    checkpoint.write_json(run_folder / "ds_config.json", session.engine.ds_config)
+    durable.write_json(run_folder / "ds_config.json", session.engine.ds_config)
     return Metrics(run_folder, resumed_step=session.step)
 
 
 def announce(session: Session) -> None:
-    """Says what starts, and warns of a learning rate that will stay below its peak."""
+    """Says what starts, and warns of what a user may not have meant: a learning rate that will stay below its peak, settings
+    without effect, a precision that this processor emulates."""
     log.info("%s", observe.describe_start(session.config, session.me, session.model))
+    if session.me.rank == 0:
+        for line in without_effect(session.config, session.me.world_size):
+            log.warning("%s", line)
+    if session.config.train.precision == "bf16" and session.engine.device.type == "cpu" and has_bf16() is False:
+        log.warning("train.precision = bf16, and %s", BF16_IS_SLOW)
+    log.info("windows: %s", session.sampler.describe_padding())
     if session.config.train.warmup_steps > session.last_step:
         log.warning("train.warmup_steps (%d) exceeds the steps of this job (%d): the learning rate never reaches its peak",
                     session.config.train.warmup_steps, session.last_step)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from lmcode.eval.held_out import EvalResult, evaluation_banks
-from lmcode.model.generate import generate
-from lmcode.model.sampling import Decoding
+from lmcode.eval.held_out import NOTHING_FAR, EvalResult
+from lmcode.model.generation.generate import generate
+from lmcode.model.generation.sampling import Decoding
 from lmcode.train.session import Session
 
 SHOWN = ("forward", "backward", "search", "exchange", "optimizer", "commit")  # phases of a step, as a person reads them
@@ -27,9 +27,11 @@ class Facts:
     training_seconds: float
     tokens_per_s: float
     results: dict[str, EvalResult]
+    void: dict[str, str]  # why a mode was not measurable
     filled_by_rank: dict[int, list[int]]
     slots: int
     memory_groups: int  # that hold the bank, each whole
+    recall_by_layer: dict[int, float | None]  # of the last step's search; None: not measured
     hits_by_rank: list[list[int]]  # [reader][holder], last step
     phase_ms: dict[str, float]
     bytes_per_step: float
@@ -43,7 +45,8 @@ def render(facts: Facts) -> str:
     """The summary as text."""
     minutes, seconds = divmod(round(facts.training_seconds), 60)
     lines = [f"trained {facts.steps} steps in {minutes} min {seconds:02d} s ({facts.tokens_per_s:,.0f} tokens/s), "
-             f"{facts.skipped_steps} skipped", "", *_losses(facts.results), "", *_memory(facts), "", *_costs(facts), "",
+             f"{facts.skipped_steps} skipped", "", *_losses(facts.results, facts.void), "", *_memory(facts), "",
+             *_costs(facts), "",
              "a held-out document, continued by the model:",
              *_quote(facts.prompt_tail, "  | "), *_quote(facts.sample, "  > "), "",
              f"run folder   {facts.run_folder}", f"checkpoint   {facts.checkpoint}",
@@ -51,14 +54,15 @@ def render(facts: Facts) -> str:
     return "\n".join(lines)
 
 
-def _losses(results: dict[str, EvalResult]) -> list[str]:
+def _losses(results: dict[str, EvalResult], void: dict[str, str]) -> list[str]:
     says = {"on": "memory on", "off": "memory off (no retrieval)", "shuffled": "memory shuffled (another document's)"}
     tokens = results["on"].tokens
     lines = [f"held-out loss, nats per token over {tokens:,} tokens      all    >= 16 windows into a document"]
     for mode, result in results.items():
-        far = f"{result.far_loss:.4f}" if result.far_tokens else "none that long"
+        far = "not measurable" if result.far_loss is None else f"{result.far_loss:.4f}"
         lines.append(f"  {says[mode]:<44}{result.loss:>12.4f}    {far}")
-    return lines
+    lines += [f"  {says[mode]:<44}not measurable: {reason}" for mode, reason in void.items()]
+    return [*lines, f"  far is not measurable: {NOTHING_FAR}"] if results["on"].far_loss is None else lines
 
 
 def _memory(facts: Facts) -> list[str]:
@@ -68,6 +72,9 @@ def _memory(facts: Facts) -> list[str]:
     lines = [f"slots filled per rank, of {facts.slots:,} over {over}"]
     for layer, filled in facts.filled_by_rank.items():
         lines.append(f"  layer {layer}: " + "  ".join(f"rank {rank} {count:,}" for rank, count in enumerate(filled)))
+    recalls = "  ".join(f"layer {layer} {'not measured' if recall is None else f'{recall:.4f}'}"
+                        for layer, recall in facts.recall_by_layer.items())
+    lines.append(f"share of the exact hits that the last step's search found: {recalls}")
     lines.append("where the hits of the last step came from")
     for reader, counts in enumerate(facts.hits_by_rank):
         total = max(1, sum(counts))
@@ -88,7 +95,8 @@ def _quote(text: str, mark: str) -> list[str]:
     return [mark + line for line in text.splitlines()]
 
 
-def collect(session: Session, results: dict[str, EvalResult], training_seconds: float, checkpoint: Path) -> Facts:
+def collect(session: Session, results: dict[str, EvalResult], void: dict[str, str], training_seconds: float,
+            checkpoint: Path) -> Facts:
     """Gathers the facts over all ranks. A collective; the result is meant for rank 0."""
     group, banks = session.group, session.model.banks
     stats = {layer: bank.stats() for layer, bank in banks.items()}
@@ -101,10 +109,11 @@ def collect(session: Session, results: dict[str, EvalResult], training_seconds: 
     tokens = session.config.train.streams * session.config.train.sequence_length * session.step
     return Facts(
         steps=session.step, skipped_steps=session.engine.skipped_steps, training_seconds=training_seconds,
-        tokens_per_s=tokens / max(training_seconds, 1e-9), results=results,
+        tokens_per_s=tokens / max(training_seconds, 1e-9), results=results, void=void,
         filled_by_rank={layer: s["live_by_rank"] for layer, s in stats.items()},
         slots=session.config.model.long_term_memory_slots,
         memory_groups=group.size // session.config.memory.ranks_per_group(group.size),
+        recall_by_layer={layer: bank.recall() for layer, bank in banks.items()},
         hits_by_rank=group.all_gather_object(counts.tolist()), phase_ms=phase_ms,
         bytes_per_step=bytes_per_step, prompt_tail=prompt_tail, sample=sample, checkpoint=checkpoint,
         run_folder=session.run_folder)
@@ -120,7 +129,7 @@ def continue_document(session: Session) -> tuple[str, str]:
     long_enough = (i for i in range(len(documents)) if len(documents.document(i)) > length)
     chosen = next(long_enough, max(range(len(documents)), key=lambda i: len(documents.document(i))))
     prompt = torch.as_tensor(documents.document(chosen)[:length].astype("int64"), device=session.engine.device)[None]
-    forks = evaluation_banks(session.model.banks, session.config.eval.slots)
+    forks = session.model.memories.fork(slots=session.config.eval.slots)
     steps = itertools.count()
 
     def commit(output: object) -> None:

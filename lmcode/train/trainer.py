@@ -17,26 +17,27 @@ from typing import Any
 import torch
 
 from lmcode import dist
-from lmcode.cluster import network
-from lmcode.config import ConfigError, RunConfig, TrainConfig, build
-from lmcode.dist import Group
+from lmcode.backbone import Backbone
+from lmcode.config import ConfigError, DataConfig, RunConfig, TrainConfig, build
+from lmcode.data.corpus import Corpus
+from lmcode.data.dataset import MemoryDataset, as_dataset
+from lmcode.data.replay import Replay, make_replay, make_sampler
+from lmcode.data.streams import Pass, StreamSampler
+from lmcode.data.tokenizer import ByteTokenizer, same_tokenizer
+from lmcode.dist import Group, check_same, on_rank_0
 from lmcode.eval.held_out import EvalResult, evaluate
-from lmcode.lmcode import LMCODE
-from lmcode.memory.bank import LongTermMemory
+from lmcode.jobs import network
+from lmcode.memories.experiences import VISITS
+from lmcode.model.mode import keeping_mode
 from lmcode.presets import load_run_config
-from lmcode.tokenizer import ByteTokenizer, same_tokenizer
-from lmcode.train import checkpoint, loop, observe, path_checkpoint, start
-from lmcode.train.corpus import Corpus
-from lmcode.train.data import Pass, StreamSampler
-from lmcode.train.dataset import MemoryDataset, as_dataset
+from lmcode.saved import checkpoint
+from lmcode.train import loop, observe, path_checkpoint, resuming, start
 from lmcode.train.engine import Engine
 from lmcode.train.metrics import NullMetrics
-from lmcode.train.replay import Replay, make_replay, make_sampler
 from lmcode.train.session import Session
 
 log = logging.getLogger("lmcode")
 
-NAMED = 2**61  # from here on namespaces are those of names, which no pass of a dataset takes
 HISTORY = {"train/loss": "loss", "train/learning_rate": "learning_rate", "train/grad_norm": "grad_norm",
            "perf/tokens_per_s": "tokens_per_s", "train/replay_share": "replay_share", "train/replay_loss": "replay_loss"}
 
@@ -82,8 +83,8 @@ class MemoryAwareTrainer:
         ConfigError: an unknown key, with the nearest known one; a value that cannot work; banks that cannot be spread.
     """
 
-    def __init__(self, model: LMCODE, config: TrainConfig | Mapping[str, Any] | None = None) -> None:
-        if not isinstance(model, LMCODE):
+    def __init__(self, model: Backbone, config: TrainConfig | Mapping[str, Any] | None = None) -> None:
+        if not isinstance(model, Backbone):
             raise ConfigError(f"model must be an LMCODE: got {type(model).__name__}")
         self.config: TrainConfig = config if isinstance(config, TrainConfig) else build(TrainConfig, config or {})
         if self.config.save_every and self.config.run_dir is None:
@@ -91,7 +92,7 @@ class MemoryAwareTrainer:
         self.model = model
         self._me = dist.join()
         self.group = model.group if model.group.size == self._me.world_size else Group.world()
-        share(model, self.group)
+        model.share(self.group, dist.device())
         self._engine: Engine | None = None
         self._start: start.Start | None = None
         self._session: Session | None = None
@@ -128,21 +129,19 @@ class MemoryAwareTrainer:
             ConfigError: a batch size that ranks do not divide or that the config contradicts, ids outside the model's
                 vocabulary, ranks with different samples.
         """
+        check_same(self.group, "train", num_epochs, batch_size, eval_dataset is None)
         if isinstance(num_epochs, bool) or not isinstance(num_epochs, int) or num_epochs < 1:
             raise ConfigError(f"num_epochs must be an integer of at least 1: got {num_epochs!r}")
         data = self._dataset(dataset)
         held_out = None if eval_dataset is None else self._dataset(eval_dataset)
         config = self._run_config(data, batch_size)
         session = self._next_session(config, data, num_epochs, held_out)
-        was_training = self.model.training
-        try:
+        with keeping_mode(self.model):
             if session.step >= session.last_step:
                 log.warning("nothing to train: %d of %d steps are behind", session.step, session.last_step)
             else:
                 loop.fit(session)
                 self._evaluate_last(session)
-        finally:
-            self.model.train(was_training)
         over = session.step >= session.data_pass.first_step + (session.sampler.num_steps or 0)
         session.data_pass = dataclasses.replace(session.data_pass, over=over)
         return session.metrics.lists
@@ -154,6 +153,7 @@ class MemoryAwareTrainer:
             loss (nats per token), perplexity and tokens; with banks also loss_memory_off and perplexity_memory_off, the same
             without retrieval.
         """
+        check_same(self.group, "evaluate", batch_size)
         data = self._dataset(dataset)
         sampler = self._held_out(data, batch_size, self._window(data))
         modes = ("on", "off") if self.model.banks else ("on",)
@@ -185,19 +185,20 @@ class MemoryAwareTrainer:
         Raises:
             ConfigError: if there is no checkpoint, it does not verify, or is of another shape of model or training.
         """
-        folder = path_checkpoint.find(Path(path), self.group)
+        folder = on_rank_0(self.group, lambda: checkpoint.find(Path(path)))
         saved = load_run_config(folder / "config.yaml").train
         train = self.config.model_copy(update={
             name: getattr(saved, name) for name in ("streams", "sequence_length", "memory_sample_ratio", "replay_sampler",
                                                     "replay_slots")})
-        config = RunConfig(preset="trainer", model=self.model.config, memory=self.model.memory_config, train=train)
+        config = RunConfig(preset="trainer", model=self.model.config, memory=self.model.memory_config, train=train,
+                           data=DataConfig(packing=False))
         checkpoint.check_resumable(config, folder, self.group.size)
         trainer, corpus = path_checkpoint.corpus_of(folder)
         session = self._make_session(config, corpus, make_replay(config), Pass(**trainer.get("pass", {})), None)
-        checkpoint.load_into(session, folder, trainer)
+        resuming.load_into(session, folder, trainer)
         if corpus.tokenizer.vocab_size <= self.model.config.vocab_size:
             self.model.tokenizer = corpus.tokenizer
-        self._session = session
+        self._session, self.model.replay = session, session.replay
 
     def _dataset(self, data: Any) -> MemoryDataset:
         tokenizer = getattr(self.model, "tokenizer", None)
@@ -224,7 +225,7 @@ class MemoryAwareTrainer:
         config: RunConfig = build(RunConfig, {
             "preset": "trainer", "model": self.model.config, "memory": self.model.memory_config,
             "train": {**self.config.model_dump(), **called, "sequence_length": self._window(data)},
-            "eval": {"every": 0, "streams": batch_size}})
+            "data": {"packing": False}, "eval": {"every": 0, "streams": batch_size}})
         config.check_world_size(self.group.size)
         return config
 
@@ -260,7 +261,7 @@ class MemoryAwareTrainer:
         if former is not None:
             session = dataclasses.replace(session, step=former.step, states=former.states if goes_on else {},
                                           training_seconds=former.training_seconds, failed_saves=former.failed_saves,
-                                          saved=former.saved)
+                                          skipped_in_a_row=former.skipped_in_a_row, saved=former.saved)
         if held_out is not None:
             session.held_out = self._held_out(held_out, train.streams, train.sequence_length)
             every = max(1, (session.sampler.num_steps or 0) // num_epochs)
@@ -268,7 +269,7 @@ class MemoryAwareTrainer:
             session.config = config.model_copy(update={"eval": evaluation})
         session.metrics = History(self._record(session))
         start.announce(session)
-        self._session = session
+        self._session, self.model.replay = session, session.replay
         return session
 
     def _make_session(self, config: RunConfig, corpus: Corpus, replay: Replay | None, data_pass: Pass,
@@ -299,48 +300,12 @@ class MemoryAwareTrainer:
                 mode: loop.held_out_loss(session, mode, session.config.eval.windows) for mode in modes})
 
 
-def share(model: LMCODE, group: Group) -> None:
-    """Gives all ranks of `group` the weights of rank 0 and spreads the banks of `model` over them. A collective.
-
-    Raises:
-        ConfigError: banks that differ between ranks, more ranks than virtual shards, experiences that are not spread yet.
-    """
-    if group.size > 1:
-        for parameter in model.parameters():
-            mine = parameter.data if group.rank == 0 else torch.zeros_like(parameter.data)
-            parameter.data = group.all_reduce(mine, phase="weights")
-    device = dist.device()
-    if model.group.size == group.size and all(bank.device == device for bank in model.banks.values()):
-        return
-    if model.group.size not in (1, group.size):
-        raise ConfigError(f"the model's banks lie on {model.group.size} ranks and the job has {group.size}")
-    if model.group.size != group.size and getattr(model, "has_experiences", False):
-        raise ConfigError("experiences were stored before the ranks joined: make the model with group=Group.world(), or the "
-                          "trainer before storing")
-    hashes = group.all_gather_object([bank.content_hash() for bank in model.banks.values()])
-    if model.group.size != group.size and any(one != hashes[0] for one in hashes):
-        raise ConfigError("every rank must hold the same entries before they are spread over the ranks: these differ")
-    banks = {layer: _moved(bank, group, device) for layer, bank in model.banks.items()}
-    model.group, model.banks = group, banks
-    model.set_retrievers(banks)
-
-
-def _moved(bank: LongTermMemory, group: Group, device: torch.device) -> LongTermMemory:
-    """This rank's part, on `device`, of a bank that it holds whole (or in the same part)."""
-    other = LongTermMemory(heads=bank.heads, head_dim=bank.head_dim, slots=bank.slots, top_k=bank.top_k,
-                           config=bank.config, group=group, device=device)
-    for shard in other.owned:
-        other.load(shard, bank.state(shard))
-    return other
-
-
-def _free_namespace(model: LMCODE) -> int:
-    """The first number beyond those of all entries. A collective."""
-    mine = 0
+def _free_namespace(model: Backbone) -> int:
+    """The first of `VISITS` beyond those of all entries. A collective."""
+    mine = VISITS
     for bank in model.banks.values():
         columns = bank.shard.columns
-        used = columns["namespace"][(columns["id"] >= 0) & (columns["namespace"] < NAMED)]
-        mine = max(mine, 1 + int(used.max(initial=-1)))
+        mine = max(mine, 1 + int(columns["namespace"][columns["id"] >= 0].max(initial=-1)))
     return max(model.group.all_gather_object(mine))
 
 

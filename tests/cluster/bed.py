@@ -36,7 +36,7 @@ def is_up() -> bool:
     return (BED / "ready").exists()
 
 
-def on(host: str, *command: str, timeout_s: float = 300, **more: str) -> subprocess.CompletedProcess:
+def on(host: str, *command: str, timeout_s: float = 1200, **more: str) -> subprocess.CompletedProcess:
     """Runs a command on a host, in the checkout, with an environment that says nothing about ranks."""
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "LMCODE_BED")}
     env = {**kept, "LMCODE_SKIP_INSTALL": "1", "LMCODE_VENV": sys.prefix, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
@@ -53,7 +53,7 @@ def write_text(folder: Path) -> Path:
     return folder
 
 
-def until(condition: Callable[[], bool], what: Callable[[], str], *, timeout_s: float = 240.0) -> None:
+def until(condition: Callable[[], bool], what: Callable[[], str], *, timeout_s: float = 960.0) -> None:
     """Waits for something to become true; TimeoutError with what `what` says if it does not."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -143,7 +143,7 @@ class Job:
     def has_ended(self) -> bool:
         return self.facts().get("JobState") not in UNDER_WAY
 
-    def until_ended(self, *, timeout_s: float = 240.0) -> dict[str, str]:
+    def until_ended(self, *, timeout_s: float = 960.0) -> dict[str, str]:
         """Waits for the job's end; what Slurm says of it then."""
         until(self.has_ended, self.said, timeout_s=timeout_s)
         return self.facts()

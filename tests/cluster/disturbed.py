@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 GO = "go"
-WAIT_S = 60.0
+WAIT_S = 900.0
 STEP = 3  # steps behind a rank that is met while it trains, and before it raises
 
 
@@ -46,7 +46,7 @@ def _before(module: Any, name: str, act: Callable[..., None]) -> None:
 
 def _in_corpus(stand: Callable[..., None]) -> None:
     """While the batch script, which is no rank, prepares the corpus."""
-    from lmcode.train import corpus
+    from lmcode.data import corpus
 
     _before(corpus._SideWriter, "add", stand)
 
@@ -99,7 +99,7 @@ GATED = ("raise", "gate")  # an exception at STEP; nothing at all: all ranks wai
 
 
 def _stand_until_asked(reached: Path) -> None:
-    from lmcode.train.preempt import noticing
+    from lmcode.jobs.preempt import noticing
 
     if reached.exists():
         return
@@ -160,7 +160,7 @@ def _main() -> int:
     sys.argv[1:] = words
     sys.path.insert(0, os.getcwd())
     from lmcode.cli.command import main
-    from lmcode.train.preempt import noticing
+    from lmcode.jobs.preempt import noticing
 
     with noticing():  # as soon as the real program does
         _disturb(plan, Path(folder), words[0])

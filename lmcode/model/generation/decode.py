@@ -1,0 +1,247 @@
+"""One new token of each stream through the whole model, in as few operations as possible.
+
+A small model's token costs little arithmetic and a hundred times the overhead of an operation, so what does not change
+between tokens is prepared once: factors of norms and constant scales sit in the weights, maps of the same input are one
+product, residual sums are part of products, and own past, hits and null slot share one softmax. The result is that of
+`MemoryLM` on the whole window, which is the oracle of this file; rounding differs.
+
+A `Decoder` takes weights from where they lie and calls no module, so it is for models of which nobody expects that
+(`steppable`); its weights are those of the moment it was made. Scores and what they mix are fp32. Autocast does not reach in
+here: it would cast every weight anew for every token. Letters here: X = streams x heads; O outputs of a product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lmcode.model.attention import SelfAttention
+from lmcode.model.cache import Cache, LayerCache, Step
+from lmcode.model.generation.layout import Product
+from lmcode.model.generation.shortlist import Shortlist, worthwhile
+from lmcode.model.layer import FeedForward, MemoryAugmentedLayer
+from lmcode.model.lm import MemoryLM
+from lmcode.model.long_term import BEFORE_OWN, FOUND, LongTermRead
+from lmcode.model.rotary import rotary_table
+from lmcode.model.short_term import ShortTermMemory
+from lmcode.precision import without_autocast
+from lmcode.protocol import NO_SCORE, look_up
+
+LEAST_LENGTH = 1e-12  # of what is divided by its length: F.normalize's
+PLAIN = {nn.ModuleList, nn.Linear, nn.Embedding, nn.RMSNorm, nn.Dropout, MemoryAugmentedLayer, SelfAttention, FeedForward,
+         ShortTermMemory, LongTermRead}
+
+
+def steppable(model: nn.Module) -> bool:
+    """Whether the model consists of our own modules as they are, with all weights here: no adapters, no hooks that expect to
+    be called, not ZeRO-3's. What hangs on the model itself is no obstacle."""
+    return all(type(module) in PLAIN and "forward" not in vars(module)
+               and not module._forward_hooks and not module._forward_pre_hooks
+               and all(p.numel() for p in module.parameters(recurse=False))
+               for module in model.modules() if module is not model)
+
+
+class Decoder:
+    """Reads one token per stream after those in a filled `Cache`.
+
+    Args:
+        model: in eval mode, `steppable`.
+        rows: number of streams.
+        copies: keep copies of all weights that are faster for so few rows; see `Product`.
+        best: how many of the best logits must be right, while others may be -inf; None: all.
+    """
+
+    @without_autocast()
+    def __init__(self, model: MemoryLM, *, rows: int, copies: bool, best: int | None = None) -> None:
+        config = model.config
+        self._model, self._rows = model, rows
+        self._layers = [LayerDecoder(layer, model, rows, copies) for layer in model.layers]
+        self._best, self._shortlist = best, None
+        if copies and best is not None and worthwhile(model.head.weight, rows):
+            self._shortlist = Shortlist(model.head.weight)
+        self._head = Product(model.head.weight, norm=model.norm, rows=rows, copy=copies and self._shortlist is None)
+        self._rotation = None
+        if model.positions is None:
+            self._rotation = rotation_table(config.context_length, config.hidden_size // config.num_heads,
+                                            device=model.embedding.weight.device)
+
+    @torch.inference_mode()  # 15 % of a small model's step goes into what autograd notes of every operation
+    @without_autocast()
+    def __call__(self, token_B: Tensor, cache: Cache, *, namespace_B: Tensor, valid: list[bool]) -> Tensor:
+        """Logits [B, V] after each stream's new token; any numbers for streams that have none (`valid` False).
+
+        Args:
+            token_B: int64 ids in the vocabulary.
+            namespace_B: int64, the document that each stream is in.
+
+        Raises:
+            ValueError: for another number of streams than the cache's, or if a valid stream's window is full.
+        """
+        if not len(token_B) == len(valid) == len(cache.lengths) == self._rows:
+            raise ValueError("a step of cached decoding takes one token for each of the cache's streams: expected "
+                             f"{self._rows}, got {len(token_B)} for a cache of {len(cache.lengths)}")
+        model = self._model
+        step = cache.step(valid, segment=model.config.short_term_segment, device=token_B.device)
+        if step.valid_B is not None:
+            namespace_B = namespace_B.where(step.valid_B, -1)
+        x_BC = model.embedding(token_B)
+        rotation = None
+        if self._rotation is not None:
+            rotation = tuple(table[step.index_B if step.place is None else step.place] for table in self._rotation)
+        elif model.positions is not None:
+            x_BC = x_BC + model.positions(step.index_B)
+        for decoder, layer_cache in zip(self._layers, cache.layers, strict=True):
+            x_BC = decoder.attend(x_BC, layer_cache, step, rotation)
+            x_BC = decoder.use_short_term(x_BC, layer_cache, step)
+            x_BC = decoder.use_long_term(x_BC, layer_cache, step, namespace_B)
+            x_BC = decoder.feed_forward(x_BC)
+        if self._shortlist is not None:
+            return self._shortlist(self._head.normed(x_BC), self._best)
+        return self._head(x_BC)
+
+
+class LayerDecoder:
+    """What one layer does with a token; each method takes the residual stream [B, C] and adds its branch to it."""
+
+    def __init__(self, layer: MemoryAugmentedLayer, model: MemoryLM, rows: int, copies: bool) -> None:
+        def product(linear: nn.Linear, norm: nn.RMSNorm | None = None) -> Product:
+            return Product(linear.weight, norm=norm, rows=rows, copy=copies)
+
+        config = model.config
+        self._layer, self._num_heads, self._head_dim = layer, config.num_heads, config.hidden_size // config.num_heads
+        self._attention_in = product(layer.attention.query_key_value, layer.attention_norm)
+        self._attention_out = product(layer.attention.output)
+        self._feed_forward_in = product(layer.feed_forward.input, layer.feed_forward_norm)
+        self._feed_forward_out = product(layer.feed_forward.output)
+        if layer.short_term is not None:
+            weight_OC, bias_O = short_term_map(layer.short_term)
+            self._short_term_in = Product(weight_OC, bias_O, norm=layer.short_term_norm, rows=rows, copy=copies)
+            self._short_term_out = product(layer.short_term.output)
+        if layer.long_term_read is not None:
+            read, heads = layer.long_term_read, layer.long_term_read.num_heads
+            self._long_term_in = Product(torch.cat([read.query_key_value.weight, read.gate.weight]),
+                                         F.pad(read.gate.bias, (3 * heads * read.head_dim, 0)),
+                                         norm=layer.long_term_norm, rows=rows, copy=copies)
+            self._long_term_out = product(read.output)
+            self._key_length_G1 = torch.cat([(-read.log_temperature_H.float()).exp(),
+                                             torch.ones_like(read.log_temperature_H).float()])[:, None]
+            self._bias_X1, self._null_X1 = (values_H.float().repeat_interleave(rows)[:, None]
+                                            for values_H in (read.retrieved_bias_H, read.null_logit_H))
+
+    def attend(self, x_BC: Tensor, cache: LayerCache, step: Step, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Self-attention; the token's key and value go into the cache."""
+        B, A, D, n = len(x_BC), self._num_heads, self._head_dim, step.num_seen
+        qkv_BPAD = self._attention_in(x_BC).view(B, 3, A, D)
+        scale = D**-0.5
+        if rotation is not None:
+            qkv_BPAD, scale = turned(qkv_BPAD, rotation), 1.0
+        key_value_PBATD = cache.put("attention", qkv_BPAD[:, 1:].transpose(0, 1), step.index_B, step.place)
+        key_XTD, value_XTD = (part.flatten(0, 1)[:, :n] for part in key_value_PBATD)
+        query_X1D = qkv_BPAD[:, 0].reshape(B * A, 1, D).float()
+        score_X1T = torch.bmm(query_X1D, key_XTD.float().transpose(1, 2))
+        if scale != 1.0:
+            score_X1T = score_X1T * scale
+        if step.unseen_BT is not None:
+            score_X1T = score_X1T.view(B, A, n).masked_fill(step.unseen_BT[:, None], NO_SCORE).view(B * A, 1, n)
+        mixed_X1D = torch.bmm(score_X1T.softmax(dim=-1), value_XTD.float())
+        return self._attention_out.added(x_BC, mixed_X1D.view(B, A * D).to(x_BC.dtype))
+
+    def use_short_term(self, x_BC: Tensor, cache: LayerCache, step: Step) -> Tensor:
+        """Reads the slots, and writes those whose segment ends with this token."""
+        module = self._layer.short_term
+        if module is None:
+            return x_BC
+        E, place = module.address_SE.shape[1], None if step.place is None else step.place % module.segment
+        token_BO = self._short_term_in(x_BC)
+        segment_B1LP = cache.put("segment", token_BO[:, None, E:], step.index_B % module.segment, place)
+        if cache.slots_read is None:
+            cache.slots_read = tuple(part_BSE.float() for part_BSE in module.slots_to_read(cache.slots_BSE))
+        key_BSE, value_BSE = cache.slots_read
+        score_B1S = torch.bmm(token_BO[:, None, :E].float(), key_BSE.transpose(1, 2))
+        read_B1E = torch.bmm(score_B1S.softmax(dim=-1), value_BSE)
+        if step.ends_B is not None:
+            key_BLE, written_BLQ = segment_B1LP[:, 0].split([E, 2 * E], dim=-1)
+            written_BSE = module.write(cache.slots_BSE, key_BLE, written_BLQ)
+            cache.slots_BSE = written_BSE.where(step.ends_B[:, None, None], cache.slots_BSE)
+            cache.slots_read = None
+        return self._short_term_out.added(x_BC, read_B1E[:, 0].to(x_BC.dtype))
+
+    def use_long_term(self, x_BC: Tensor, cache: LayerCache, step: Step, namespace_B: Tensor) -> Tensor:
+        """Reads own past, bank and null slot in one softmax, behind the gate.
+
+        A bank's answer (value, log-sum-exp) takes part in it like one more token of that value and logit.
+        """
+        read = self._layer.long_term_read
+        if read is None:
+            return x_BC
+        B, H, D = len(x_BC), read.num_heads, read.head_dim
+        token_BO = self._long_term_in(x_BC)
+        qkv_BGD = token_BO[:, :-1].float().view(B, 3 * H, D)
+        query_key_BGD = qkv_BGD[:, :2 * H]
+        length_BG1 = torch.linalg.vector_norm(query_key_BGD, dim=-1, keepdim=True).clamp_(min=LEAST_LENGTH)
+        query_key_GBD = (query_key_BGD / length_BG1.mul_(self._key_length_G1)).transpose(0, 1)
+        query_HBD, key_HBD, value_HBD = query_key_GBD[:H], query_key_GBD[H:], qkv_BGD[:, 2 * H:].transpose(0, 1)
+
+        key_XTD = cache.put("own_key", key_HBD.unsqueeze(2), step.index_B, step.place).view(H * B, -1, D)
+        value_row = BEFORE_OWN - read.successor_values
+        value_HB1TD = cache.put("own_value", value_HBD.unsqueeze(2), step.index_B + value_row,
+                                None if step.place is None else step.place + value_row)
+        found_HBD, found_lse_HB = self._found(query_HBD, cache, step, namespace_B)
+        value_HB1TD[:, :, 0, FOUND] = found_HBD
+
+        n = step.num_seen - 1
+        own_X1T = torch.bmm(query_HBD.reshape(H * B, 1, D), key_XTD[:, :n].transpose(1, 2))
+        if step.unseen_BT is not None:
+            own_X1T = own_X1T.view(H, B, n).masked_fill(step.unseen_BT[:, 1:], NO_SCORE).view(H * B, 1, n)
+        found_X1 = found_lse_HB.reshape(-1, 1) + self._bias_X1
+        share_XT = torch.cat([self._null_X1, found_X1, own_X1T[:, 0]], dim=1).softmax(dim=-1)
+        mixed_X1D = torch.bmm(share_XT[:, None], value_HB1TD.view(H * B, -1, D)[:, :n + BEFORE_OWN])
+        recalled_BP = mixed_X1D.view(H, B, D).transpose(0, 1).reshape(B, H * D).to(x_BC.dtype)
+        return self._long_term_out.added(x_BC, recalled_BP * torch.sigmoid(token_BO[:, -1:]))
+
+    def _found(self, query_HBD: Tensor, cache: LayerCache, step: Step, namespace_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The bank's answer to each token: to its own query or, with a stride, to that of its chunk.
+
+        A chunk's later tokens ask again, so that every pass makes the same calls wherever the streams stand.
+        """
+        stride, bank = self._layer.long_term_read.stride, self._layer.long_term_memory
+        if stride == 1:
+            return look_up(bank, query_HBD, namespace_B)
+        cache.put("own_query", query_HBD.unsqueeze(2), step.index_B, step.place)
+        asks_B = step.index_B // stride * stride - 1
+        query_HB1D = cache.get("own_query", asks_B.clamp(min=0))
+        return look_up(bank, query_HB1D[:, :, 0], namespace_B.where(asks_B >= 0, -1))
+
+    def feed_forward(self, x_BC: Tensor) -> Tensor:
+        """The feed-forward part."""
+        return self._feed_forward_out.added(x_BC, F.gelu(self._feed_forward_in(x_BC)))
+
+
+def rotation_table(num_tokens: int, head_dim: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`rotary_table` for queries, keys and values side by side: queries are scaled, too, and values stay as they are.
+
+    Returns:
+        fp32 [T, 3, 1, 1, D/2] and [T, 3, 1, 2, D/2], see `turned`.
+    """
+    cos_T1F, sin_T2F = rotary_table(num_tokens, head_dim, device=device)
+    scale = head_dim**-0.5
+    cos_T3F = torch.stack([cos_T1F * scale, cos_T1F, torch.ones_like(cos_T1F)], dim=1)
+    sin_T3F = torch.stack([sin_T2F * scale, sin_T2F, torch.zeros_like(sin_T2F)], dim=1)
+    return cos_T3F.unsqueeze(2), sin_T3F.unsqueeze(2)
+
+
+def turned(qkv_BPAD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """`rotary.rotate` of queries, keys and values [B, 3, A, D] by one place's, or each stream's own, rows of the tables."""
+    pair_BPA2F = qkv_BPAD.float().unflatten(-1, (2, -1))
+    cos, sin = rotation
+    return torch.addcmul(pair_BPA2F * cos, pair_BPA2F.flip(-2), sin).flatten(-2)
+
+
+def short_term_map(module: ShortTermMemory) -> tuple[Tensor, Tensor]:
+    """All that a token is to its slots as one linear map, weight [4E, C] and bias [4E]: the read's query, the write's key,
+    value and the value's part of the gate. Both attentions' scales are in it."""
+    query_EC, key_EC, value_EC = module.tokens.weight.chunk(3)
+    gate, scale = module.candidate_gate, query_EC.shape[0] ** -0.5
+    weight_OC = torch.cat([query_EC * scale, key_EC * scale, value_EC, gate.weight @ value_EC])
+    return weight_OC, F.pad(gate.bias, (weight_OC.shape[0] - len(gate.bias), 0))
