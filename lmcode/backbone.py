@@ -46,6 +46,10 @@ class Backbone(nn.Module):
     def blank_state(self, num_streams: int, *, device: torch.device | None = None) -> Any:
         """What streams carry from window to window before they start."""
 
+    @abstractmethod
+    def save_pretrained(self, save_directory: Any, *, include_memory: bool = True) -> None:
+        """Writes the model as a folder that other people load. A collective."""
+
     @property
     def banks(self) -> dict[int, LongTermMemory]:
         """The long-term memories by layer, ascending."""

@@ -238,6 +238,9 @@ class TrainConfig(Section):
     heartbeat_s: float = Field(30.0, ge=0.0, description="seconds; a rank that is silent or stands still for two of these "
                                "ends the job, by name; 0 does not watch")
     run_dir: str | None = Field(None, description="the run folder; runs/<preset>-<time> when None")
+    init_from: str | None = Field(None, description="run, checkpoint or saved model whose weights a new run starts from; "
+                                  "--init-from takes its shape and tokenizer, too")
+    init_memory: bool = Field(False, description="with what the model of init_from remembers")
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

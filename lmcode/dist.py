@@ -2,7 +2,7 @@
 
 The one importer of torch.distributed outside DeepSpeed. On one rank every collective is the identity and costs nothing,
 so the same program runs alone and in company. A `Group` counts the bytes it receives and the seconds it waits, which is
-where the run's `perf/bytes_sent` and `perf/exchange_ms` come from.
+where the run's `perf/bytes_received` and `perf/exchange_ms` come from.
 """
 
 from __future__ import annotations

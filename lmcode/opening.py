@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,9 +16,14 @@ from lmcode.config import ConfigError, RunConfig, build, with_overrides
 from lmcode.dist import Group, on_rank_0
 from lmcode.files import durable
 from lmcode.language_model import LMCODE
+from lmcode.memories.files import load_memory
 from lmcode.presets import load_run_config
 from lmcode.saved import checkpoint, pretrained
 from lmcode.saved.places import Kind, Place, place_of
+
+# Settings of a model that its weights do not depend on, in value or in meaning.
+FREE = ("context_length", "dropout", "memory_top_k", "memory_temperature", "memory_bias", "memory_update_rate",
+        "retrieval_stride")
 
 
 class Opened(NamedTuple):
@@ -39,6 +44,47 @@ class Opened(NamedTuple):
 def make_model(config: RunConfig, *, group: Group, device: torch.device) -> Backbone:
     """The model that the settings describe, with empty memories, its weights drawn from torch's generator. A collective."""
     return LMCODE(config.model, memory=config.memory, group=group, device=device)
+
+
+def shape_of(path: str | Path, *, memory: bool) -> dict[str, dict[str, Any]]:
+    """The settings that a run which starts from the model at a path must share with it: those of the model, where its
+    tokenizer lies, and with its `memory` how that is stored.
+
+    Raises:
+        ConfigError: if nothing is there, or nothing that can be read.
+    """
+    place = place_of(path)
+    if place.kind in (Kind.SAVED_MODEL, Kind.HUGGING_FACE):
+        (model, storage, _), tokenizer = pretrained.settings(place.folder), place.folder
+    else:
+        folder = checkpoint.find(Path(path))
+        config = load_run_config(folder / "config.yaml")
+        model, storage, tokenizer = config.model, config.memory, folder / "tokenizer"
+    shared = {name: getattr(storage, name) for name in ("virtual_shards", "dtype", "experience_slots")} if memory else {}
+    return {"model": model.model_dump(), "memory": shared, "data": {"tokenizer": str(tokenizer)},
+            "train": {"init_from": str(place.path), "init_memory": memory}}
+
+
+def init_from(model: Backbone, path: str | Path, *, memory: bool) -> None:
+    """Gives `model` the weights of the model at a path, and with `memory` what that remembers. A collective.
+
+    Raises:
+        ConfigError: on every rank, if they have another shape.
+    """
+    device = next(model.parameters()).device
+    other = open_model(path, group=model.group, device=device, memory=memory)
+    slots = {} if memory else {"long_term_memory_slots": model.config.long_term_memory_slots}
+    wanted, came = model.config.model_dump(), {**other.model.config.model_dump(), **slots}
+    differs = sorted(name for name in wanted if wanted[name] != came[name] and name not in FREE)
+    if differs:
+        raise ConfigError(f"model.{differs[0]} must be that of '{path}', which train.init_from names: expected "
+                          f"{came[differs[0]]!r}, got {wanted[differs[0]]!r}")
+    try:
+        model.load_state_dict(other.model.state_dict())
+    except RuntimeError as error:  # learned positions of another context_length
+        raise ConfigError(f"the weights of '{path}' do not fit the model: {' '.join(str(error).split())}") from None
+    if memory and other.model.banks:
+        load_memory(other.folder, model.memories)
 
 
 def open_model(path: str | Path, overrides: Sequence[str] = (), *, group: Group | None = None,

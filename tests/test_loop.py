@@ -270,7 +270,7 @@ def test_a_run_folder_holds_what_the_readme_says_and_loads_on_another_number_of_
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     words = {key for row in rows for key in row}
     expected = {"train/loss", "train/grad_norm", "train/learning_rate", "eval/loss", "eval/loss_memory_off",
-                "perf/tokens_per_s", "perf/step_ms", "perf/search_ms", "perf/exchange_ms", "perf/bytes_sent"}
+                "perf/tokens_per_s", "perf/step_ms", "perf/search_ms", "perf/exchange_ms", "perf/bytes_received"}
     expected |= {f"memory/L1/{name}" for name in ("fill", "gate_mean", "hit_mass", "age_p50", "recall_at_k", "evicted",
                                                   "merged", "rejected")}
     assert expected <= words

@@ -333,3 +333,8 @@ def test_a_chart_of_little_stays_inside_its_frame(chart: Markup) -> None:
     assert all(0 <= place <= 380 for place in places) and all(0 <= place <= 220 for place in heights)
 
 
+
+
+def test_metrics_of_earlier_versions_come_under_todays_names(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "perf/bytes_sent": 8.0, "train/loss": 1.0}\n{"step": 4, "perf/by')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 3, "perf/bytes_received": 8.0, "train/loss": 1.0}]

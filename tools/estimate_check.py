@@ -66,7 +66,7 @@ def measure(config: RunConfig, world_size: int, folder: Path) -> dict[str, float
     more = config.train.model_copy(update={"total_steps": config.train.total_steps + MORE_STEPS})
     wire_longer = train(config.model_copy(update={"train": more}), world_size, folder, longer)[1]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    sent = [row["perf/bytes_sent"] for row in rows if "perf/bytes_sent" in row]
+    sent = [row["perf/bytes_received"] for row in rows if "perf/bytes_received" in row]
     saved = sum(file.stat().st_size for file in (run / "checkpoints").rglob("*") if file.is_file())
     return {"memory": peak, "traffic": sent[-1], "wire": (wire_longer - wire) / MORE_STEPS / world_size, "checkpoint": saved}
 

@@ -52,7 +52,7 @@ def main() -> None:
             rows = [row for row in jobs.metrics(run) if "perf/step_ms" in row][1:]  # the first holds the warm-up
             medians[name].append({phase: statistics.median(row[f"perf/{phase}_ms"] for row in rows)
                                   for phase in PHASES})
-            received = statistics.median(row["perf/bytes_sent"] for row in rows)
+            received = statistics.median(row["perf/bytes_received"] for row in rows)
             if name == "bank":
                 counted = received
     print(f"{'ms per step':<12}" + "".join(f"{phase:>11}" for phase in PHASES))

@@ -20,7 +20,7 @@ from lmcode.cli import cluster as cluster_commands
 from lmcode.cli import doctor as doctor_commands
 from lmcode.cli import memory as memory_commands
 from lmcode.cli.console import forgive
-from lmcode.config import ConfigError, RunConfig, expanded, near_match, to_yaml
+from lmcode.config import ConfigError, RunConfig, build, expanded, near_match, to_yaml, with_overrides
 from lmcode.effects import without_effect
 from lmcode.presets import load_run_config
 from lmcode.version import __version__
@@ -131,6 +131,7 @@ def build_parser() -> Parser:
     cluster_commands.add_submit(partial(_command, commands, "submit", submit), _number)
     cluster_commands.add_estimate(partial(_command, commands, "estimate", estimate), _number, _add_source)
     _add_report(commands)
+    _add_export(commands)
     memory_commands.add_memory(commands, partial(_command, run=memory, overrides=False), _number, _ignore_local_rank)
     doctor_commands.add_doctor(partial(_command, commands, "doctor", doctor), _number, _add_source)
     _add_config(commands)
@@ -156,17 +157,27 @@ def _add_source(parser: Parser) -> None:
     source.add_argument("--config", metavar="FILE", help="start from a YAML file, such as a run folder's config.yaml")
 
 
+def _add_init_from(parser: Parser) -> None:
+    parser.add_argument("--init-from", metavar="PATH",
+                        help="start from the weights of a run, a checkpoint or a saved model, with its shape and tokenizer "
+                             "and a fresh optimizer")
+    parser.add_argument("--init-memory", action="store_true", help="with what that model remembers")
+
+
 def _add_train(commands: Any) -> None:
     parser = _command(
         commands, "train", train, overrides=True, help="train a model and leave a run folder",
-        usage="lmcode train [--preset NAME | --config FILE.yaml] [--resume auto|PATH|none] [section.key=value ...]",
+        usage="lmcode train [--preset NAME | --config FILE.yaml] [--init-from PATH [--init-memory]] "
+              "[--resume auto|PATH|none] [section.key=value ...]",
         examples="  lmcode train train.total_steps=100\n"
                  "  lmcode train --preset small data.path=books/ train.run_dir=runs/books\n"
                  "  deepspeed --num_gpus 2 --module lmcode train --preset tiny train.deepspeed=zero3\n"
                  "  mpirun -n 4 python -m lmcode train --config runs/books/config.yaml train.seed=1\n"
                  "  lmcode train --resume auto --preset small train.run_dir=runs/books\n"
-                 "  lmcode train --resume runs/books train.total_steps=20000")
+                 "  lmcode train --resume runs/books train.total_steps=20000\n"
+                 "  lmcode train --init-from my_model data.path=notes/ train.learning_rate=1e-4")
     _add_source(parser)
+    _add_init_from(parser)
     parser.add_argument("--resume", metavar="auto|PATH|none", default="none",
                         help="go on from the newest checkpoint in train.run_dir that verifies, or from step 0 if there is "
                              "none (auto); from a run folder or a checkpoint, with its settings unless others are given "
@@ -218,6 +229,16 @@ def _add_report(commands: Any) -> None:
                         help="the page to write (RUN/report/index.html; beside a checkpoint that is in no run)")
 
 
+def _add_export(commands: Any) -> None:
+    parser = _command(
+        commands, "export", export, overrides=False, help="write a model as a folder that Hugging Face's programs load",
+        usage="lmcode export RUN OUT [--no-memory]",
+        examples="  lmcode export runs/books my_model\n  lmcode export best_model.pt my_model --no-memory")
+    parser.add_argument("path", metavar="RUN", type=Path, help="a run folder, a checkpoint, or a saved model")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder; other files in it stay as they are")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out what the model remembers")
+
+
 def _add_config(commands: Any) -> None:
     parser = commands.add_parser("config", help="show, check or describe settings",
                                  description="show, check or describe settings")
@@ -238,6 +259,7 @@ def _add_config(commands: Any) -> None:
     check.add_argument("--world", metavar="N", type=_number(int, lowest=1),
                        help="also check that N ranks can share the run")
     # So that a script can check the very words that it is about to start `lmcode train` with.
+    _add_init_from(check)
     check.add_argument("--resume", default="none", help=argparse.SUPPRESS)
     check.add_argument("--data", action="store_true", help="also prepare the corpus, so that the run finds it ready")
 
@@ -261,7 +283,18 @@ def _run_config(arguments: argparse.Namespace) -> RunConfig:
         return load_run_config(expanded("--resume", resume) / "config.yaml", arguments.overrides)
     if arguments.config is not None and not arguments.config.endswith((".yaml", ".yml")):
         raise ConfigError(f"--config takes a file ending in .yaml or .yml: got '{arguments.config}'")
-    return load_run_config(arguments.config or arguments.preset, arguments.overrides)
+    source = arguments.config or arguments.preset
+    if getattr(arguments, "init_from", None) is None:
+        return load_run_config(source, arguments.overrides)
+    if resume not in ("auto", "none"):
+        raise ConfigError("give either --init-from, for a new run, or --resume with a path, for one that goes on")
+    from lmcode.opening import shape_of
+
+    values = load_run_config(source).model_dump()
+    for section, settings in shape_of(expanded("--init-from", arguments.init_from), memory=arguments.init_memory).items():
+        values[section].update(settings)
+    config: RunConfig = build(RunConfig, with_overrides(values, arguments.overrides))
+    return config
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -311,6 +344,20 @@ def report(arguments: argparse.Namespace) -> int:
         page = report_path(arguments.path, arguments.overrides, out=arguments.out)
     if me.rank == 0:
         print(page)
+    return DONE
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """`lmcode export`."""
+    from lmcode import dist
+    from lmcode.dist import Group
+    from lmcode.opening import open_model
+
+    with dist.running() as me:
+        opened = open_model(arguments.path, group=Group.world(), device=dist.device(), memory=arguments.memory)
+        opened.model.save_pretrained(arguments.out, include_memory=arguments.memory)
+    if me.rank == 0:
+        print(arguments.out)
     return DONE
 
 

@@ -57,7 +57,7 @@ class Costs:
     def add(self, values: Mapping[str, float], steps: int) -> None:
         """Adds one stretch of `steps` steps, given per step under metric names."""
         self.steps += steps
-        self.bytes += steps * values["perf/bytes_sent"]
+        self.bytes += steps * values["perf/bytes_received"]
         for phase in PHASES:
             self.ms[phase] += steps * values[f"perf/{phase}_ms"]
 

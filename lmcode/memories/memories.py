@@ -15,7 +15,7 @@ import torch
 
 from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, build
 from lmcode.dist import Group
-from lmcode.memories.experiences import Experiences
+from lmcode.memories.experiences import VISITS, Experiences
 from lmcode.memories.resharding import empty_like, move, move_experiences, refuse_too_small, wanted_slots
 from lmcode.memory.bank import LongTermMemory
 from lmcode.model.lm import LayerMemory
@@ -94,6 +94,14 @@ class Memories:
     def consolidate(self, threshold: float) -> dict[int, ConsolidationReport]:
         """Merges similar entries of every bank: see `LongTermMemory.consolidate`. Collective."""
         return {layer: bank.consolidate(threshold) for layer, bank in self.banks.items()}
+
+    def free_visit(self) -> int:
+        """The first namespace of `VISITS` beyond those of all entries. Collective."""
+        mine = VISITS
+        for bank in self.banks.values():
+            columns = bank.shard.columns
+            mine = max(mine, 1 + int(columns["namespace"][columns["id"] >= 0].max(initial=-1)))
+        return max(self.group.all_gather_object(mine))
 
     # Copies, other ranks, other layouts
 

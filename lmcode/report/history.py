@@ -13,6 +13,7 @@ import numpy as np
 STEPS = ("step", "eval_step")
 TAGS = {"loss": "train/loss", "learning_rate": "train/learning_rate", "grad_norm": "train/grad_norm",
         "tokens_per_s": "perf/tokens_per_s", "eval_loss": "eval/loss", "eval_loss_memory_off": "eval/loss_memory_off"}
+RENAMED = {"perf/bytes_sent": "perf/bytes_received"}  # by earlier versions, which called it what it was not
 Curves = dict[str, tuple[list[float], list[float]]]  # name -> x (steps) and y, without gaps
 
 
@@ -94,7 +95,8 @@ def _number(name: str, value: Any) -> float:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; none if there is no such file. A line that a kill cut short is left out."""
+    """The rows of a metrics.jsonl, under today's names; none if there is no such file. A line that a kill cut short is left
+    out."""
     if not path.is_file():
         return []
     rows = []
@@ -104,5 +106,5 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
         if isinstance(row, dict) and "step" in row:
-            rows.append(row)
+            rows.append({RENAMED.get(name, name): value for name, value in row.items()})
     return rows

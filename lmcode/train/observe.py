@@ -1,6 +1,8 @@
 """What a running job tells: the words of metrics.jsonl and TensorBoard, and how each number is made.
 
-Numbers that describe the whole job are averaged over ranks with one collective per logged step; rank 0 writes them.
+Losses, times and shares are averaged over ranks, by a few collectives per logged step; rank 0 writes them. Its own are
+`perf/bytes_received` and `memory/L*/age_p50`, the median age of the hits that rank 0's shard supplied (the monitor's, of the
+same name, is over all hits).
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ def phase_times(session: Session, timings: Mapping[str, float], steps: int) -> d
     ms = torch.tensor([1000 * raw[phase] / steps for phase in PHASES], device=session.engine.device)
     ms = group.all_reduce(ms, phase="metrics") / group.size
     named = {f"perf/{phase}_ms": value for phase, value in zip(PHASES, ms.tolist(), strict=True)}
-    return {**named, "perf/bytes_sent": sum(received.values()) / steps}
+    return {**named, "perf/bytes_received": sum(received.values()) / steps}
 
 
 def layer_metrics(session: Session, result: StepResult, layer: int) -> dict[str, float]:

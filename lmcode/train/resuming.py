@@ -55,7 +55,7 @@ def restore(session: Session, folder: Path) -> None:
         raise ConfigError(f"the corpus is not the one that '{folder}' was trained on: its tokens have another digest")
     load_into(session, folder, trainer)
     session.saved = folder
-    on_rank_0(session.group, lambda: _forget_the_future(session))
+    on_rank_0(session.group, lambda: set_the_future_aside(session))
 
 
 def load_into(session: Session, folder: Path, trainer: Mapping[str, Any]) -> None:
@@ -88,7 +88,7 @@ def _set_random_state(session: Session, file: Path) -> None:
         torch.cuda.set_rng_state(random["cuda"], session.engine.device)
 
 
-def _forget_the_future(session: Session) -> None:
+def set_the_future_aside(session: Session) -> None:
     """Sets checkpoints beyond the current step aside: this run is about to write its own, and 'auto' must not mix them."""
     for path in durable.steps(session.run_folder / "checkpoints"):
         beyond = durable.step_of(path) > max(durable.step_of(session.saved), (session.step, 0))

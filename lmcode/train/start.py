@@ -29,8 +29,7 @@ from lmcode.files.durable import Lock
 from lmcode.jobs.clock import Clock
 from lmcode.jobs.preempt import Preempted, Request, agreed
 from lmcode.jobs.watch import NullWatch
-from lmcode.memories.experiences import VISITS
-from lmcode.opening import make_model
+from lmcode.opening import init_from, make_model
 from lmcode.processor import BF16_IS_SLOW, has_bf16
 from lmcode.saved import checkpoint
 from lmcode.train import observe, resuming
@@ -168,11 +167,13 @@ def set_up(config: RunConfig, me: Rank, *, start: Start | None = None, watch: Nu
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     device = dist.device()
     model = make_model(config, group=group, device=device)
+    if config.train.init_from is not None and start.checkpoint is None:
+        init_from(model, config.train.init_from, memory=config.train.init_memory)
     model.activation_checkpointing = config.train.activation_checkpointing
     model.tokenizer = corpus.tokenizer
     engine = Engine(model, config, world_size=me.world_size)
     agreed(request, group)
-    replay, data_pass = make_replay(config), Pass(first_namespace=VISITS)
+    replay, data_pass = make_replay(config), Pass(first_namespace=model.memories.free_visit())
     session = Session(config=config, me=me, group=group, run_folder=start.run_folder, corpus=corpus, model=model,
                       engine=engine, sampler=make_sampler(config, corpus.train, replay, data_pass=data_pass),
                       held_out=held_out_sampler(corpus.held_out, config), metrics=NullMetrics(), replay=replay,

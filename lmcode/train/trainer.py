@@ -27,10 +27,10 @@ from lmcode.data.tokenizer import ByteTokenizer, same_tokenizer
 from lmcode.dist import Group, check_same, on_rank_0
 from lmcode.eval.held_out import EvalResult, evaluate
 from lmcode.jobs import network
-from lmcode.memories.experiences import VISITS
 from lmcode.model.mode import keeping_mode
 from lmcode.presets import load_run_config
 from lmcode.saved import checkpoint
+from lmcode.saved.places import place_of
 from lmcode.train import loop, observe, path_checkpoint, resuming, start
 from lmcode.train.engine import Engine
 from lmcode.train.metrics import NullMetrics
@@ -95,6 +95,7 @@ class MemoryAwareTrainer:
         model.share(self.group, dist.device())
         self._engine: Engine | None = None
         self._start: start.Start | None = None
+        self._resume: str | None = None  # what `open_run` is to go on from
         self._session: Session | None = None
 
     @property
@@ -186,6 +187,9 @@ class MemoryAwareTrainer:
             ConfigError: if there is no checkpoint, it does not verify, or is of another shape of model or training.
         """
         folder = on_rank_0(self.group, lambda: checkpoint.find(Path(path)))
+        own = self.config.run_dir is not None and place_of(folder).run == Path(self.config.run_dir).expanduser().resolve()
+        if own:
+            self._resume = str(folder)
         saved = load_run_config(folder / "config.yaml").train
         train = self.config.model_copy(update={
             name: getattr(saved, name) for name in ("streams", "sequence_length", "memory_sample_ratio", "replay_sampler",
@@ -196,9 +200,29 @@ class MemoryAwareTrainer:
         trainer, corpus = path_checkpoint.corpus_of(folder)
         session = self._make_session(config, corpus, make_replay(config), Pass(**trainer.get("pass", {})), None)
         resuming.load_into(session, folder, trainer)
+        if own:
+            session.saved = folder
+            on_rank_0(self.group, lambda: resuming.set_the_future_aside(session))
         if corpus.tokenizer.vocab_size <= self.model.config.vocab_size:
             self.model.tokenizer = corpus.tokenizer
         self._session, self.model.replay = session, session.replay
+
+    def resume(self) -> int:
+        """Goes on in `run_dir` after a crash: from its newest checkpoint that verifies, or from the beginning if there is
+        none. Call it before `train`. Returns the step to go on from; 0, too, for a folder that is yet to be made.
+
+        Raises:
+            ConfigError: without `run_dir`; after training has begun; if there are checkpoints and none verifies.
+        """
+        if self.config.run_dir is None:
+            raise ConfigError("resume needs run_dir, the folder to go on in")
+        if self._session is not None:
+            raise ConfigError(f"resume must come before train and load_checkpoint: {self.step} steps are behind")
+        run = Path(self.config.run_dir).expanduser()
+        self._resume = "auto"
+        if on_rank_0(self.group, lambda: run.is_dir() and checkpoint.newest(run)):
+            self.load_checkpoint(run)
+        return self.step
 
     def _dataset(self, data: Any) -> MemoryDataset:
         tokenizer = getattr(self.model, "tokenizer", None)
@@ -249,10 +273,10 @@ class MemoryAwareTrainer:
         tokenizer = data.tokenizer or getattr(self.model, "tokenizer", None) or ByteTokenizer()
         documents = data.as_documents()
         corpus = Corpus(documents, documents, tokenizer, Path(), {"digest": data.digest()})
-        replay, data_pass, goes_on = make_replay(config), Pass(first_namespace=_free_namespace(self.model)), False
+        replay, data_pass, goes_on = make_replay(config), Pass(first_namespace=self.model.memories.free_visit()), False
         if former is not None:
             replay = _kept(former.replay, replay)
-            data_pass = Pass(first_step=former.step, first_namespace=_free_namespace(self.model),
+            data_pass = Pass(first_step=former.step, first_namespace=self.model.memories.free_visit(),
                              first_pause=1 if replay is None or not len(replay) else 0)
             goes_on = not former.data_pass.over and former.corpus.meta["digest"] == data.digest() and all(
                 getattr(former.config.train, name) == getattr(train, name)
@@ -280,7 +304,7 @@ class MemoryAwareTrainer:
             self.model.activation_checkpointing = config.train.activation_checkpointing
             self._engine = Engine(self.model, config, world_size=self.group.size)
         if self._start is None and config.train.run_dir is not None:
-            self._start = start.open_run(config, self.group)
+            self._start = start.open_run(config, self.group, self._resume)
         folder = None if self._start is None else self._start.run_folder
         sampler = make_sampler(config, corpus.train, replay, data_pass=data_pass, epochs=num_epochs)
         return Session(config=config, me=self._me, group=self.group, run_folder=folder, corpus=corpus, model=self.model,
@@ -298,15 +322,6 @@ class MemoryAwareTrainer:
             modes = ("on", "off") if self.model.banks else ("on",)
             observe.log_evaluation(session, {
                 mode: loop.held_out_loss(session, mode, session.config.eval.windows) for mode in modes})
-
-
-def _free_namespace(model: Backbone) -> int:
-    """The first of `VISITS` beyond those of all entries. A collective."""
-    mine = VISITS
-    for bank in model.banks.values():
-        columns = bank.shard.columns
-        mine = max(mine, 1 + int(columns["namespace"][columns["id"] >= 0].max(initial=-1)))
-    return max(model.group.all_gather_object(mine))
 
 
 def _kept(former: Replay | None, fresh: Replay | None) -> Replay | None:
