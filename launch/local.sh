@@ -47,16 +47,10 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1)
 # A port of its own, so that two jobs can run on one machine.
 port="$("$LMCODE_PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
 
-# A process group of its own, so that one signal ends launcher and ranks alike: DeepSpeed's launcher does not pass on a
-# SIGTERM, and its ranks would run on without it.
-set -m
-"$LMCODE_PYTHON" -m deepspeed.launcher.runner --hostfile /dev/null --log_level error --master_port "$port" \
-    "${devices[@]}" --module lmcode train "${job[@]}" </dev/null &
-launcher=$!
-set +m
-
 stop() {
     trap '' INT TERM HUP
+    local launcher="${!:-}"  # known as soon as it is started
+    [ -n "$launcher" ] || exit "$1"
     kill -TERM -- "-$launcher" 2>/dev/null || true
     for _ in $(seq 150); do
         kill -0 -- "-$launcher" 2>/dev/null || exit "$1"
@@ -75,12 +69,21 @@ ask() {
         ranks = [rank for node in nodes for rank in node.children()]
         for rank in ranks:
             rank.send_signal(signal.SIGUSR2)
-        sys.exit(not ranks)' "$launcher" 2>/dev/null || stop 143
+        sys.exit(not ranks)' "${!:-0}" 2>/dev/null || stop 143
 }
 
+asked=0
 trap 'stop 130' INT
 trap 'stop 143' HUP
 trap ask TERM USR2
+
+# A process group of its own, so that one signal ends launcher and ranks alike: DeepSpeed's launcher does not pass on a
+# SIGTERM, and its ranks would run on without it.
+set -m
+"$LMCODE_PYTHON" -m deepspeed.launcher.runner --hostfile /dev/null --log_level error --master_port "$port" \
+    "${devices[@]}" --module lmcode train "${job[@]}" </dev/null &
+launcher=$!
+set +m
 
 while :; do  # `wait` returns early when a signal comes
     asked=0 status=0

@@ -116,7 +116,9 @@ def start(timeout_s: float = 1800.0) -> Rank:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(me.local_rank)
-    td.init_process_group(backend, rank=me.rank, world_size=me.world_size, timeout=timedelta(seconds=timeout_s))
+    store = td.HashStore() if me.launcher == "single" else None  # alone: no port that somebody else could take meanwhile
+    td.init_process_group(backend, store=store, rank=me.rank, world_size=me.world_size,
+                          timeout=timedelta(seconds=timeout_s))
     return me
 
 

@@ -20,6 +20,7 @@ from lmcode.data.corpus import Documents
 from lmcode.data.streams import Batch, StreamSampler
 from lmcode.dist import Group
 from lmcode.eval.held_out import evaluate
+from lmcode.memories.memories import Memories
 from lmcode.memory.bank import LongTermMemory
 from lmcode.memory.entry import UNKNOWN
 from lmcode.memory.shard import Shard
@@ -196,9 +197,15 @@ def test_without_the_rule_this_file_would_see_the_leak(monkeypatch: pytest.Monke
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> Ledger:
     """Follows what the loop reads and commits from now on."""
-    ledger, commit = Ledger(), loop.commit
+    ledger, commit, train_step = Ledger(), Memories.commit, loop.train_step
+    sessions: list[Any] = []
 
-    def follow(session: Any, reads: dict[int, list[LayerMemory]]) -> None:
+    def stepping(session: Any) -> Any:
+        sessions.append(session)
+        return train_step(session)
+
+    def follow(memories: Memories, reads: dict[int, list[LayerMemory]], *, step: int) -> None:
+        session = sessions[-1]
         bank, accumulation = session.model.banks[LAYER], len(reads[LAYER])
         batches = [session.sampler.batch(session.step, micro=micro, num_micro=accumulation) for micro in range(accumulation)]
         for batch, read in zip(batches, reads[LAYER], strict=True):
@@ -207,9 +214,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Ledger:
             assert not read.candidates.valid_N[batch.replayed_B.repeat_interleave(WINDOW)].any(), "replay writes nothing"
             assert not read.hits.valid_HNK[:, batch.replayed_B.repeat_interleave(WINDOW)].any(), "nor does it read"
         ledger.write(session.group, bank.next_id, batches, reads[LAYER])
-        commit(session, reads)
+        commit(memories, reads, step=step)
 
-    monkeypatch.setattr(loop, "commit", follow)
+    monkeypatch.setattr(Memories, "commit", follow)
+    monkeypatch.setattr(loop, "train_step", stepping)
     return ledger
 
 

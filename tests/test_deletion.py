@@ -146,15 +146,15 @@ def check_files(model: LMCODE, other: LMCODE, history: list[Step], values: set[b
     """No byte of a deleted text or of its entries is in a file, and what is loaded is what was saved."""
     contents = []
     for name, one in (("with", model), ("without", other)):
-        make_folders(folder / name, one)
-        save_memory(folder / name, one)
+        make_folders(folder / name, one.memories)
+        save_memory(folder / name, one.memories)
         contents.append(b"".join(path.read_bytes() for path in sorted((folder / name).rglob("*.*"))))
     texts = {text for kind, facts in history if kind == "store" for text in facts["texts"]}
     kept = {one.text for one in model.experiences.all()}
     gone = {f'"{text}"'.encode() for text in texts - kept} | {one for one in values if one not in contents[1]}
     assert len(gone) > 20 and not [secret for secret in gone if secret in contents[0]]
     loaded = model_of(memory={"scope": "document"})
-    load_memory(folder / "with", loaded)
+    load_memory(folder / "with", loaded.memories)
     assert remembered(loaded) == remembered(model)
 
 
@@ -162,14 +162,14 @@ def test_entries_that_an_earlier_version_saved_learn_whose_they_are(tmp_path: Pa
     model, other = model_of(memory={"write": "every_nth", "write_every": 9}), model_of()
     model.store_experience(["a", *SENTENCES, "b", *SENTENCES], ["house", 0] * 4)
     read(model, SENTENCES[0], 3)
-    make_folders(tmp_path, model)
-    save_memory(tmp_path, model)
+    make_folders(tmp_path, model.memories)
+    save_memory(tmp_path, model.memories)
     for path in tmp_path.rglob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             header = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys() if name != "document"}
         save_file(tensors, path, header)
-    load_memory(tmp_path, other)
+    load_memory(tmp_path, other.memories)
     for was, now in zip([*model.banks.values(), model.experiences.bank], [*other.banks.values(), other.experiences.bank],
                         strict=True):
         known = was.shard.columns["document"].clip(max=-1)  # nothing says which document the rest is of

@@ -92,7 +92,7 @@ def test_a_run_folder_is_never_overwritten(tmp_path: Path, text: Path) -> None:
     (tmp_path / "single").mkdir()
     (tmp_path / "single" / "config.yaml").write_text("preset: mine\n")
     job = start("single", tmp_path, text)
-    assert job.returncode == 2 and "already holds a run" in job.stderr
+    assert job.returncode == 2 and "was not written by a run" in job.stderr
     assert (tmp_path / "single" / "config.yaml").read_text() == "preset: mine\n"
 
 

@@ -20,6 +20,7 @@ from lmcode import LMCODE, dist
 from lmcode.config import RunConfig, build
 from lmcode.data.replay import make_replay, make_sampler
 from lmcode.data.streams import Pass
+from lmcode.memories.experiences import VISITS
 from lmcode.model.lm import StreamState
 from lmcode.train import loop, observe
 from lmcode.train.engine import MOMENTS
@@ -56,7 +57,8 @@ def settings(folder: Path, name: str, R: int) -> dict[str, Any]:
                   "memory_heads": 2, "memory_head_dim": 8, "memory_top_k": 64, "memory_bias": 0.0,
                   "long_term_memory_slots": 240},
         "memory": {"virtual_shards": 12},
-        "data": {"path": str(folder / "text"), "tokenizer": "bytes", "held_out_share": 0.1, "cache": str(folder / "cache")},
+        "data": {"path": str(folder / "text"), "tokenizer": "bytes", "held_out_share": 0.1, "cache": str(folder / "cache"),
+                 "packing": False},
         "train": {"learning_rate": RATE, "warmup_steps": WARMUP, "total_steps": STEPS, "streams": STREAMS,
                   "sequence_length": T, "gradient_clip": CLIP, "weight_decay": DECAY, "betas": BETAS,
                   "min_learning_rate": SHARE, "log_every": 1, "run_dir": str(folder / "runs" / f"{name}-{R}"),
@@ -71,7 +73,7 @@ class PlainJob:
         self.model = LMCODE(config.model, memory=config.memory)
         self.model.load_state_dict(weights, strict=False)  # the head's is the embedding's
         self.bank, self.replay = self.model.banks[1], make_replay(config)
-        self.sampler = make_sampler(config, documents, self.replay, data_pass=Pass())
+        self.sampler = make_sampler(config, documents, self.replay, data_pass=Pass(first_namespace=VISITS))
         named = dict(self.model.named_parameters())
         flat = [name for name, one in named.items() if one.ndim < 2 or name == "embedding.weight"]
         self.optimizer = torch.optim.AdamW(
@@ -120,7 +122,7 @@ class PlainJob:
             self.states = states
             self.bank.commit(offered, hits, step=self.step)
             if self.replay is not None:
-                self.sampler.remember(self.step, loss_G)
+                self.sampler.remember(self.step, loss_G[:, None])
         self.step += 1
         return float(loss_G.sum()) / tokens
 

@@ -21,7 +21,7 @@ from lmcode.files.commit import SaveFailed
 from lmcode.language_model import Deleted
 from lmcode.memories.experiences import VISITS
 from lmcode.saved import checkpoint
-from lmcode.train import path_checkpoint
+from lmcode.train import optimizer_files, path_checkpoint
 
 SNIPPET = """
 from lmcode import MemoryAwareTrainer, MemoryDataset
@@ -207,9 +207,9 @@ def saves(folder: Path) -> dict[str, Any]:
     old = {path.name: path.read_bytes() for path in first.iterdir() if path.is_file()}
     (folder / "file.pt").write_text("something of the user's")
     told["taken"] = message_of(lambda: trainer.save_checkpoint("file.pt"))
-    real, checkpoint.optimizer_files.divide = checkpoint.optimizer_files.divide, lambda *_, **__: ({}, {"bad": None})
+    real, optimizer_files.divide = optimizer_files.divide, lambda *_, **__: ({}, {"bad": None})
     told["failed"] = message_of(lambda: trainer.save_checkpoint("model.pt"))
-    checkpoint.optimizer_files.divide = real
+    optimizer_files.divide = real
     told["survives"] = old == {path.name: path.read_bytes() for path in first.iterdir() if path.is_file()}
     trainer.save_checkpoint("model.pt")
     told["left"] = sorted(path.name for path in folder.glob(".*.saving"))

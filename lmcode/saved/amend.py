@@ -27,7 +27,8 @@ from lmcode.files.replace import beside, clear, link, take_place
 from lmcode.memories.experiences import Namespace
 from lmcode.memories.files import BANKS, EXPERIENCES, make_folders, save_memory
 from lmcode.presets import load_run_config
-from lmcode.saved.checkpoint import lies_in_run, stored_sizes
+from lmcode.saved.checkpoint import stored_sizes
+from lmcode.saved.places import place_of
 
 log = logging.getLogger("lmcode")
 
@@ -84,7 +85,7 @@ def amend(folder: Path, model: Backbone, change: Callable[[Draft], Any]) -> Amen
     draft = Draft(folder, model, manifest.facts)
     result = change(draft)
     durable.check_space(folder.parent, manifest.total_bytes)
-    if not lies_in_run(folder):
+    if place_of(folder).run is None:
         try:
             _commit(beside(folder) / "new", draft, manifest)
         except Exception:
