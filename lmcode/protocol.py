@@ -88,7 +88,8 @@ def look_up(retriever: Retriever, query_HND: Tensor, namespace_N: Tensor,
     with torch.no_grad():
         shortcut = getattr(retriever, "look_up", None)
         if shortcut is not None:
-            return shortcut(query_HND, namespace_N, document_N)
+            found: tuple[Tensor, Tensor] = shortcut(query_HND, namespace_N, document_N)
+            return found
         return retriever.attend(query_HND, retriever.search(query_HND, namespace_N, document_N))
 
 

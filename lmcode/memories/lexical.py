@@ -33,7 +33,8 @@ def text_key(text: str, dim: int) -> np.ndarray:
     key = np.bincount(place.astype(np.int64), sign, minlength=dim)
     if not key.any():  # all features cancel out: possible for a few of them only
         key[place[0]] = 1.0
-    return (key / np.linalg.norm(key)).astype(np.float32)
+    unit: np.ndarray = (key / np.linalg.norm(key)).astype(np.float32)
+    return unit
 
 
 def features_of(text: str) -> np.ndarray:

@@ -68,7 +68,8 @@ def live_counts(bank: LongTermMemory, virtual_shards: int) -> np.ndarray:
     """How many of a bank's entries would lie in each of `virtual_shards`, int64 [S], on every rank. A collective."""
     mine = {shard: live_by_shard(bank.state(shard)["id"].numpy(), virtual_shards) for shard in bank.owned}
     counts = {shard: count_S for part in bank.group.all_gather_object(mine) for shard, count_S in part.items()}
-    return np.sum(list(counts.values()), axis=0)
+    count_S: np.ndarray = np.sum(list(counts.values()), axis=0)
+    return count_S
 
 
 def _check_rooms(name: str, slots: int, live: Mapping[str, np.ndarray]) -> None:

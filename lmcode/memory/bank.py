@@ -28,7 +28,8 @@ from lmcode.memory.placement import holder_of, shards_of
 from lmcode.memory.read import SCOPES, SumsOverShards, align_rows, attend_rows, check_search, exchange_mode, pad, spread
 from lmcode.memory.rounds import consolidate_shards
 from lmcode.memory.search.faiss_index import TIERS, check_top_k, choose_tier
-from lmcode.memory.shard import Predicate, Scope, Shard, Ticket, digest_of
+from lmcode.memory.shard import Predicate, Scope, Shard, digest_of
+from lmcode.memory.ticket import Ticket
 from lmcode.precision import without_autocast
 from lmcode.protocol import Candidates, ConsolidationReport, Hits, check_threshold
 
@@ -88,7 +89,7 @@ class LongTermMemory:
         self.next_id = self.rejected = self.clipped = 0
         self.search_seconds, self.blind_queries = 0.0, 0
         nobody_N = torch.zeros(0, dtype=torch.int64)
-        self._sample = (torch.zeros(heads, 0, head_dim), nobody_N, nobody_N), config.scope
+        self._sample: tuple[tuple[Tensor, ...], Scope] = (torch.zeros(heads, 0, head_dim), nobody_N, nobody_N), config.scope
         self._version = next(_VERSIONS)
 
     @torch.no_grad()
@@ -135,7 +136,8 @@ class LongTermMemory:
                                    rows_per_rank=n, version=self._version)
         self._sample = self._sample_of(query_HND, namespace_N, document_N), scope
         self.search_seconds += time.perf_counter() - started - (sum(self.group.seconds.values()) - waited)
-        return Hits(*(part[:N].transpose(0, 1).contiguous() for part in (own_score_NHK, own_id_NHK)), ticket)
+        score_HNK, id_HNK = (part[:N].transpose(0, 1).contiguous() for part in (own_score_NHK, own_id_NHK))
+        return Hits(score_HNK, id_HNK, ticket)
 
     def _exchange(self, score_GHK: Tensor, id_GHK: Tensor, n: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Phase 3: this rank's merged hits [n, H, K]; for all queries the cut's score and id and the log-sum-exp."""
@@ -201,9 +203,11 @@ class LongTermMemory:
         """
         if self.config.fetch == "sums":
             parts = (partial(part, self._ticket_of(hits)) for part in (self._values, self._gradients))
-            value_HND, lse_HN = SumsOverShards.apply(query_HND, hits.score_HNK, hits.id_HNK, *parts)
+            value_HND, lse_HN = SumsOverShards.apply(  # type: ignore[no-untyped-call]  # torch's own is not annotated
+                query_HND, hits.score_HNK, hits.id_HNK, *parts)
         else:
-            value_HND, lse_HN = attend_rows(query_HND, hits, *self.fetch(hits))
+            key_HNKD, fetched_HNKD = self.fetch(hits)
+            value_HND, lse_HN = attend_rows(query_HND, hits, key_HNKD, fetched_HNKD)
         return value_HND.to(query_HND.dtype), lse_HN
 
     def _values(self, ticket: Ticket, N: int) -> Tensor:
@@ -229,7 +233,8 @@ class LongTermMemory:
         rows_RNHKX = self.inside.all_to_all(sent_GHKX, phase="values").view(R, -1, H, k, 2 * self.head_dim)[:, :N]
         id_NHK = hits.id_HNK.transpose(0, 1)
         rows_NHKX = align_rows(rows_RNHKX, self._holder_of(id_NHK).where(id_NHK >= 0, -1))
-        return rows_NHKX.transpose(0, 1).split(self.head_dim, dim=-1)
+        parts: tuple[Tensor, ...] = rows_NHKX.transpose(0, 1).split(self.head_dim, dim=-1)
+        return parts
 
     def _holder_of(self, ids: Tensor) -> Tensor:
         """The rank inside the memory group that holds each id."""
@@ -252,7 +257,7 @@ class LongTermMemory:
         self.shard.touch(*self._count_hits(hits), step)
         evicted, clipped = sum(self.shard.evicted.values()), self.clipped
         offered, batch = self._gather_candidates(candidates)
-        id_E = self._store(*batch, step)
+        id_E = self._store(*batch, step=step)
         written = int((id_E >= 0).sum())
         return entry.CommitReport(offered, written, len(id_E) - written, self.clipped - clipped,
                                   sum(self.shard.evicted.values()) - evicted)
@@ -306,12 +311,13 @@ class LongTermMemory:
         document_E = torch.full((E,), entry.UNKNOWN) if document_E is None else document_E
         entry.check_batch(key_HED, value_HED, namespace_E, document_E, importance_E, heads=self.heads,
                           head_dim=self.head_dim)
-        vectors = (part.detach().transpose(0, 1).to(self.device) for part in (key_HED, value_HED))
-        names = (column_E.cpu().long().numpy() for column_E in (namespace_E, document_E))
-        return torch.from_numpy(self._store(*vectors, *names, importance_E.cpu().float().numpy(), step))
+        key_EHD, value_EHD = (part.detach().transpose(0, 1).to(self.device) for part in (key_HED, value_HED))
+        names_E, texts_E = (column_E.cpu().long().numpy() for column_E in (namespace_E, document_E))
+        return torch.from_numpy(self._store(key_EHD, value_EHD, names_E, texts_E, importance_E.cpu().float().numpy(),
+                                            step=step))
 
     def _store(self, key_EHD: Tensor, value_EHD: Tensor, namespace_E: np.ndarray, document_E: np.ndarray,
-               importance_E: np.ndarray, step: int) -> np.ndarray:
+               importance_E: np.ndarray, *, step: int) -> np.ndarray:
         """Assigns ids, rejects, clips and writes a batch that is the same on every rank; ids with -1 where rejected."""
         entries, accepted_E, clipped = entry.admit(key_EHD, value_EHD, namespace_E, importance_E, document_E=document_E,
                                                    step=step, first_id=self.next_id, max_norm=self.config.max_norm)
@@ -381,7 +387,8 @@ class LongTermMemory:
 
     def ages(self, hits: Hits, *, step: int) -> Tensor:
         """Steps since the winners that this rank holds were written, for its group's queries and heads: int64 [W]."""
-        return step - hits.ticket.step_W
+        age_W: Tensor = step - hits.ticket.step_W
+        return age_W
 
     def shares_by_rank(self, hits: Hits) -> Tensor:
         """How many of these hits each rank's shard supplied, of all ranks: int64 [ranks]."""

@@ -46,8 +46,8 @@ def _links(shard: Shard, group: Group, slot_n: np.ndarray, threshold: float, tie
     unit_GF = group.all_gather(pad(unit_nF, block), phase="writes")
     text_G2 = group.all_gather(pad(text_n2, block, -1), phase="writes").cpu().numpy()
     lists = shard.nearest(unit_GF, text_G2, tier=consolidate.nearest_search(tier))[:2]
-    lists = (group.all_to_all(part, phase="writes").view(-1, block, 2) for part in lists)
-    score_n2, other_n2 = (part[:n] for part in merge_lists(*lists))
+    score_R2, other_R2 = (group.all_to_all(part, phase="writes").view(-1, block, 2) for part in lists)
+    score_n2, other_n2 = (part[:n] for part in merge_lists(score_R2, other_R2))
     return consolidate.links_of(id_n, score_n2, other_n2, heads=shard.key_HME.shape[0], threshold=threshold)
 
 

@@ -103,8 +103,7 @@ class Shard:
         """Puts importance into the keys. The logarithm is fp64, so that its fp32 value is the same on every path."""
         importance_E = np.where(self.live_M[slot_E], self.columns["importance"][slot_E], 1.0).astype(np.float64)
         addend_E = np.where(self.live_M[slot_E], self.config.importance_weight * np.log(importance_E), NO_SCORE)
-        addend_E = torch.from_numpy(addend_E.astype(np.float32)).to(self.key_HME)
-        self.key_HME[:, self._on_device(slot_E), -1] = addend_E
+        self.key_HME[:, self._on_device(slot_E), -1] = torch.from_numpy(addend_E.astype(np.float32)).to(self.key_HME)
         self._kept.clear()
         self._stacks.clear()
 
@@ -123,7 +122,8 @@ class Shard:
             conditions.append(np.asarray(predicate({name: column.copy() for name, column in columns.items()}), bool))
         if not conditions:
             raise ValueError("delete needs at least one of ids, namespace, before_step, predicate: got none")
-        return np.logical_and.reduce(conditions)
+        mask_M: np.ndarray = np.logical_and.reduce(conditions)
+        return mask_M
 
     def delete(self, mask_M: np.ndarray) -> int:
         """Empties the live slots of the mask, leaving nothing of their entries; returns how many there were."""
@@ -272,10 +272,11 @@ class Shard:
             longest: length of the longest query, finite.
         """
         (H, N, E), names = query_HNE.shape, namespace_N.tolist()
+        groups: tuple[tuple[int, ...] | None, ...]
         if scope == "document":
             groups = tuple((name,) for name in (names if len(set(names)) > 1 else names[:1]))
         else:
-            groups = (None if scope == "global" else tuple(scope),)
+            groups = (None if isinstance(scope, str) else tuple(scope),)
         stack = self._stack(groups)
         if stack is None:
             return None
@@ -456,7 +457,7 @@ def _groups(namespace_G: np.ndarray, scope: Scope) -> list[tuple[np.ndarray, tup
         return [(queries, (int(name),)) for name, queries in zip(names, np.split(order, starts[1:]), strict=True)
                 if name >= 0]
     queries = np.flatnonzero(namespace_G >= 0)
-    return [(queries, None if scope == "global" else tuple(scope))] if len(queries) else []
+    return [(queries, None if isinstance(scope, str) else tuple(scope))] if len(queries) else []
 
 
 def _runs(text_P2: np.ndarray) -> tuple[list[int], list[int], list[tuple[int, int]]]:

@@ -223,11 +223,13 @@ def _search_block(query_HQE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, hidd
         score_QP = score_HQP.flatten(0, 1)  # of one head no copy
         bound_Q1 = kth_largest(score_QP, k) if start == 0 else found[0][:, -1:]
         score_QL, id_QL, slot_QL = candidates_above(score_QP, bound_Q1, id_M[chunk])
-        more = (score_QL, id_QL, slot_QL + start)
+        slot_QL = slot_QL + start
         if start:
-            more = tuple(torch.cat([old, new], dim=1) for old, new in zip(found, more, strict=True))
-        found = in_order(*more, k)
-    return tuple(part.view(H, Q, -1) for part in found)
+            more = (score_QL, id_QL, slot_QL)
+            score_QL, id_QL, slot_QL = (torch.cat([old, new], dim=1) for old, new in zip(found, more, strict=True))
+        found = in_order(score_QL, id_QL, slot_QL, k)
+    score_HQK, id_HQK, slot_HQK = (part.view(H, Q, -1) for part in found)
+    return score_HQK, id_HQK, slot_HQK
 
 
 def _scores(query_HQE: Tensor, key_HPE: Tensor) -> Tensor:

@@ -137,7 +137,8 @@ def _score_pairs(query_NE: Tensor, key_ME: Tensor, slot_NL: Tensor) -> Tensor:
     N, L = slot_NL.shape
     score_NL = np.empty((N, L), dtype=np.float32)
     arrays = score_NL, query_NE.numpy(), key_ME.numpy(), np.ascontiguousarray(slot_NL.numpy())
-    faiss.fvec_inner_products_by_idx(*(faiss.swig_ptr(array) for array in arrays), key_ME.shape[1], N, L)
+    faiss.fvec_inner_products_by_idx(*(  # type: ignore[attr-defined]  # faiss adds it when it is loaded
+        faiss.swig_ptr(array) for array in arrays), key_ME.shape[1], N, L)
     return torch.from_numpy(score_NL)
 
 
