@@ -6,7 +6,7 @@ same arguments. The model's banks are only read; what has to be written goes to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -100,7 +100,7 @@ def _bank_efficiency(bank: LongTermMemory, thresholds: Sequence[float]) -> dict[
             "namespaces": len(np.unique(columns["namespace"]))}
 
 
-def attention_received(columns: dict[str, np.ndarray]) -> np.ndarray:
+def attention_received(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     """Units of attention that each entry has received so far, fp64: 1 is the whole softmax of one token and head."""
     return columns["hit_mass"] / MASS_UNIT
 

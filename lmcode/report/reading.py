@@ -21,7 +21,7 @@ from lmcode.data.tokenizer import Tokenizer
 from lmcode.eval.held_out import apart
 from lmcode.memory.bank import LongTermMemory
 from lmcode.memory.entry import choose
-from lmcode.model.lm import LayerMemory, LMCODEOutput
+from lmcode.model.lm import LayerMemory, LMCODEOutput, StreamState
 from lmcode.protocol import Candidates
 from lmcode.report.analysis import quietly
 from lmcode.report.sequences import as_documents, as_text, device_of
@@ -138,7 +138,8 @@ class _Reader:
     def __init__(self, model: Backbone, documents: Documents) -> None:
         self.model, self.documents = model, documents
         self.forks = model.memories.fork()
-        self.state_on = self.state_off = None
+        self.state_on: StreamState | None = None
+        self.state_off: StreamState | None = None
         self.origin: dict[int, dict[int, Place]] = {layer: {} for layer in model.banks}
         self.seen: dict[int, list[Asked]] = {layer: [] for layer in model.banks}
         self.losses: dict[Place, tuple[float, float]] = {}
@@ -156,11 +157,15 @@ class _Reader:
                                            self.model.config.retrieval_stride))
             self._commit(fork, on.memory[layer], place_BT, layer, step)
 
-    def _forward(self, batch: Batch, state: object) -> LMCODEOutput:
-        return self.model(batch.input_ids_BT, targets_BT=batch.targets_BT, state=state, reset_B=batch.reset_B,
-                          namespace_B=apart(batch.namespace_B), document_B=batch.document_B, valid_BT=batch.valid_BT)
+    def _forward(self, batch: Batch, state: StreamState | None) -> LMCODEOutput:
+        output: LMCODEOutput = self.model(batch.input_ids_BT, targets_BT=batch.targets_BT, state=state,
+                                          reset_B=batch.reset_B, namespace_B=apart(batch.namespace_B),
+                                          document_B=batch.document_B, valid_BT=batch.valid_BT)
+        return output
 
     def _keep_losses(self, batch: Batch, place_BT: np.ndarray, on: LMCODEOutput, off: LMCODEOutput) -> None:
+        if on.token_loss is None or off.token_loss is None:
+            raise ValueError("the model must return a loss of each token where it is given targets: got None")
         valid_BT = batch.valid_BT.cpu().numpy()
         both = zip(on.token_loss.cpu().numpy()[valid_BT], off.token_loss.cpu().numpy()[valid_BT], strict=True)
         for (document, token), (loss_on, loss_off) in zip(place_BT[valid_BT].tolist(), both, strict=True):
@@ -221,9 +226,9 @@ def asked(memory: LayerMemory, place_BT: np.ndarray, valid_BT: np.ndarray, strid
     asks_G = np.arange(-(-T // stride)) * stride - int(stride > 1)  # -1 is before the first chunk: nobody asks
     place_NT = place_BT[:, asks_G].reshape(-1, 2)
     kept_N = (valid_BT[:, asks_G] & (asks_G >= 0)).reshape(-1)
-    arrays = [part.float().cpu().numpy() for part in (memory.share_HN, memory.null_share_HN)]
+    share_HQ, null_share_HQ = (part.float().cpu().numpy()[:, kept_N] for part in (memory.share_HN, memory.null_share_HN))
     return Asked(place_NT[kept_N], memory.hits.score_HNK.cpu().numpy()[:, kept_N],
-                 memory.hits.id_HNK.cpu().numpy()[:, kept_N], *(part[:, kept_N] for part in arrays),
+                 memory.hits.id_HNK.cpu().numpy()[:, kept_N], share_HQ, null_share_HQ,
                  memory.gate_BT.cpu().numpy()[valid_BT])
 
 
@@ -250,7 +255,8 @@ def softmax(one: Asked) -> np.ndarray:
     valid_HQK = one.id_HQK >= 0
     score_HQK = one.score_HQK.astype(np.float64)
     power_HQK = np.where(valid_HQK, np.exp(score_HQK - score_HQK.max(-1, keepdims=True)), 0.0)
-    return power_HQK / np.maximum(power_HQK.sum(-1, keepdims=True), 1.0)
+    weight_HQK: np.ndarray = power_HQK / np.maximum(power_HQK.sum(-1, keepdims=True), 1.0)
+    return weight_HQK
 
 
 def pick(one: Asked) -> list[tuple[int, int, bool]]:
