@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -25,6 +25,9 @@ def near_match(word: str, known: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the known word closest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+Made = TypeVar("Made", bound="Section")
 
 
 class Section(BaseModel):
@@ -323,7 +326,7 @@ def read_yaml(text: str) -> Any:
     class PlainLoader(yaml.SafeLoader):
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
-                raise ValueError(f"an alias is not allowed: got '*{self.peek_event().anchor}'")
+                raise ValueError(f"an alias is not allowed: got '*{self.peek_event().anchor}'")  # type: ignore[no-untyped-call]  # its stubs lack it
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -401,7 +404,7 @@ def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[
     return result
 
 
-def build(cls: type[Section], values: Mapping[str, Any]) -> Any:
+def build(cls: type[Made], values: Mapping[str, Any]) -> Made:
     """Validates `values` as a `cls`, turning pydantic's report into one line.
 
     Raises:

@@ -80,11 +80,13 @@ class Replay:
         bits_M = np.random.PCG64([self.seed, step, 1]).random_raw(self.slots)  # raw: the same in every version of numpy
         uniform_N = ((bits_M[place_N] >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
         race_N = -np.log(uniform_N) / self._weights(place_N)
-        return place_N[np.lexsort((place_N, race_N))[:count]]
+        drawn_N: np.ndarray = place_N[np.lexsort((place_N, race_N))[:count]]
+        return drawn_N
 
     def _weights(self, place_N: np.ndarray) -> np.ndarray:
         if self.sampler == "importance":
-            return self.columns["importance"][place_N].astype(np.float64)
+            importance_N: np.ndarray = self.columns["importance"][place_N].astype(np.float64)
+            return importance_N
         if self.sampler == "recent":
             return 1.0 + np.argsort(np.argsort(self.columns["number"][place_N])).astype(np.float64)
         return np.ones(len(place_N))
@@ -175,7 +177,7 @@ class ReplaySampler:
         part = self.streams.batch(step, rank=rank, world_size=world_size, micro=micro, num_micro=num_micro)
         size, (whole, _) = len(part.replayed_B), self._mix(step)
         first = (rank * num_micro + micro) * size
-        return Batch(*(tensor[first:first + size] for tensor in whole[:-1]), whole.global_tokens)
+        return Batch._make([*(tensor[first:first + size] for tensor in whole[:-1]), whole.global_tokens])
 
     def global_tokens(self, step: int) -> int:
         """Targets that are not padding in the whole global batch of `step`, replayed ones included."""
@@ -197,9 +199,9 @@ class ReplaySampler:
                                    global_tokens=int(valid_BT.sum()))
             missing = 1 + max((one.piece for one in placed), default=0) - batch.namespace_BP.shape[1]
             if missing > 0:
-                tables = {name: F.pad(getattr(batch, name), (0, missing), value=-1)
-                          for name in ("namespace_BP", "document_BP", "source_BP")}
-                batch = batch._replace(**tables)
+                namespace_BP, document_BP, source_BP = (F.pad(table_BP, (0, missing), value=-1) for table_BP in (
+                    batch.namespace_BP, batch.document_BP, batch.source_BP))
+                batch = batch._replace(namespace_BP=namespace_BP, document_BP=document_BP, source_BP=source_BP)
             self._mixed = key, batch, placed
         return self._mixed[1], self._mixed[2]
 

@@ -70,7 +70,7 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
         *tensors, global_tokens = self
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors), global_tokens)
+        return Batch._make([*(tensor.to(device, non_blocking=True) for tensor in tensors), global_tokens])
 
     def reading(self) -> dict[str, Tensor]:
         """What a model must know about whose tokens it reads, as arguments of its forward pass."""
@@ -204,7 +204,7 @@ class StreamSampler:
     def padding_share(self) -> float:
         """Share of positions that hold no token: over all `num_steps` steps, idle and paused streams included, or, when
         endless, over the windows of one pass through the documents."""
-        if self.num_steps is None:
+        if self.num_steps is None or self.epochs is None:
             return 0.0 if self.packed else self.unpacked_padding_share
         return 1.0 - self.num_targets * self.epochs / (self.num_steps * self.streams * self.sequence_length)
 
@@ -283,10 +283,11 @@ class StreamSampler:
                 source_BP[row, number] = piece.source
                 place = end
         window_B = torch.tensor([window.number(T) for window in windows])
-        tables = [torch.from_numpy(table) for table in (piece_BT, namespace_BP, document_BP, source_BP)]
+        names_BP, documents_BP = torch.from_numpy(namespace_BP), torch.from_numpy(document_BP)
         return Batch(torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT), torch.from_numpy(targets_BT != IGNORED),
-                     torch.tensor([window.starts for window in windows]), tables[1][:, 0].clone(), tables[2][:, 0].clone(),
-                     window_B, torch.tensor([window.paused for window in windows]), *tables, global_tokens)
+                     torch.tensor([window.starts for window in windows]), names_BP[:, 0].clone(), documents_BP[:, 0].clone(),
+                     window_B, torch.tensor([window.paused for window in windows]), torch.from_numpy(piece_BT), names_BP,
+                     documents_BP, torch.from_numpy(source_BP), global_tokens)
 
 
 class _Piece(NamedTuple):
@@ -336,7 +337,7 @@ class _Queue:
         epoch, place = divmod(self._taken[source], self._count[source])
         if place == 0:
             self._order[source] = self._epoch_order(epoch, source)
-        document = self._first[source] + int(self._order[source][place])
+        document: int = self._first[source] + int(self._order[source][place])
         self._taken[source] += 1
         self._tokens[source] += int(self._targets[document])
         return document
