@@ -75,7 +75,7 @@ def _by_stream(candidates: Candidates, count: int) -> list[Candidates]:
     tokens = candidates.valid_N.view(count, -1).sum(dim=1).tolist()
     valid_N = candidates.valid_N
     key_HND, value_HND = (part[:, valid_N].split(tokens, dim=1) for part in candidates[:2])
-    rest = (part[valid_N].split(tokens) for part in candidates[2:])
+    rest = (part[valid_N].split(tokens) for part in candidates[2:] if part is not None)
     return [Candidates(*columns) for columns in zip(key_HND, value_HND, *rest, strict=True)]
 
 
