@@ -46,6 +46,30 @@ class Backbone(nn.Module):
     def blank_state(self, num_streams: int, *, device: torch.device | None = None) -> Any:
         """What streams carry from window to window before they start."""
 
+    @abstractmethod
+    def generate(self, *args: Any, **settings: Any) -> Any:
+        """Continues prompts: see `LMCODE.generate`, as for all that follows."""
+
+    @abstractmethod
+    def store_experience(self, *args: Any, **settings: Any) -> Any:
+        """Remembers texts; their ids."""
+
+    @abstractmethod
+    def query_memory(self, *args: Any, **settings: Any) -> Any:
+        """Finds experiences by what they say."""
+
+    @abstractmethod
+    def inspect_experience(self, id: int) -> dict[str, Any]:
+        """Everything about one experience."""
+
+    @abstractmethod
+    def delete_experiences(self, *args: Any, **settings: Any) -> Any:
+        """Removes experiences, for good; how much that was."""
+
+    @abstractmethod
+    def save_pretrained(self, *args: Any, **settings: Any) -> Any:
+        """Writes the model into a folder."""
+
     @property
     def banks(self) -> dict[int, LongTermMemory]:
         """The long-term memories by layer, ascending."""

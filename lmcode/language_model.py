@@ -365,7 +365,8 @@ class LMCODE(MemoryLM, Backbone):
 
     def _now(self) -> int:
         """The Unix second on rank 0."""
-        return self.group.all_gather_object(int(time.time()))[0]
+        now: int = self.group.all_gather_object(int(time.time()))[0]
+        return now
 
     def _check_same(self, name: str, *arguments: Any) -> None:
         """Refuses, on all ranks, arguments that differ between ranks: what follows is then refused by all or by none."""
@@ -376,11 +377,10 @@ class LMCODE(MemoryLM, Backbone):
         """A namespace for each stream, on the model's device."""
         if namespace is None:
             return None
-        if isinstance(namespace, Tensor):
-            namespace = namespace.tolist()
-        alone = isinstance(namespace, str) or not isinstance(namespace, Sequence)
+        given: Any = namespace.tolist() if isinstance(namespace, Tensor) else namespace
+        alone = isinstance(given, str) or not isinstance(given, Sequence)
         numbers = [one if is_number_of_a_name(one) else namespace_number(one)
-                   for one in ([namespace] if alone else namespace)]
+                   for one in ([given] if alone else given)]
         namespace_B = torch.tensor(numbers, dtype=torch.int64, device=self.embedding.weight.device)
         return namespace_B.expand(num_streams) if alone else namespace_B
 

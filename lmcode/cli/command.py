@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from lmcode.cli import cluster as cluster_commands
 from lmcode.cli import doctor as doctor_commands
 from lmcode.cli import memory as memory_commands
+from lmcode.cli.answers import Answer
 from lmcode.cli.console import forgive
 from lmcode.config import ConfigError, RunConfig, expanded, near_match, to_yaml
 from lmcode.effects import without_effect
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     spelling = forgive()
     try:
         arguments = parse(list(sys.argv[1:] if argv is None else argv))
-        return arguments.run(arguments)
+        code: int = arguments.run(arguments)
+        return code
     except ConfigError as error:
         complain(" ".join(str(error).split()))
         return BAD_USAGE
@@ -139,18 +141,18 @@ def build_parser() -> Parser:
 
 def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], *, help: str, usage: str,
              examples: str, overrides: bool) -> Parser:
-    parser = commands.add_parser(name, help=help, description=help, usage=usage, epilog=f"examples:\n{examples}")
+    parser: Parser = commands.add_parser(name, help=help, description=help, usage=usage, epilog=f"examples:\n{examples}")
     parser.set_defaults(run=run, parser=parser, takes_overrides=overrides)
     _ignore_local_rank(parser)
     return parser
 
 
-def _ignore_local_rank(parser: Parser) -> None:
+def _ignore_local_rank(parser: argparse.ArgumentParser) -> None:
     """The DeepSpeed launcher puts --local_rank=N before everything; ranks are found in the environment instead."""
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
 
 
-def _add_source(parser: Parser) -> None:
+def _add_source(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--preset", metavar="NAME", help="start from a preset (tiny if neither is given)")
     source.add_argument("--config", metavar="FILE", help="start from a YAML file, such as a run folder's config.yaml")
@@ -336,7 +338,8 @@ def estimate(arguments: argparse.Namespace) -> int:
 
 def memory(arguments: argparse.Namespace) -> int:
     """`lmcode memory ...`."""
-    text, code = arguments.answer(arguments)
+    answer: Answer = arguments.answer(arguments)
+    text, code = answer
     print(text, end="")
     return code
 

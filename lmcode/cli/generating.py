@@ -38,4 +38,5 @@ def generate_text(path: Path, prompt: str, *, max_new_tokens: int = 128, tempera
                                  temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
                                  no_repeat_ngram_size=no_repeat_ngram_size, seed=seed,
                                  eos_id=tokenizer.end_id if stop_at_end else None)
-    return tokenizer.decode(written[0, 1:].tolist())
+    text: str = tokenizer.decode(written[0, 1:].tolist())
+    return text

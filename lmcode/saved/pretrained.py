@@ -258,11 +258,11 @@ def settings(folder: Path) -> tuple[LMCODEConfig, MemoryConfig, bool]:
     if not isinstance(content, dict) or content.get("model_type") != MODEL_TYPE:
         kind = content.get("model_type") if isinstance(content, dict) else type(content).__name__
         raise ConfigError(f"'{file}' must have the model_type '{MODEL_TYPE}': got {kind!r:.80}")
-    sections = content.get("lmcode_model"), content.get("lmcode_memory", {})
-    if not all(isinstance(section, dict) for section in sections):
+    model, memory = content.get("lmcode_model"), content.get("lmcode_memory", {})
+    if not isinstance(model, dict) or not isinstance(memory, dict):
         raise ConfigError(f"'{file}' must hold the objects lmcode_model and lmcode_memory")
     try:
-        return build(LMCODEConfig, sections[0]), build(MemoryConfig, sections[1]), content.get("lmcode_holds_memory") is True
+        return build(LMCODEConfig, model), build(MemoryConfig, memory), content.get("lmcode_holds_memory") is True
     except ConfigError as error:
         raise ConfigError(f"'{file}': {error}") from None
 
@@ -277,7 +277,7 @@ def read(folder: Path, make: Callable[..., Made], *, include_memory: bool, group
          device: torch.device | str) -> Made:
     """A model of the class `make` from a saved model's folder. A collective of `group`: see `LMCODE.from_pretrained`."""
 
-    model, problem, with_memory = None, None, False
+    problem, with_memory = None, False
     if strays := sorted(name for part in (BANKS, EXPERIENCES) for path in (folder / part).rglob("*")
                            if is_stray(name := path.relative_to(folder).as_posix())):
         log.warning("'%s': passed over what is no part of the model: %s", folder, ", ".join(strays))
