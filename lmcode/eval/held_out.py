@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lmcode.backbone import Backbone
+from lmcode.config import RunConfig
+from lmcode.data.corpus import Documents
 from lmcode.data.streams import StreamSampler
 from lmcode.dist import Group
 from lmcode.memories.memories import fork_banks
@@ -92,7 +95,7 @@ def void_controls(sampler: StreamSampler, *, scope: str, windows: int) -> dict[s
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[int, LongTermMemory], group: Group,
+def evaluate(model: Backbone, sampler: StreamSampler, *, banks: Mapping[int, LongTermMemory], group: Group,
              mode: str = "on", windows: int = 16, slots: int | None = None,
              upkeep: Callable[[int, LongTermMemory], None] | None = None,
              between: Callable[[], None] | None = None) -> EvalResult:
@@ -122,7 +125,7 @@ def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[i
     sums = torch.zeros(4 + 2 * len(names), dtype=torch.float64)
     state = None
     with in_eval_mode(model), model.reading_from(retrievers):
-        for step in range(min(windows, sampler.num_steps)):
+        for step in range(min(windows, sampler.num_steps or 0)):
             if between is not None:
                 between()
             if shuffled:
@@ -148,7 +151,7 @@ def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[i
                       by_source)
 
 
-def held_out_sampler(documents: object, config: object) -> StreamSampler:
+def held_out_sampler(documents: Documents, config: RunConfig) -> StreamSampler:
     """The sampler that every held-out evaluation of a run uses: one pass, document order fixed."""
     return StreamSampler(documents, streams=config.eval.streams, sequence_length=config.train.sequence_length,
                          seed=config.train.seed, epochs=1, shuffle=False)

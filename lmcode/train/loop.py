@@ -60,7 +60,7 @@ def _run(config: RunConfig, me: Rank, watch: NullWatch, request: Request, resume
     clock, start = watch.clock, open_run(config, watch.group, resume)
     watch.stacks = dist.log_into(start.run_folder / "logs", me, step=lambda: clock.step)
     network.announce(watch.group)
-    if start.finished:
+    if start.finished and start.checkpoint is not None:
         log.info("'%s' has already finished (%s): nothing to do", start.run_folder, start.checkpoint.name)
         start.close()
         return 0
@@ -158,7 +158,7 @@ def train_step(session: Session) -> StepResult:
             engine.backward(local_sum * (group.size * accumulation / max(1, tokens)))
         with clock("optimizer"):
             applied = engine.step()
-        states[micro] = (output.state if session.replay is None
+        states[micro] = (output.state if session.replay is None or state is None
                          else keep_paused(state, output.state, batch.replayed_B))
         losses_BP.append(batch.by_piece(output.token_loss.detach()))
         by_source_2S += sums_by_source(batch, losses_BP[-1], sources=by_source_2S.shape[1])
@@ -225,7 +225,7 @@ def held_out_loss(session: Session, mode: str, windows: int) -> EvalResult:
         Preempted: on every rank, if any was asked to save and end.
     """
     with session.clock("evaluation"):
-        return evaluate(session.engine.module, session.held_out, banks=session.model.banks, group=session.group, mode=mode,
+        return evaluate(session.engine.module, session.examined, banks=session.model.banks, group=session.group, mode=mode,
                         windows=windows, slots=session.config.eval.slots,
                         between=lambda: agreed(session.request, session.group))
 
@@ -266,7 +266,7 @@ def finish(session: Session, training_seconds: float) -> None:
             saving.save(session)
     windows, void = session.config.eval.final_windows, {}
     if session.model.banks:
-        void = void_controls(session.held_out, scope=session.config.memory.scope, windows=windows)
+        void = void_controls(session.examined, scope=session.config.memory.scope, windows=windows)
     modes = [mode for mode in MODES if mode not in void] if session.model.banks else ["on"]
     results = {mode: held_out_loss(session, mode, windows) for mode in modes}
     observe.log_evaluation(session, results)
@@ -275,6 +275,6 @@ def finish(session: Session, training_seconds: float) -> None:
         session.metrics.hyperparameters(flatten(session.config.model_dump(mode="json")), observe.result_tags(results))
         session.metrics.text(session.step, "sample", facts.sample)
         text = summary.render(facts)
-        durable.replace_text(session.run_folder / "summary.txt", text)
+        durable.replace_text(session.folder / "summary.txt", text)
         log.info("done\n%s", text)
     session.close()

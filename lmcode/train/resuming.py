@@ -36,7 +36,7 @@ def place_of(session: Session) -> Path:
     """The folder of the checkpoint of the current step."""
     if session.saved is not None and durable.step_of(session.saved)[0] == session.step:
         return session.saved  # perhaps a later revision of the step
-    return durable.step_folder(session.run_folder / "checkpoints", session.step)
+    return durable.step_folder(session.folder / "checkpoints", session.step)
 
 
 def rng_file(rank: int) -> str:
@@ -90,8 +90,8 @@ def _set_random_state(session: Session, file: Path) -> None:
 
 def _forget_the_future(session: Session) -> None:
     """Sets checkpoints beyond the current step aside: this run is about to write its own, and 'auto' must not mix them."""
-    for path in durable.steps(session.run_folder / "checkpoints"):
-        beyond = durable.step_of(path) > max(durable.step_of(session.saved), (session.step, 0))
-        if beyond and (path / durable.MANIFEST).is_file():  # else somebody has made it by hand
+    kept = max(durable.step_of(session.saved), (session.step, 0)) if session.saved is not None else (session.step, 0)
+    for path in durable.steps(session.folder / "checkpoints"):
+        if durable.step_of(path) > kept and (path / durable.MANIFEST).is_file():  # else somebody has made it by hand
             log.warning("%s is beyond the step to resume from: kept as %s", path, durable.set_aside(path).name)
-    (session.run_folder / "summary.txt").unlink(missing_ok=True)
+    (session.folder / "summary.txt").unlink(missing_ok=True)

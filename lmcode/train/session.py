@@ -63,6 +63,28 @@ class Session:
     training_seconds: float = 0.0  # in `fit`, over all the processes that the run has had
 
     @property
+    def folder(self) -> Path:
+        """The run folder, for what is done only where there is one.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.run_folder is None:
+            raise ValueError("this job keeps no record on disk: it has no run folder")
+        return self.run_folder
+
+    @property
+    def examined(self) -> StreamSampler:
+        """The held-out documents, for what is done only where there are any.
+
+        Raises:
+            ValueError: if nothing was given to evaluate on.
+        """
+        if self.held_out is None:
+            raise ValueError("this job has nothing to evaluate on")
+        return self.held_out
+
+    @property
     def last_step(self) -> int:
         """Steps behind the job when it ends: `train.total_steps`, or fewer if the data ends before."""
         total, steps = self.config.train.total_steps, self.sampler.num_steps

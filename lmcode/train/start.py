@@ -76,7 +76,8 @@ def open_run(config: RunConfig, group: Group, resume: str | None = None) -> Star
         for lock in held:
             lock.withdraw()
         raise
-    return Start(*found, lock=held[0] if held else None)
+    run, chosen, finished, resharded = found
+    return Start(run, chosen, finished, resharded, lock=held[0] if held else None)
 
 
 def _open(config: RunConfig, world_size: int, resume: str | None, held: list[Lock]
@@ -186,7 +187,7 @@ def set_up(config: RunConfig, me: Rank, *, start: Start | None = None, watch: Nu
 
 
 def _record(session: Session) -> None:
-    session.metrics = record_in(session.run_folder, session)
+    session.metrics = record_in(session.folder, session)
 
 
 def record_in(run_folder: Path, session: Session) -> Metrics:
