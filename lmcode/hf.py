@@ -26,13 +26,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.generation import GenerationMixin, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutput
 
 from lmcode.config import LMCODEConfig, MemoryConfig, build, near_match
 from lmcode.language_model import LMCODE
 from lmcode.memories.experiences import Namespace, namespace_number
-from lmcode.saved.pretrained import MODEL_TYPE
+from lmcode.saved.files import MODEL_TYPE
 
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, "min_length": 0}  # all we can do
 IGNORED = ("pad_token_id", "bos_token_id", "use_cache", "transformers_version", "_from_model_config", "cache_implementation",
@@ -69,9 +70,10 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
             build(LMCODEConfig, config.lmcode_model), memory=build(MemoryConfig, config.lmcode_memory))
         self.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.eos_token_id)
 
+    # transformers spells out all its settings, and each of its versions others; here they are **settings.
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, include_memory: bool = True,
-                        **settings: Any) -> LMCODEForCausalLM:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any,  # type: ignore[override]
+                        include_memory: bool = True, **settings: Any) -> LMCODEForCausalLM:
         """Loads what `LMCODE.save_pretrained` wrote, with `LMCODE.from_pretrained`.
 
         Args:
@@ -88,13 +90,16 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(dtype, str) and dtype != "auto":
             dtype = getattr(torch, dtype)
         if isinstance(dtype, torch.dtype):
-            wrapped = wrapped.to(dtype)
+            wrapped = wrapped.to(dtype)  # type: ignore[arg-type]  # transformers wraps a method as if it were a function
         where = settings.get("device_map")
         where = where.get("") if isinstance(where, dict) else where
-        return wrapped.to(where).eval() if where not in (None, "auto") else wrapped.eval()
+        if where not in (None, "auto"):
+            wrapped = wrapped.to(where)
+        wrapped.train(False)
+        return wrapped
 
-    def save_pretrained(self, save_directory: str | Path, *, include_memory: bool = True, push_to_hub: bool = False,
-                        **ignored: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *,  # type: ignore[override]  # as `from_pretrained`
+                        include_memory: bool = True, push_to_hub: bool = False, **ignored: Any) -> None:
         """`LMCODE.save_pretrained`; of transformers' own settings none applies."""
         if push_to_hub:
             raise ValueError("save_pretrained only saves: upload with model.lmcode.push_to_hub(repo_id)")
@@ -147,8 +152,8 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutput(loss=output.loss, logits=output.logits.gather(1, back_BTV))
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None,
-                 stopping_criteria: Any = None, **settings: Any) -> Tensor:
+    def generate(self, inputs: Tensor | None = None,  # type: ignore[override]  # as `from_pretrained`
+                 generation_config: GenerationConfig | None = None, stopping_criteria: Any = None, **settings: Any) -> Tensor:
         """`LMCODE.generate` with transformers' names and defaults, but for the length: 128 new tokens.
 
         Args:
@@ -195,7 +200,8 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
     def _until(self, ids_BT: Tensor, stops: StoppingCriteriaList, words: dict[str, Any]) -> Tensor:
         """Generates until every text has met a criterion or its end."""
         if not stops:
-            return self.lmcode.generate(ids_BT, **words)
+            written = self.lmcode.generate(ids_BT, **words)
+            return written if isinstance(written, Tensor) else written.tokens_BT
         filler = self.config.eos_token_id or 0
         written_BT, done_B = ids_BT, torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
 
