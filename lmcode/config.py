@@ -326,7 +326,8 @@ def read_yaml(text: str) -> Any:
     class PlainLoader(yaml.SafeLoader):
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
-                raise ValueError(f"an alias is not allowed: got '*{self.peek_event().anchor}'")  # type: ignore[no-untyped-call]  # its stubs lack it
+                event = self.peek_event()  # type: ignore[no-untyped-call]  # the stubs of yaml say nothing of it
+                raise ValueError(f"an alias is not allowed: got '*{event.anchor}'")
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:

@@ -70,10 +70,9 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
             build(LMCODEConfig, config.lmcode_model), memory=build(MemoryConfig, config.lmcode_memory))
         self.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.eos_token_id)
 
-    # transformers spells out all its settings, and each of its versions others; here they are **settings.
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any,  # type: ignore[override]
-                        include_memory: bool = True, **settings: Any) -> LMCODEForCausalLM:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path,  # type: ignore[override]  # theirs names them all
+                        *args: Any, include_memory: bool = True, **settings: Any) -> LMCODEForCausalLM:
         """Loads what `LMCODE.save_pretrained` wrote, with `LMCODE.from_pretrained`.
 
         Args:
@@ -153,7 +152,8 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None,  # type: ignore[override]  # as `from_pretrained`
-                 generation_config: GenerationConfig | None = None, stopping_criteria: Any = None, **settings: Any) -> Tensor:
+                 generation_config: GenerationConfig | None = None, stopping_criteria: Any = None,
+                 **settings: Any) -> Tensor:
         """`LMCODE.generate` with transformers' names and defaults, but for the length: 128 new tokens.
 
         Args:

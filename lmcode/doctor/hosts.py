@@ -38,7 +38,8 @@ def examine(link: Link, *, run_dir: Path, space: Space | None = None, master_add
         rows += guarded("shared folder", lambda: shared_folder(link, reports))
         rows += guarded("open ports", lambda: together(link, reports, master_address, master_port))
     left = len(link.hosts)
-    return [*rows, *link.rows, Row("hosts", "ok" if left == all_hosts else "fail", f"{left} of {all_hosts} answered to the end")]
+    rows += link.rows
+    return [*rows, Row("hosts", "ok" if left == all_hosts else "fail", f"{left} of {all_hosts} answered to the end")]
 
 
 def collect(link: Link, run_dir: Path, space: Space | None) -> dict[str, Report]:
