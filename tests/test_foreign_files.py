@@ -21,8 +21,7 @@ from lmcode.files import commit, durable, replace
 from lmcode.report.page import MADE_BY
 from lmcode.report.plots import plot_training_history
 from lmcode.report.run import write_page
-from lmcode.saved import checkpoint
-from lmcode.train import path_checkpoint
+from lmcode.train import path_checkpoint, resuming
 from lmcode.train.start import open_run, record_in
 
 CONFIG = LMCODEConfig(vocab_size=300, hidden_size=16, num_layers=1, num_heads=2, context_length=16, short_term_memory_size=2,
@@ -68,7 +67,7 @@ def open_a_run(folder: Path, resume: str | None) -> None:
     start = open_run(config, Group(), resume)
     session = SimpleNamespace(config=config, step=0, folder=folder, engine=SimpleNamespace(ds_config={}),
                               saved=folder / "checkpoints" / "step-00000000")
-    checkpoint._forget_the_future(session)
+    resuming._forget_the_future(session)
     record_in(folder, session).close()
     for step in (2, 3):
         durable_commit(durable.step_folder(folder / "checkpoints", step))

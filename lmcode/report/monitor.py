@@ -18,7 +18,7 @@ from lmcode.memory.bank import LongTermMemory
 from lmcode.model.lm import LayerMemory, LMCODEOutput
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from lmcode.report.plots import Figure
 
 MEASURES = ("fill", "gate_mean", "hit_share", "null_share", "age_p50", "score_mean", "entries", "evicted")
 

@@ -20,7 +20,7 @@ from lmcode.report.history import Curves, curves_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Figure
 
     from lmcode.backbone import Backbone
     from lmcode.data.tokenizer import Tokenizer
