@@ -1,7 +1,6 @@
 """One round of consolidation, as the ranks of a memory group go through it together; its rules are those of `consolidate`.
 
-Beside `bank` the only place in this package that calls collectives. What is merged is known on every rank after the links
-were gathered; then each loser travels to its survivor's rank.
+What is merged is known on every rank after the links were gathered; then each loser travels to its survivor's rank.
 Letters: P live entries of this rank; n of them that ask at once; L links; E pairs.
 """
 

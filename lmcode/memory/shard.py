@@ -10,6 +10,7 @@ W winners.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Union
@@ -25,13 +26,14 @@ from lmcode.memory.entry import COUNTERS, EMPTY, MASS_UNIT, MAX_IMPORTANCE, META
 from lmcode.memory.evict import choose_slots
 from lmcode.memory.placement import capacity_of, virtual_shard_of
 from lmcode.memory.search.exact import Found, Hidden, Search, Stack, attend_best, no_hits, stack_rows
-from lmcode.memory.ticket import Ticket, make_ticket, query_gradients, weighted_sums, winning_rows
+from lmcode.memory.ticket import Ticket
 from lmcode.protocol import NO_SCORE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Predicate = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 Scope = Union[str, Sequence[int]]  # noqa: UP007  (evaluated at run time)
 STACKED_ROWS = 65536  # the same for those of look-ups
+_VERSIONS = itertools.count(1)  # no two states of any two shards in this process share a version
 KEPT_ROWS = 16384  # rows copied for searches that the next searches find again, as long as nothing changes
 
 
@@ -45,7 +47,11 @@ class Rows:
 
 
 class Shard:
-    """The rows of the virtual shards `owned`. Keys and values lie on `device`, everything else on the CPU."""
+    """The rows of the virtual shards `owned`. Keys and values lie on `device`, everything else on the CPU.
+
+    version: a number that is never the same again after a change. Ranks that make the same calls change it in the same ones,
+        even where a call finds nothing to change.
+    """
 
     def __init__(self, *, heads: int, head_dim: int, slots: int, owned: Sequence[int], config: MemoryConfig,
                  device: torch.device) -> None:
@@ -61,6 +67,7 @@ class Shard:
         self.columns = {name: np.full(M, EMPTY[name], kind) for name, kind in METADATA.items()}
         self.hand = dict.fromkeys(self.owned, 0)
         self.evicted = dict.fromkeys(self.owned, 0)
+        self.version = next(_VERSIONS)
         self._index: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         self._texts: tuple[np.ndarray, dict[tuple[int, int], slice]] | None = None
         self._kept: dict[object, Rows] = {}
@@ -107,6 +114,7 @@ class Shard:
         self.key_HME[:, self._on_device(slot_E), -1] = addend_E
         self._kept.clear()
         self._stacks.clear()
+        self.version = next(_VERSIONS)
 
     def matching(self, *, ids: Sequence[int] | None, namespace: int | None, before_step: int | None,
                  predicate: Predicate | None) -> np.ndarray:
@@ -251,9 +259,9 @@ class Shard:
         found = np.flatnonzero(np.isin(names, namespaces))
         return np.concatenate([order[:0], *(order[starts[at]:starts[at + 1]] for at in found)])
 
-    def search(self, query_HGE: Tensor, namespace_G: np.ndarray, document_G: np.ndarray, k: int, *, scope: Scope,
+    def search(self, query_GHE: Tensor, namespace_G: np.ndarray, document_G: np.ndarray, k: int, *, scope: Scope,
                tier: Search) -> Found:
-        """The k best rows of this rank for each head and query: score, id and slot, [H, G, K], in total order.
+        """The k best rows of this rank for each query and head: score, id and slot, [G, H, K], in total order.
 
         A query with a negative namespace sees nothing, whatever the scope; one of a known document sees nothing that was
         written from this document under another namespace.
@@ -261,17 +269,17 @@ class Shard:
         def hidden(slot_P: Tensor | None, queries: np.ndarray) -> Hidden:
             return () if scope == "document" else self._hidden(slot_P, namespace_G[queries], document_G[queries])
 
-        return self._search(query_HGE, _groups(namespace_G, scope), k, tier, self._rows_of, hidden)
+        return self._search(query_GHE, _groups(namespace_G, scope), k, tier, self._rows_of, hidden)
 
-    def look_up(self, query_HNE: Tensor, namespace_N: np.ndarray, k: int, *, scope: Scope,
+    def look_up(self, query_NHE: Tensor, namespace_N: np.ndarray, k: int, *, scope: Scope,
                 longest: float) -> tuple[Tensor, ...] | None:
-        """What `sums` would give for a `search` and its log-sum-exp, [H, N, D] and [H, N], and whether that takes a search
-        after all, bool [N]; None if it does for all.
+        """What attending to the hits of a `search` would give, [N, H, D], and its log-sum-exp, [N, H], and whether that
+        takes a search after all, bool [N]; None if it does for all.
 
         Args:
             longest: length of the longest query, finite.
         """
-        (H, N, E), names = query_HNE.shape, namespace_N.tolist()
+        (N, H, E), names = query_NHE.shape, namespace_N.tolist()
         if scope == "document":
             groups = tuple((name,) for name in (names if len(set(names)) > 1 else names[:1]))
         else:
@@ -279,13 +287,13 @@ class Shard:
         stack = self._stack(groups)
         if stack is None:
             return None
-        value_XQD, lse_XQ, doubtful_XQ = attend_best(query_HNE.reshape(H * len(groups), -1, E), stack,
+        value_XQD, lse_XQ, doubtful_XQ = attend_best(query_NHE.transpose(0, 1).reshape(H * len(groups), -1, E), stack,
                                                      self.value_HMD.flatten(0, 1), k, longest)
-        value_HND, lse_HN = value_XQD.view(H, N, -1), lse_XQ.view(H, N)
+        value_NHD, lse_NH = value_XQD.view(H, N, -1).transpose(0, 1), lse_XQ.view(H, N).transpose(0, 1)
         if stack.has_empty or min(names) < 0:
-            sees_N = ~stack.empty_G & self._on_device(namespace_N >= 0)
-            value_HND, lse_HN = value_HND.where(sees_N[:, None], 0.0), lse_HN.where(sees_N, NO_SCORE)
-        return value_HND, lse_HN, doubtful_XQ.view(H, N).any(dim=0)
+            sees_N1 = (~stack.empty_G & self._on_device(namespace_N >= 0))[:, None]
+            value_NHD, lse_NH = value_NHD.where(sees_N1[..., None], 0.0), lse_NH.where(sees_N1, NO_SCORE)
+        return value_NHD, lse_NH, doubtful_XQ.view(H, N).any(dim=0)
 
     def _stack(self, groups: tuple[tuple[int, ...] | None, ...]) -> Stack | None:
         """The rows of these namespaces (None: of all), group by group; None if they are too many. Kept until the shard
@@ -306,29 +314,31 @@ class Shard:
             unit_GF: rows of `unit_keys`; so are the rows that they are compared with, a text at a time.
             text_G2: namespace (negative: none, so nothing is found) and document of each query.
         """
-        query_1GE = F.pad(unit_GF, (0, 1), value=1.0).unsqueeze(0)
+        query_G1E = F.pad(unit_GF, (0, 1), value=1.0).unsqueeze(1)
         order_G = np.lexsort((text_G2[:, 1], text_G2[:, 0]))
         groups = [(order_G[start:end], text) for start, end, text in zip(*_runs(text_G2[order_G]), strict=True)
                   if text[0] >= 0]
-        score_1G2, id_1G2, slot_1G2 = self._search(query_1GE, groups, 2, tier, self._unit_rows_of)
-        return score_1G2[0], id_1G2[0], slot_1G2[0]
+        found = self._search(query_G1E, groups, 2, tier, self._unit_rows_of)
+        return found[0][:, 0], found[1][:, 0], found[2][:, 0]
 
-    def _search(self, query_HGE: Tensor, groups: list[tuple[np.ndarray, Any]], k: int, tier: Search,
+    def _search(self, query_GHE: Tensor, groups: list[tuple[np.ndarray, Any]], k: int, tier: Search,
                 rows_of: Callable[[Any], Rows],
                 hidden_of: Callable[[Tensor | None, np.ndarray], Hidden] = lambda *_: ()) -> Found:
-        H, G, _ = query_HGE.shape
-        found = no_hits((H, G, k), query_HGE.device)
+        """Group by group; a tier goes head by head, so here, and nowhere else, queries are turned for it."""
+        G, H, _ = query_GHE.shape
+        found = no_hits((G, H, k), query_GHE.device)
         for queries, seen in groups:
             rows = rows_of(seen)
             if len(rows.id_P) == 0:
                 continue
             positions = self._on_device(queries)
-            score_HQK, id_HQK, slot_HQK = tier(query_HGE.index_select(1, positions), rows.key_HPE, rows.id_P, k,
+            query_HQE = query_GHE.index_select(0, positions).transpose(0, 1).contiguous()
+            score_HQK, id_HQK, slot_HQK = tier(query_HQE, rows.key_HPE, rows.id_P, k,
                                                hidden=hidden_of(rows.slot_P, queries))
             if rows.slot_P is not None:
                 slot_HQK = rows.slot_P[slot_HQK.clamp(min=0)].where(slot_HQK >= 0, -1)
             for whole, part in zip(found, (score_HQK, id_HQK, slot_HQK), strict=True):
-                whole.index_copy_(1, positions, part)
+                whole.index_copy_(0, positions, part.transpose(0, 1))
         return found
 
     def _hidden(self, slot_P: Tensor | None, namespace_Q: np.ndarray, document_Q: np.ndarray) -> Hidden:
@@ -375,24 +385,6 @@ class Shard:
         if len(rows.id_P) + sum(len(kept.id_P) for kept in self._kept.values()) <= KEPT_ROWS:
             self._kept[key] = rows
         return rows
-
-    def ticket(self, won_GHK: Tensor, score_GHK: Tensor, slot_GHK: Tensor, lse_GH: Tensor, *, rows_per_rank: int,
-               version: int) -> Ticket:
-        """See `make_ticket`."""
-        return make_ticket(won_GHK, score_GHK, slot_GHK, lse_GH, step_M=self.columns["step"], rows_per_rank=rows_per_rank,
-                           version=version)
-
-    def sums(self, ticket: Ticket) -> Tensor:
-        """For each bag the sum of weight * value over its winners: fp32 [Q, D]."""
-        return weighted_sums(self.value_HMD.flatten(0, 1), ticket.row_W, ticket.offset_Q, ticket.weight_W)
-
-    def sums_backward(self, ticket: Ticket, grad_QD: Tensor, dot_Q: Tensor, grad_lse_Q: Tensor) -> Tensor:
-        """See `query_gradients`."""
-        return query_gradients(self.key_HME, self.value_HMD, ticket, grad_QD, dot_Q, grad_lse_Q)
-
-    def rows(self, ticket: Ticket, k: int) -> Tensor:
-        """See `winning_rows`."""
-        return winning_rows(self.key_HME, self.value_HMD, ticket, k)
 
     # --- state -----------------------------------------------------------------------------------------------------
 
