@@ -78,18 +78,21 @@ class Retriever(Protocol):
         """
         ...
 
+    def look_up(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What `attend` returns for a fresh `search`, where nobody needs the hits; without gradient.
 
-def look_up(retriever: Retriever, query_HND: Tensor, namespace_N: Tensor,
-            document_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What `attend` returns for a fresh `search`, where nobody needs the hits; without gradient.
+        `InTwoSteps` has it for retrievers that know no faster way.
+        """
+        ...
 
-    A retriever that has a faster way than these two has a method of this name.
-    """
-    with torch.no_grad():
-        shortcut = getattr(retriever, "look_up", None)
-        if shortcut is not None:
-            return shortcut(query_HND, namespace_N, document_N)
-        return retriever.attend(query_HND, retriever.search(query_HND, namespace_N, document_N))
+
+class InTwoSteps:
+    """A retriever that looks up by searching and attending."""
+
+    @torch.no_grad()
+    def look_up(self: Retriever, query_HND: Tensor, namespace_N: Tensor,
+                document_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.attend(query_HND, self.search(query_HND, namespace_N, document_N))
 
 
 class ConsolidationReport(NamedTuple):
@@ -111,7 +114,7 @@ def check_threshold(threshold: float) -> None:
         raise ValueError(f"a consolidation threshold is a cosine distance in (0, 2]: got {threshold}")
 
 
-class NullRetriever:
+class NullRetriever(InTwoSteps):
     """A retriever that finds nothing: the model without a bank, with equal parameters; and what stands at a layer without
     a long-term memory, so that all layers can be asked to consolidate theirs."""
 

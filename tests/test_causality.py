@@ -24,7 +24,7 @@ from lmcode.memory.bank import LongTermMemory
 from lmcode.memory.entry import UNKNOWN
 from lmcode.memory.shard import Shard
 from lmcode.model.lm import LayerMemory
-from lmcode.protocol import Hits, look_up
+from lmcode.protocol import Hits
 from lmcode.train import loop
 
 END, LENGTH, TEXTS, COPIES = 0, 20, 6, 2  # the first texts occur twice
@@ -285,7 +285,7 @@ def test_the_short_way_of_decoding_hides_the_same() -> None:
                document_E=torch.arange(60) % 2)
     query = torch.randn(2, 3, 8, generator=chance)
     for document_N in (torch.tensor([0, 1, -1]), torch.tensor([-1, -1, -1]), None):
-        found = look_up(bank, query, names[:3], document_N)
+        found = bank.look_up(query, names[:3], document_N)
         wanted = bank.attend(query, bank.search(query, names[:3], document_N))
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other)

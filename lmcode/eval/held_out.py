@@ -18,7 +18,7 @@ from lmcode.dist import Group
 from lmcode.memories.memories import fork_banks
 from lmcode.memory.bank import LongTermMemory
 from lmcode.model.mode import in_eval_mode
-from lmcode.protocol import Hits, NullRetriever, Retriever
+from lmcode.protocol import Hits, InTwoSteps, NullRetriever, Retriever
 
 APART = 2**62 + 2**61  # from here on namespaces are those of readings that only measure: beyond all that training gives out
 MODES = ("on", "off", "shuffled")
@@ -39,7 +39,7 @@ class EvalResult(NamedTuple):
     by_source: Mapping[str, float] = MappingProxyType({})
 
 
-class ShuffledRetriever:
+class ShuffledRetriever(InTwoSteps):
     """Reads the memory of another document: the control that keeps the mechanism and takes away the content.
 
     Every stream searches the namespace of the next stream that reads a document (the last one that of the first), so each

@@ -13,12 +13,12 @@ from lmcode.backbone import Backbone
 from lmcode.data.tokenizer import Tokenizer
 from lmcode.memories.experiences import Namespace, namespace_number
 from lmcode.memory.bank import LongTermMemory
-from lmcode.protocol import Hits, NullRetriever, Retriever
+from lmcode.protocol import Hits, InTwoSteps, NullRetriever, Retriever
 from lmcode.report.analysis import quietly
 from lmcode.report.sequences import as_text, device_of, token_sequences, tokenizer_of
 
 
-class Everything:
+class Everything(InTwoSteps):
     """Reads a bank whatever its scope: all its entries can be found, of every namespace."""
 
     def __init__(self, bank: LongTermMemory) -> None:

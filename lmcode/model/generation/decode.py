@@ -26,7 +26,7 @@ from lmcode.model.long_term import BEFORE_OWN, FOUND, LongTermRead
 from lmcode.model.rotary import rotary_table
 from lmcode.model.short_term import ShortTermMemory
 from lmcode.precision import without_autocast
-from lmcode.protocol import NO_SCORE, look_up
+from lmcode.protocol import NO_SCORE
 
 LEAST_LENGTH = 1e-12  # of what is divided by its length: F.normalize's
 PLAIN = {nn.ModuleList, nn.Linear, nn.Embedding, nn.RMSNorm, nn.Dropout, MemoryAugmentedLayer, SelfAttention, FeedForward,
@@ -207,11 +207,11 @@ class LayerDecoder:
         """
         stride, bank = self._layer.long_term_read.stride, self._layer.long_term_memory
         if stride == 1:
-            return look_up(bank, query_HBD, namespace_B)
+            return bank.look_up(query_HBD, namespace_B)
         cache.put("own_query", query_HBD.unsqueeze(2), step.index_B, step.place)
         asks_B = step.index_B // stride * stride - 1
         query_HB1D = cache.get("own_query", asks_B.clamp(min=0))
-        return look_up(bank, query_HB1D[:, :, 0], namespace_B.where(asks_B >= 0, -1))
+        return bank.look_up(query_HB1D[:, :, 0], namespace_B.where(asks_B >= 0, -1))
 
     def feed_forward(self, x_BC: Tensor) -> Tensor:
         """The feed-forward part."""
