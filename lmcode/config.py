@@ -10,10 +10,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
+# What a setting may name besides its other values, and where that is, "module:name". Who adds a line can choose it.
+EVICTIONS = {"fifo": "lmcode.memory.evict:second_chance", "clock": "lmcode.memory.evict:second_chance"}
 FAISS_GPU_MAX_K = 2048  # largest k of GPU FAISS without cuVS; kept on every machine so that a config is portable
 
 
@@ -25,6 +36,15 @@ def near_match(word: str, known: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the known word closest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def name_in(table: Mapping[str, str], *others: str) -> Any:
+    """The type of a setting that is a key of `table`, whatever it then holds, or one of `others`."""
+    def check(name: str) -> str:
+        if name not in (known := (*others, *table)):
+            raise ValueError(f"must be one of {', '.join(map(repr, known))}: got '{name}'.{near_match(name, known)}")
+        return name
+    return Annotated[str, AfterValidator(check), WithJsonSchema({"type": "string", "enum": [*others, *table]})]
 
 
 class Section(BaseModel):
@@ -108,7 +128,8 @@ class MemoryConfig(Section):
     write: Literal["all", "every_nth", "surprise"] = Field("all", description="which tokens become entries")
     write_every: int = Field(4, ge=1, description="n of write=every_nth")
     write_share: float = Field(0.25, gt=0.0, le=1.0, description="share of tokens that write=surprise keeps")
-    eviction: Literal["fifo"] = "fifo"
+    eviction: name_in(EVICTIONS) = Field("fifo", description="who makes room for newcomers: with a second chance for the "
+                                         "important; 'clock' is another name of it")
     second_chance_importance: float = Field(1.5, gt=0.0, description="from here on FIFO passes an entry over once; surprise "
                                             "alone does not reach 1.5")
     importance_weight: float = Field(0.25, ge=0.0, description="factor on log-importance in an entry's score")

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from lmcode.config import MemoryConfig
 from lmcode.memory.consolidate import merge_columns, merge_vectors, pack_columns, unit_keys
 from lmcode.memory.entry import COUNTERS, EMPTY, MASS_UNIT, MAX_IMPORTANCE, METADATA, UNKNOWN, Entries, check_content
-from lmcode.memory.evict import choose_slots
+from lmcode.memory.evict import Ring, policy_of
 from lmcode.memory.placement import capacity_of, virtual_shard_of
 from lmcode.memory.search.exact import Found, Hidden, Search, Stack, attend_best, no_hits, stack_rows
 from lmcode.memory.ticket import Ticket
@@ -67,6 +67,7 @@ class Shard:
         self.columns = {name: np.full(M, EMPTY[name], kind) for name, kind in METADATA.items()}
         self.hand = dict.fromkeys(self.owned, 0)
         self.evicted = dict.fromkeys(self.owned, 0)
+        self._policy = policy_of(config.eviction)
         self.version = next(_VERSIONS)
         self._index: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         self._texts: tuple[np.ndarray, dict[tuple[int, int], slice]] | None = None
@@ -81,19 +82,22 @@ class Shard:
     # --- writing ---------------------------------------------------------------------------------------------------
 
     def write(self, entries: Entries) -> None:
-        """Stores those entries that belong here, in id order, and evicts what is in their way."""
+        """Stores those entries that belong here and that the policy of eviction takes, and evicts what is in their way.
+
+        `evicted` counts both: who is refused has had an id, and is gone.
+        """
         shard_E = virtual_shard_of(entries.id_E, self.config.virtual_shards)
-        kept, slots = [], []
+        columns, kept, slots = entries.metadata(), [], []
         for shard, place in self.range_of.items():
             batch = np.flatnonzero(shard_E == shard)
-            lost = max(0, len(batch) - (place.stop - place.start))
-            ring = choose_slots(self.hand[shard], self.live_M[place], self.columns["chance"][place], len(batch) - lost)
-            slot_n = ring.slot_n + place.start
-            self.evicted[shard] += lost + int(self.live_M[slot_n].sum())
-            self.hand[shard] = ring.hand
-            self.columns["chance"][place][ring.spent_C] = False
-            kept.append(batch[lost:])
-            slots.append(slot_n)
+            ring = Ring(self.hand[shard], {name: column[place] for name, column in self.columns.items()})
+            placement = self._policy(ring, {name: column[batch] for name, column in columns.items()})
+            stored = batch if placement.stored_m is None else batch[placement.stored_m]
+            self.evicted[shard] += len(batch) - len(stored) + int(ring.live_C[placement.slot_m].sum())
+            self.hand[shard] = placement.hand
+            ring.columns["chance"][placement.spent_C] = False
+            kept.append(stored)
+            slots.append(placement.slot_m + place.start)
         self._put(np.concatenate(slots), entries.take(np.concatenate(kept)))
 
     def _put(self, slot_E: np.ndarray, entries: Entries) -> None:
