@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 # What a setting may name besides its other values, and where that is, "module:name". Who adds a line can choose it.
+TIERS = {"exact": "lmcode.memory.search.exact:ExactTier", "faiss-flat": "lmcode.memory.search.faiss_index:FlatTier"}
 EVICTIONS = {"fifo": "lmcode.memory.evict:second_chance", "clock": "lmcode.memory.evict:second_chance"}
 FAISS_GPU_MAX_K = 2048  # largest k of GPU FAISS without cuVS; kept on every machine so that a config is portable
 
@@ -121,7 +122,7 @@ class MemoryConfig(Section):
     group_size: int = Field(0, ge=0, description="consecutive ranks of a memory group: the bank is sliced inside a group "
                             "and replicated between groups; 0: all ranks are one group")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="storage of keys and values")
-    tier: Literal["auto", "exact", "faiss-flat"] = "auto"
+    tier: name_in(TIERS, "auto") = "auto"
     fetch: Literal["sums", "rows"] = Field("sums", description="phase 4 of the read protocol")
     exchange: Literal["all_gather", "all_to_all", "auto"] = Field("all_gather", description="phase 3")
     scope: Literal["document", "global"] = Field("document", description="which entries a query may see")

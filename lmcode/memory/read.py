@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from lmcode.dist import Group
 from lmcode.memory.merge import logsumexp_of, merge_lists, pack_cuts, unpack_cuts, winners
 from lmcode.memory.placement import holder_of
-from lmcode.memory.search.faiss_index import TIERS, check_top_k
+from lmcode.memory.search.faiss_index import check_top_k
 from lmcode.memory.shard import Scope, Shard
 from lmcode.memory.ticket import Ticket, make_ticket, query_gradients, value_sums, winning_rows
 from lmcode.precision import without_autocast
@@ -81,7 +81,7 @@ class Reader:
         with self.clock.running():
             asked = self.ask(query_NHD, namespace_N, document_N, scope, ragged=ragged)
             score_GHK, id_GHK, slot_GHK = self.shard.search(asked.query_GHE, asked.namespace_G, asked.document_G, k,
-                                                            scope=scope, tier=TIERS[tier])
+                                                            scope=scope, tier=tier)
             agreed = self.agree(score_GHK, id_GHK)
             won_GHK = winners(score_GHK, id_GHK, agreed.cut_score_GH, agreed.cut_id_GH)
             ticket = make_ticket(won_GHK, score_GHK, slot_GHK, agreed.lse_GH, step_M=self.shard.columns["step"],

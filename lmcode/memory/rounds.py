@@ -44,7 +44,7 @@ def _links(shard: Shard, group: Group, slot_n: np.ndarray, threshold: float, tie
     id_n, text_n2, unit_nF = shard.questions(slot_n)
     unit_GF = group.all_gather(pad(unit_nF, block), phase="writes")
     text_G2 = group.all_gather(pad(text_n2, block, -1), phase="writes").cpu().numpy()
-    lists = shard.nearest(unit_GF, text_G2, tier=consolidate.nearest_search(tier))[:2]
+    lists = shard.nearest(unit_GF, text_G2, tier=tier)[:2]
     lists = (group.all_to_all(part, phase="writes").view(-1, block, 2) for part in lists)
     score_n2, other_n2 = (part[:n] for part in merge_lists(*lists))
     return consolidate.links_of(id_n, score_n2, other_n2, heads=shard.key_HME.shape[0], threshold=threshold)

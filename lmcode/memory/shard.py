@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Union
 
 import numpy as np
@@ -25,7 +24,8 @@ from lmcode.memory.consolidate import merge_columns, merge_vectors, pack_columns
 from lmcode.memory.entry import COUNTERS, EMPTY, MASS_UNIT, MAX_IMPORTANCE, METADATA, UNKNOWN, Entries, check_content
 from lmcode.memory.evict import Ring, policy_of
 from lmcode.memory.placement import capacity_of, virtual_shard_of
-from lmcode.memory.search.exact import Found, Hidden, Search, Stack, attend_best, no_hits, stack_rows
+from lmcode.memory.search.exact import Stack, attend_best, no_hits, stack_rows
+from lmcode.memory.search.tier import Found, Hidden, Rows, Tier, tier_of
 from lmcode.memory.ticket import Ticket
 from lmcode.protocol import NO_SCORE
 
@@ -35,15 +35,6 @@ Scope = Union[str, Sequence[int]]  # noqa: UP007  (evaluated at run time)
 STACKED_ROWS = 65536  # the same for those of look-ups
 _VERSIONS = itertools.count(1)  # no two states of any two shards in this process share a version
 KEPT_ROWS = 16384  # rows copied for searches that the next searches find again, as long as nothing changes
-
-
-@dataclass
-class Rows:
-    """What a group of queries sees: keys [H, P, E], ids int64 [P], slots int64 [P] (None: row p is slot p)."""
-
-    key_HPE: Tensor
-    id_P: Tensor
-    slot_P: Tensor | None
 
 
 class Shard:
@@ -73,6 +64,7 @@ class Shard:
         self._texts: tuple[np.ndarray, dict[tuple[int, int], slice]] | None = None
         self._kept: dict[object, Rows] = {}
         self._stacks: dict[object, Stack | None] = {}
+        self._tiers: dict[str, Tier] = {}
 
     @property
     def live_M(self) -> np.ndarray:
@@ -111,7 +103,10 @@ class Shard:
         self._index = self._texts = None
 
     def _refresh_scores(self, slot_E: np.ndarray) -> None:
-        """Puts importance into the keys. The logarithm is fp64, so that its fp32 value is the same on every path."""
+        """Puts importance into the keys of slots that have changed; whatever was kept of them is out of date.
+
+        The logarithm is fp64, so that its fp32 value is the same on every path.
+        """
         importance_E = np.where(self.live_M[slot_E], self.columns["importance"][slot_E], 1.0).astype(np.float64)
         addend_E = np.where(self.live_M[slot_E], self.config.importance_weight * np.log(importance_E), NO_SCORE)
         addend_E = torch.from_numpy(addend_E.astype(np.float32)).to(self.key_HME)
@@ -119,6 +114,8 @@ class Shard:
         self._kept.clear()
         self._stacks.clear()
         self.version = next(_VERSIONS)
+        for tier in self._tiers.values():
+            tier.changed(slot_E)
 
     def matching(self, *, ids: Sequence[int] | None, namespace: int | None, before_step: int | None,
                  predicate: Predicate | None) -> np.ndarray:
@@ -264,7 +261,7 @@ class Shard:
         return np.concatenate([order[:0], *(order[starts[at]:starts[at + 1]] for at in found)])
 
     def search(self, query_GHE: Tensor, namespace_G: np.ndarray, document_G: np.ndarray, k: int, *, scope: Scope,
-               tier: Search) -> Found:
+               tier: str) -> Found:
         """The k best rows of this rank for each query and head: score, id and slot, [G, H, K], in total order.
 
         A query with a negative namespace sees nothing, whatever the scope; one of a known document sees nothing that was
@@ -273,7 +270,7 @@ class Shard:
         def hidden(slot_P: Tensor | None, queries: np.ndarray) -> Hidden:
             return () if scope == "document" else self._hidden(slot_P, namespace_G[queries], document_G[queries])
 
-        return self._search(query_GHE, _groups(namespace_G, scope), k, tier, self._rows_of, hidden)
+        return self._search(query_GHE, _groups(namespace_G, scope), k, self._tier(tier).search, self._rows_of, hidden)
 
     def look_up(self, query_NHE: Tensor, namespace_N: np.ndarray, k: int, *, scope: Scope,
                 longest: float) -> tuple[Tensor, ...] | None:
@@ -311,7 +308,7 @@ class Shard:
                                     else stack_rows(self.key_HME, [self._on_device(slot_P) for slot_P in slots]))
         return self._stacks[groups]
 
-    def nearest(self, unit_GF: Tensor, text_G2: np.ndarray, *, tier: Search) -> Found:
+    def nearest(self, unit_GF: Tensor, text_G2: np.ndarray, *, tier: str) -> Found:
         """The two entries here that are nearest to each query in its text, itself included: as `search`, [G, 2].
 
         Args:
@@ -322,10 +319,15 @@ class Shard:
         order_G = np.lexsort((text_G2[:, 1], text_G2[:, 0]))
         groups = [(order_G[start:end], text) for start, end, text in zip(*_runs(text_G2[order_G]), strict=True)
                   if text[0] >= 0]
-        found = self._search(query_G1E, groups, 2, tier, self._unit_rows_of)
+        found = self._search(query_G1E, groups, 2, self._tier(tier).search_alike, self._unit_rows_of)
         return found[0][:, 0], found[1][:, 0], found[2][:, 0]
 
-    def _search(self, query_GHE: Tensor, groups: list[tuple[np.ndarray, Any]], k: int, tier: Search,
+    def _tier(self, name: str) -> Tier:
+        if name not in self._tiers:
+            self._tiers[name] = tier_of(name)()
+        return self._tiers[name]
+
+    def _search(self, query_GHE: Tensor, groups: list[tuple[np.ndarray, Any]], k: int, search: Callable[..., Found],
                 rows_of: Callable[[Any], Rows],
                 hidden_of: Callable[[Tensor | None, np.ndarray], Hidden] = lambda *_: ()) -> Found:
         """Group by group; a tier goes head by head, so here, and nowhere else, queries are turned for it."""
@@ -337,8 +339,7 @@ class Shard:
                 continue
             positions = self._on_device(queries)
             query_HQE = query_GHE.index_select(0, positions).transpose(0, 1).contiguous()
-            score_HQK, id_HQK, slot_HQK = tier(query_HQE, rows.key_HPE, rows.id_P, k,
-                                               hidden=hidden_of(rows.slot_P, queries))
+            score_HQK, id_HQK, slot_HQK = search(query_HQE, rows, k, hidden=hidden_of(rows.slot_P, queries))
             if rows.slot_P is not None:
                 slot_HQK = rows.slot_P[slot_HQK.clamp(min=0)].where(slot_HQK >= 0, -1)
             for whole, part in zip(found, (score_HQK, id_HQK, slot_HQK), strict=True):
