@@ -18,7 +18,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -39,13 +38,13 @@ def near_match(word: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-def name_in(table: Mapping[str, str], *others: str) -> Any:
-    """The type of a setting that is a key of `table`, whatever it then holds, or one of `others`."""
+def name_in(table: Mapping[str, str], *others: str) -> AfterValidator:
+    """For a setting that is a key of `table`, whatever it then holds, or one of `others`."""
     def check(name: str) -> str:
         if name not in (known := (*others, *table)):
             raise ValueError(f"must be one of {', '.join(map(repr, known))}: got '{name}'.{near_match(name, known)}")
         return name
-    return Annotated[str, AfterValidator(check), WithJsonSchema({"type": "string", "enum": [*others, *table]})]
+    return AfterValidator(check)
 
 
 class Section(BaseModel):
@@ -122,15 +121,16 @@ class MemoryConfig(Section):
     group_size: int = Field(0, ge=0, description="consecutive ranks of a memory group: the bank is sliced inside a group "
                             "and replicated between groups; 0: all ranks are one group")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="storage of keys and values")
-    tier: name_in(TIERS, "auto") = "auto"
+    tier: Annotated[str, name_in(TIERS, "auto")] = Field("auto", json_schema_extra={"enum": ["auto", *TIERS]})
     fetch: Literal["sums", "rows"] = Field("sums", description="phase 4 of the read protocol")
     exchange: Literal["all_gather", "all_to_all", "auto"] = Field("all_gather", description="phase 3")
     scope: Literal["document", "global"] = Field("document", description="which entries a query may see")
     write: Literal["all", "every_nth", "surprise"] = Field("all", description="which tokens become entries")
     write_every: int = Field(4, ge=1, description="n of write=every_nth")
     write_share: float = Field(0.25, gt=0.0, le=1.0, description="share of tokens that write=surprise keeps")
-    eviction: name_in(EVICTIONS) = Field("fifo", description="who makes room for newcomers: with a second chance for the "
-                                         "important; 'clock' is another name of it")
+    eviction: Annotated[str, name_in(EVICTIONS)] = Field("fifo", json_schema_extra={"enum": [*EVICTIONS]},
+                                                         description="who makes room for newcomers: the first in, with a "
+                                                         "second chance for the important; 'clock' is the same")
     second_chance_importance: float = Field(1.5, gt=0.0, description="from here on FIFO passes an entry over once; surprise "
                                             "alone does not reach 1.5")
     importance_weight: float = Field(0.25, ge=0.0, description="factor on log-importance in an entry's score")

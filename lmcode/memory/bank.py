@@ -18,12 +18,13 @@ from torch import Tensor
 
 from lmcode.config import ConfigError, MemoryConfig
 from lmcode.dist import Group
-from lmcode.memory import entry, measure, write
+from lmcode.memory import entry, measure
 from lmcode.memory.placement import shards_of
 from lmcode.memory.read import SCOPES, Reader, check_search, turned
 from lmcode.memory.rounds import consolidate_shards
 from lmcode.memory.search.faiss_index import check_top_k, choose_tier
 from lmcode.memory.shard import Predicate, Scope, Shard, digest_of
+from lmcode.memory.write import Batch, batch_of, count_hits, gather_candidates, store
 from lmcode.precision import without_autocast
 from lmcode.protocol import Candidates, ConsolidationReport, Hits, check_threshold
 
@@ -168,9 +169,9 @@ class LongTermMemory:
             ValueError: if any of the hits is stale, or its credit not one number for each query.
         """
         tickets = [self._reader.ticket_of(one) for one in hits]
-        self.shard.touch(*write.count_hits(hits, tickets, self.shard, self.inside, self.between), step)
+        self.shard.touch(*count_hits(hits, tickets, self.shard, self.inside, self.between), step)
         evicted, clipped = sum(self.shard.evicted.values()), self.clipped
-        offered, batch = write.gather_candidates(candidates, self.shard, self.group)
+        offered, batch = gather_candidates(candidates, self.shard, self.group)
         id_E = self._store(batch, step)
         written = int((id_E >= 0).sum())
         return entry.CommitReport(offered, written, len(id_E) - written, self.clipped - clipped,
@@ -186,11 +187,11 @@ class LongTermMemory:
             importance_E: fp32, cut off at 10; rows where it is not positive are rejected; 1 when None.
             document_E: int64, the text that each entry was written from; -1, or None: unknown.
         """
-        batch = write.batch_of(key_HED, value_HED, namespace_E, importance_E, document_E, self.shard)
+        batch = batch_of(key_HED, value_HED, namespace_E, importance_E, document_E, self.shard)
         return torch.from_numpy(self._store(batch, step))
 
-    def _store(self, batch: write.Batch, step: int) -> np.ndarray:
-        id_E, clipped = write.store(batch, self.shard, first_id=self.next_id, step=step)
+    def _store(self, batch: Batch, step: int) -> np.ndarray:
+        id_E, clipped = store(batch, self.shard, first_id=self.next_id, step=step)
         self.next_id += len(id_E)
         self.rejected += int((id_E < 0).sum())
         self.clipped += clipped

@@ -1,8 +1,8 @@
 """What a search tier is: one way to find the best of some rows. `config.TIERS` names those that there are.
 
 A shard owns an object of each tier that it is asked for, hands it the rows that a group of queries sees, and tells it which
-slots have changed. Hits are the same in every tier: exact scores, in total order. Importance is the last component of a stored
-key, an addend to the score that changes whenever an entry is read; a tier that keeps an index is told of that, too.
+slots have changed. Hits are the same in every tier: exact scores, in total order. Importance is the last component of a
+stored key, an addend to the score that changes whenever an entry is read; a tier that keeps an index is told of that, too.
 
 What a search must not show is hidden pair by pair. `Hidden` says which queries do not see which rows: positions of queries,
 each in at most one item, and of rows, both int64 and ascending.
