@@ -58,7 +58,6 @@ def advance(session: Session, steps: int) -> list:
     seen = []
     for _ in range(steps):
         result = loop.train_step(session)
-        session.step += 1
         seen.append((result.loss, [read.hits.id_HNK.tolist() for read in result.reads[1]]))
     return seen
 
@@ -206,9 +205,7 @@ def load_grid(runs: list[dict]) -> list:
         values = {**mine, "train": {**values["train"], "deepspeed": mine["train"]["deepspeed"]}, "data": values["data"]}
         session = resumed(values)
         content = session.model.banks[1].content_hash()
-        results = [loop.train_step(session)]
-        session.step += 1
-        results.append(loop.train_step(session))
+        results = [loop.train_step(session) for _ in range(2)]
         hits = session.group.all_gather_object(results[0].reads[1][0].hits[:2])
         seen.append((content, [result.loss for result in results],
                      tuple(torch.cat(parts, dim=1) for parts in zip(*hits, strict=True))))

@@ -203,7 +203,6 @@ def follow(name: str, values: dict[str, Any]) -> dict[str, int]:
         passes.clear()
         rate, loss = plain.rate, plain.train(refused=step == REFUSED)
         result = loop.train_step(session)
-        session.step += 1
         if hook is not None:
             hook.remove()
         assert result.applied == (step != REFUSED) and result.loss == pytest.approx(loss, abs=1e-4), at
@@ -250,7 +249,6 @@ def test_a_step_computes_what_the_plain_one_does(folder: Path, R: int) -> None:
 def log_another_rate(values: dict[str, Any]) -> float:
     session = set_up(build(RunConfig, values), dist.discover())
     result = loop.train_step(session)
-    session.step += 1
     session.engine.set_learning_rate(0.123)
     told = logged(session, result)["train/learning_rate"]
     session.close()

@@ -1,7 +1,7 @@
 """The training job from top to bottom: batch -> forward -> backward -> step -> commit -> log, then a summary.
 
 Every rank runs these lines in the same order, so every collective inside them is issued by all. The banks are written in
-one place only, in `train_step`, once per optimizer step, after the update was applied.
+one place only, in `update`, once per optimizer step, after the update was applied.
 """
 
 from __future__ import annotations
@@ -99,12 +99,7 @@ def fit(session: Session) -> None:
         evaluate_midway(session)
     while session.step < last_step:
         started = time.perf_counter()
-        result = session.last = train_step(session)
-        session.step += 1
-        clock.step = session.step
-        health.check(session, result)
-        if result.applied:  # a refused step leaves no trace
-            consolidate(session)
+        result = train_step(session)
         synchronise(session.engine.device)
         seconds = time.perf_counter() - started
         clock.add("step", seconds)
@@ -134,7 +129,23 @@ def is_due(interval: int, step: int) -> bool:
 
 
 def train_step(session: Session) -> StepResult:
-    """One optimizer step over the whole global batch, and the commit of what it read and offers to write."""
+    """One whole step: update, commit, the step counted, and what is due after it. A collective.
+
+    Raises:
+        Diverged: on every rank, if too many updates in a row were refused; the step is counted then, too.
+    """
+    result = session.last = update(session)
+    session.step += 1
+    session.clock.step = session.step
+    health.check(session, result)
+    if result.applied:  # a refused step leaves no trace
+        consolidate(session)
+    return result
+
+
+def update(session: Session) -> StepResult:
+    """The update of the weights over the whole global batch, and the commit of what was read and what that offers to
+    write. Counts nothing: only `train_step` calls it."""
     config, engine, group, clock = session.config, session.engine, session.group, session.clock
     accumulation = config.train.gradient_accumulation_steps
     engine.set_learning_rate(learning_rate(config.train, session.step))
