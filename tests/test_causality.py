@@ -23,9 +23,9 @@ from lmcode.eval.held_out import evaluate
 from lmcode.memory.bank import LongTermMemory
 from lmcode.memory.entry import UNKNOWN
 from lmcode.memory.shard import Shard
-from lmcode.model.lm import LayerMemory
-from lmcode.protocol import Hits, look_up
+from lmcode.protocol import Hits, LayerMemory, look_up
 from lmcode.train import loop
+from lmcode.train.session import StepResult
 
 END, LENGTH, TEXTS, COPIES = 0, 20, 6, 2  # the first texts occur twice
 LAYER, WINDOW, STREAMS, EPOCHS = 1, 6, 4, 2
@@ -196,20 +196,22 @@ def test_without_the_rule_this_file_would_see_the_leak(monkeypatch: pytest.Monke
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> Ledger:
     """Follows what the loop reads and commits from now on."""
-    ledger, commit = Ledger(), loop.commit
+    ledger, update = Ledger(), loop.update
 
-    def follow(session: Any, reads: dict[int, list[LayerMemory]]) -> None:
-        bank, accumulation = session.model.banks[LAYER], len(reads[LAYER])
+    def follow(session: Any) -> StepResult:
+        bank, accumulation = session.model.banks[LAYER], session.config.train.gradient_accumulation_steps
         batches = [session.sampler.batch(session.step, micro=micro, num_micro=accumulation) for micro in range(accumulation)]
-        for batch, read in zip(batches, reads[LAYER], strict=True):
+        first_id, result = bank.next_id, update(session)
+        reads = result.reads[LAYER]
+        for batch, read in zip(batches, reads, strict=True):
             reading = batch._replace(valid_BT=batch.valid_BT & ~batch.replayed_B[:, None])
             ledger.read(queries(reading, 1), read.hits)
             assert not read.candidates.valid_N[batch.replayed_B.repeat_interleave(WINDOW)].any(), "replay writes nothing"
             assert not read.hits.valid_HNK[:, batch.replayed_B.repeat_interleave(WINDOW)].any(), "nor does it read"
-        ledger.write(session.group, bank.next_id, batches, reads[LAYER])
-        commit(session, reads)
+        ledger.write(session.group, first_id, batches, reads)
+        return result
 
-    monkeypatch.setattr(loop, "commit", follow)
+    monkeypatch.setattr(loop, "update", follow)
     return ledger
 
 

@@ -404,14 +404,14 @@ def test_streams_load_on_any_number_of_ranks(tmp_path: Path, saved: tuple[int, i
             (tmp_path / name).parent.mkdir(exist_ok=True)
             write(tmp_path / name)
     for rank in range(loaded[0]):
-        came = stream_files.load_streams(tmp_path / stream_files.FOLDER, rank=rank, world_size=loaded[0],
-                                         num_micro=loaded[1])
+        came = stream_files.load_streams(tmp_path / stream_files.FOLDER, StreamState, rank=rank,
+                                         world_size=loaded[0], num_micro=loaded[1])
         for micro, expected in states_of(rank, *loaded).items():
             for part, wanted in zip(came[micro], expected, strict=True):
                 pairs = zip(part, wanted, strict=True) if isinstance(part, tuple) else [(part, wanted)]
                 assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in pairs)
     with pytest.raises(ValueError, match="12 saved streams do not divide over 5 ranks"):
-        stream_files.load_streams(tmp_path / stream_files.FOLDER, rank=0, world_size=5, num_micro=1)
+        stream_files.load_streams(tmp_path / stream_files.FOLDER, StreamState, rank=0, world_size=5, num_micro=1)
 
 
 # Saves that fail

@@ -16,7 +16,7 @@ from lmcode import dist, opening
 from lmcode.config import RunConfig, build
 from lmcode.eval.held_out import evaluate
 from lmcode.memory.entry import MASS_UNIT
-from lmcode.model.lm import LayerMemory
+from lmcode.protocol import LayerMemory
 from lmcode.train import loop
 from lmcode.train.session import Session
 from lmcode.train.start import set_up

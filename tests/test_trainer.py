@@ -18,8 +18,8 @@ from lmcode.cli import command as cli
 from lmcode.config import ConfigError, MemoryConfig
 from lmcode.data.tokenizer import BPETokenizer, same_tokenizer
 from lmcode.files.commit import SaveFailed
-from lmcode.language_model import Deleted
 from lmcode.memories.experiences import VISITS
+from lmcode.memories.remembering import Deleted
 from lmcode.saved import checkpoint
 from lmcode.train import path_checkpoint
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from lmcode.config import RunConfig
 from lmcode.data.corpus import Documents
 from lmcode.data.streams import IGNORED, Batch, Pass, Pauses, StreamSampler
-from lmcode.model.lm import StreamState
+from lmcode.protocol import State
 
 log = logging.getLogger("lmcode")
 
@@ -274,14 +274,14 @@ def make_sampler(config: RunConfig, documents: Documents, replay: Replay | None,
     return streams if replay is None else ReplaySampler(streams, replay)
 
 
-def keep_paused(before: StreamState, after: StreamState, replayed_B: Tensor) -> StreamState:
+def keep_paused(before: State, after: State, replayed_B: Tensor) -> State:
     """The state after a step in which some streams paused: those have what they had before."""
     def choose(old: Any, new: Any) -> Any:
         if isinstance(new, tuple):
             return tuple(choose(*pair) for pair in zip(old, new, strict=True))
         return torch.where(replayed_B.view(-1, *[1] * (new.dim() - 1)), old.to(new.dtype), new)
 
-    return StreamState(*(choose(*pair) for pair in zip(before, after, strict=True)))
+    return type(after)(*choose(tuple(before), tuple(after)))
 
 
 def replay_part(replay: Replay) -> Callable[[Path], None]:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lmcode.data.streams import StreamSampler
+from lmcode.backbone import Backbone, forward_batch
+from lmcode.data.streams import Batch, StreamSampler
 from lmcode.dist import Group
 from lmcode.memories.memories import fork_banks
 from lmcode.memory.bank import LongTermMemory
@@ -61,10 +62,12 @@ class ShuffledRetriever:
         return self._bank.attend(query_HND, hits)
 
 
-def apart(namespace_B: Tensor) -> Tensor:
-    """The namespaces of a reading that only measures: other ones than any that the model's banks hold, so that what was
-    written from the same text in training is known to be of another reading."""
-    return torch.where(namespace_B >= 0, namespace_B + APART, namespace_B)
+def apart(batch: Batch) -> Batch:
+    """The batch with the namespaces of a reading that only measures: other ones than any that the model's banks hold, so
+    that what was written from the same text in training is known to be of another reading."""
+    own = batch.namespace_B, batch.namespace_BP
+    return batch._replace(**{name: torch.where(number >= 0, number + APART, number)
+                             for name, number in zip(("namespace_B", "namespace_BP"), own, strict=True)})
 
 
 def others(namespaces: Sequence[int]) -> dict[int, int]:
@@ -92,7 +95,7 @@ def void_controls(sampler: StreamSampler, *, scope: str, windows: int) -> dict[s
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[int, LongTermMemory], group: Group,
+def evaluate(model: Backbone, sampler: StreamSampler, *, banks: Mapping[int, LongTermMemory], group: Group,
              mode: str = "on", windows: int = 16, slots: int | None = None,
              upkeep: Callable[[int, LongTermMemory], None] | None = None,
              between: Callable[[], None] | None = None) -> EvalResult:
@@ -126,12 +129,11 @@ def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[i
             if between is not None:
                 between()
             if shuffled:
-                everyone = apart(sampler.batch(step, rank=0, world_size=1).namespace_B).tolist()
+                everyone = apart(sampler.batch(step)).namespace_B.tolist()
                 for retriever in shuffled.values():
                     retriever.other = others(everyone)
-            batch = sampler.batch(step, rank=group.rank, world_size=group.size).to(device)
-            output = model(batch.input_ids_BT, targets_BT=batch.targets_BT, state=state, reset_B=batch.reset_B,
-                           namespace_B=apart(batch.namespace_B), document_B=batch.document_B, valid_BT=batch.valid_BT)
+            batch = apart(sampler.batch(step, rank=group.rank, world_size=group.size)).to(device)
+            output = forward_batch(model, batch, state)
             state = output.state
             for layer, fork in forks.items():
                 fork.commit([output.memory[layer].candidates], [output.memory[layer].hits], step=step)

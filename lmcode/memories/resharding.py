@@ -22,11 +22,8 @@ def wanted_slots(config: LMCODEConfig, memory: MemoryConfig, virtual_shards: int
     """The slots of each bank and of the experiences; as now where None.
 
     Raises:
-        ConfigError: for a model without a bank, or fewer slots than virtual shards.
+        ConfigError: for fewer slots than virtual shards.
     """
-    if not config.long_term_memory_slots or not config.memory_layer_indices:
-        raise ConfigError("a model without a long-term memory has nothing to reshard: long_term_memory_slots = "
-                          f"{config.long_term_memory_slots}, memory_layers = {config.memory_layers}")
     slots = config.long_term_memory_slots if slots is None else slots
     experience_slots = memory.experience_slots if experience_slots is None else experience_slots
     for name, number in (("slots", slots), ("experience_slots", experience_slots)):

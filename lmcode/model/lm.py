@@ -24,7 +24,7 @@ from lmcode.model.layer import MemoryAugmentedLayer, norm
 from lmcode.model.long_term import LongTermRead, ReadTape, Window
 from lmcode.model.rotary import rotary_table
 from lmcode.model.short_term import ShortTermMemory
-from lmcode.protocol import Candidates, Hits, NullRetriever, Retriever
+from lmcode.protocol import EntryShape, LayerMemory, NullRetriever, Retriever
 
 IGNORED = -100  # the target that is not counted, as in torch and Hugging Face
 INITIAL_STD = 0.02  # of every matrix (Radford et al. 2019)
@@ -45,23 +45,6 @@ class StreamState(NamedTuple):
     pending_surprise_B: Tensor
 
 
-class LayerMemory(NamedTuple):
-    """One memory layer's traffic in one forward pass; all detached. N = B * ceil(T / retrieval_stride), b-major.
-
-    hits: what the retriever found, one row per query, and the attention paid to it.
-    candidates: what may be written, one row per token (B * T, b-major).
-    gate_BT: fp32, the sigmoid gate of each token.
-    share_HN: fp32, share of the joint softmax that went to the hits; the mean over the tokens that share a query.
-    null_share_HN: fp32, the same for the null slot. The rest went to the sequence's own past.
-    """
-
-    hits: Hits
-    candidates: Candidates
-    gate_BT: Tensor
-    share_HN: Tensor
-    null_share_HN: Tensor
-
-
 class LMCODEOutput(NamedTuple):
     """What `MemoryLM` returns.
 
@@ -77,6 +60,12 @@ class LMCODEOutput(NamedTuple):
     token_loss: Tensor | None
     state: StreamState
     memory: dict[int, LayerMemory]
+
+
+def memory_shapes(config: LMCODEConfig) -> dict[int, EntryShape]:
+    """The entries of each memory layer."""
+    return {layer: EntryShape(config.memory_heads, config.memory_head_dim, config.memory_head_dim)
+            for layer in config.memory_layer_indices}
 
 
 class MemoryLM(nn.Module):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmcode.backbone import Backbone
+from lmcode.backbone import Backbone, forward_batch
 from lmcode.data.streams import StreamSampler
 from lmcode.data.tokenizer import Tokenizer
 from lmcode.memory.bank import LongTermMemory
@@ -149,8 +149,7 @@ def read_items(model: Backbone, sequences: list[list[int]]) -> dict[int, Items]:
     with quietly(model), model.reading_from(recorders):
         for step in range(sampler.num_steps or 0):
             batch = sampler.batch(step).to(device_of(model))
-            output = model(batch.input_ids_BT, targets_BT=batch.targets_BT, reset_B=batch.reset_B,
-                           namespace_B=batch.namespace_B, valid_BT=batch.valid_BT)
+            output = forward_batch(model, batch)
             for layer, recorder in recorders.items():
                 found[layer].append(_items(model, batch, output.memory[layer].candidates, recorder.query_HND, stride))
     return {layer: Items(*(torch.cat(part, dim=0 if part[0].ndim == 1 else 1) for part in zip(*parts, strict=True)))

@@ -14,15 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lmcode.backbone import Backbone
+from lmcode.backbone import Backbone, forward_batch
 from lmcode.data.corpus import Documents
 from lmcode.data.streams import Batch, StreamSampler
 from lmcode.data.tokenizer import Tokenizer
 from lmcode.eval.held_out import apart
 from lmcode.memory.bank import LongTermMemory
 from lmcode.memory.entry import choose
-from lmcode.model.lm import LayerMemory, LMCODEOutput
-from lmcode.protocol import Candidates
+from lmcode.protocol import Candidates, LayerMemory, Output
 from lmcode.report.analysis import quietly
 from lmcode.report.sequences import as_documents, as_text, device_of
 
@@ -156,11 +155,10 @@ class _Reader:
                                            self.model.config.retrieval_stride))
             self._commit(fork, on.memory[layer], place_BT, layer, step)
 
-    def _forward(self, batch: Batch, state: object) -> LMCODEOutput:
-        return self.model(batch.input_ids_BT, targets_BT=batch.targets_BT, state=state, reset_B=batch.reset_B,
-                          namespace_B=apart(batch.namespace_B), document_B=batch.document_B, valid_BT=batch.valid_BT)
+    def _forward(self, batch: Batch, state: object) -> Output:
+        return forward_batch(self.model, apart(batch), state)
 
-    def _keep_losses(self, batch: Batch, place_BT: np.ndarray, on: LMCODEOutput, off: LMCODEOutput) -> None:
+    def _keep_losses(self, batch: Batch, place_BT: np.ndarray, on: Output, off: Output) -> None:
         valid_BT = batch.valid_BT.cpu().numpy()
         both = zip(on.token_loss.cpu().numpy()[valid_BT], off.token_loss.cpu().numpy()[valid_BT], strict=True)
         for (document, token), (loss_on, loss_off) in zip(place_BT[valid_BT].tolist(), both, strict=True):

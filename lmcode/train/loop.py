@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from lmcode import dist
+from lmcode.backbone import forward_batch
 from lmcode.config import RunConfig, flatten
 from lmcode.data.replay import ReplaySampler, keep_paused
 from lmcode.data.streams import Batch
@@ -24,7 +25,7 @@ from lmcode.jobs.clock import Clock
 from lmcode.jobs.preempt import Preempted, Request, agreed, noticing
 from lmcode.jobs.watch import NullWatch, digest_of, watching
 from lmcode.memory.entry import COUNTERS
-from lmcode.model.lm import LayerMemory, StreamState
+from lmcode.protocol import LayerMemory, State
 from lmcode.train import health, observe, resuming, saving, summary
 from lmcode.train.ds_config import resolve
 from lmcode.train.engine import synchronise
@@ -150,7 +151,7 @@ def update(session: Session) -> StepResult:
     accumulation = config.train.gradient_accumulation_steps
     engine.set_learning_rate(learning_rate(config.train, session.step))
     reads: dict[int, list[LayerMemory]] = {layer: [] for layer in session.model.banks}
-    states: dict[int, StreamState] = {}
+    states: dict[int, State] = {}
     losses_BP: list[torch.Tensor] = []
     by_source_2S = torch.zeros(2, max(1, len(config.data.sources)), dtype=torch.float64, device=engine.device)
     loss_sum, applied = torch.zeros((), dtype=torch.float64, device=engine.device), False
@@ -161,8 +162,7 @@ def update(session: Session) -> StepResult:
                                           num_micro=accumulation).to(engine.device)
         with clock("forward"):
             state, reset_B = carried(session, micro, batch)
-            output = engine.forward(batch.input_ids_BT, targets_BT=batch.targets_BT, state=state, reset_B=reset_B,
-                                    valid_BT=batch.valid_BT, **batch.reading())
+            output = forward_batch(engine.forward, batch._replace(reset_B=reset_B), state)
         local_sum = output.token_loss.sum()
         with clock("backward"):
             # DeepSpeed averages over ranks and accumulation steps; the loss is a mean over the tokens of the whole batch.
@@ -200,7 +200,7 @@ def source_losses(config: RunConfig, sums: list[float]) -> dict[str, float]:
     return {name: loss / tokens for name, loss, tokens in zip(names, sums, sums[len(names):], strict=False) if tokens}
 
 
-def carried(session: Session, micro: int, batch: Batch) -> tuple[StreamState | None, torch.Tensor]:
+def carried(session: Session, micro: int, batch: Batch) -> tuple[State | None, torch.Tensor]:
     """The state that a micro-batch starts from, and which of its streams start afresh.
 
     A stream that has read a token since it started has something pending. One that has not, though it is within a

@@ -64,8 +64,9 @@ def load_into(session: Session, folder: Path, trainer: Mapping[str, Any]) -> Non
     weights = load_file(folder / "model.safetensors")
     session.engine.load(trainer["updates"], optimizer_files.reader(folder, weights, MOMENTS))
     load_memory(folder, session.model.memories)
-    session.states = load_streams(folder / "streams", rank=rank, world_size=session.group.size,
-                                  num_micro=config.train.gradient_accumulation_steps, device=session.engine.device)
+    session.states = load_streams(folder / "streams", type(session.model.blank_state(1)), rank=rank,
+                                  world_size=session.group.size, device=session.engine.device,
+                                  num_micro=config.train.gradient_accumulation_steps)
     session.step, session.training_seconds = trainer["step"], trainer["training_seconds"]
     session.engine.skipped_steps, session.failed_saves = trainer["skipped_steps"], trainer["failed_saves"]
     session.skipped_in_a_row = trainer.get("skipped_in_a_row", 0)  # older checkpoints do not say

@@ -16,7 +16,7 @@ from lmcode.files.commit import Commit
 from lmcode.files.durable import Lock
 from lmcode.jobs.clock import Clock, Costs
 from lmcode.jobs.preempt import Request
-from lmcode.model.lm import LayerMemory, StreamState
+from lmcode.protocol import LayerMemory, State
 from lmcode.train.engine import Engine
 from lmcode.train.metrics import NullMetrics
 
@@ -46,7 +46,7 @@ class Session:
     metrics: NullMetrics
     replay: Replay | None = None
     data_pass: Pass = Pass()
-    states: dict[int, StreamState] = field(default_factory=dict)  # by micro-batch
+    states: dict[int, State] = field(default_factory=dict)  # by micro-batch
     step: int = 0  # optimizer steps behind us, skipped ones included
     clock: Clock = field(default_factory=Clock)
     last: StepResult | None = None
