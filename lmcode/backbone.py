@@ -34,7 +34,7 @@ def forward_batch(call: Callable[..., Output], batch: Batch, state: State | None
 
 
 class Backbone(Remembering, nn.Module):
-    """A module that reads what `memories` hold. A subclass calls `begin` first, and has what is abstract here.
+    """A module that reads what `memories` hold. A subclass calls `begin`, and has what is abstract here.
 
     The memories are plain attributes, neither parameters nor buffers: `state_dict`, casts and ZeRO leave them alone.
 
@@ -55,7 +55,7 @@ class Backbone(Remembering, nn.Module):
 
     def begin(self, config: LMCODEConfig, memory: MemoryConfig | None = None, *, group: Group | None = None,
               device: torch.device | str = "cpu") -> None:
-        """Gives the model its settings and empty memories; the first call of a subclass's `__init__`.
+        """Gives the model its settings and empty memories; a subclass's `__init__`, which has these arguments, calls it.
 
         Args:
             memory: how the banks store, search and exchange: see `Memories`.

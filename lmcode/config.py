@@ -45,6 +45,7 @@ class Section(BaseModel):
 class LMCODEConfig(Section):
     """Shape of the model. Sizes are counts or widths; letters are those of the glossary (C width, H heads, D key width)."""
 
+    backbone: str = Field("lmcode", description="kind of model, a name in lmcode.opening.BACKBONES")
     vocab_size: int = Field(50257, ge=2)
     hidden_size: int = Field(512, ge=8, description="C, the width of the residual stream")
     num_layers: int = Field(6, ge=1)

@@ -12,13 +12,15 @@ from typing import NamedTuple
 import torch
 
 from lmcode.backbone import Backbone
-from lmcode.config import ConfigError, RunConfig, build, with_overrides
+from lmcode.config import ConfigError, RunConfig, build, near_match, with_overrides
 from lmcode.dist import Group, on_rank_0
 from lmcode.files import durable
 from lmcode.language_model import LMCODE
 from lmcode.presets import load_run_config
 from lmcode.saved import checkpoint, pretrained
 from lmcode.saved.places import Kind, Place, place_of
+
+BACKBONES: dict[str, type[Backbone]] = {"lmcode": LMCODE}  # by `model.backbone`
 
 
 class Opened(NamedTuple):
@@ -36,9 +38,18 @@ class Opened(NamedTuple):
     step: int
 
 
+def kind_of(config: RunConfig) -> type[Backbone]:
+    """The kind of model that the settings name. ConfigError for one that there is not."""
+    name = config.model.backbone
+    if name not in BACKBONES:
+        raise ConfigError(f"model.backbone must be one of {', '.join(BACKBONES)}: got '{name}'."
+                          f"{near_match(name, BACKBONES)}")
+    return BACKBONES[name]
+
+
 def make_model(config: RunConfig, *, group: Group, device: torch.device) -> Backbone:
     """The model that the settings describe, with empty memories, its weights drawn from torch's generator. A collective."""
-    return LMCODE(config.model, memory=config.memory, group=group, device=device)
+    return kind_of(config)(config.model, memory=config.memory, group=group, device=device)
 
 
 def open_model(path: str | Path, overrides: Sequence[str] = (), *, group: Group | None = None,
@@ -65,5 +76,5 @@ def open_model(path: str | Path, overrides: Sequence[str] = (), *, group: Group 
         return Opened(model, place, place.folder, config, 0)
     folder = on_rank_0(group, lambda: checkpoint.find(Path(path)))  # found once: a run may be saving newer ones
     config = load_run_config(folder / "config.yaml", overrides)
-    model = checkpoint.read_model(folder, LMCODE, config, group=group, device=device, memory=memory)
+    model = checkpoint.read_model(folder, kind_of(config), config, group=group, device=device, memory=memory)
     return Opened(model, place, folder, config, durable.read_manifest(folder).facts.step)

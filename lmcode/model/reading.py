@@ -76,6 +76,8 @@ def _by_stream(candidates: Candidates, count: int) -> list[Candidates]:
     """The valid candidates of each stream of a window."""
     tokens = candidates.valid_N.view(count, -1).sum(dim=1).tolist()
     valid_N = candidates.valid_N
+    if candidates.document_N is None:
+        candidates = candidates._replace(document_N=torch.full_like(candidates.namespace_N, -1))
     key_HND, value_HND = (part[:, valid_N].split(tokens, dim=1) for part in candidates[:2])
     rest = (part[valid_N].split(tokens) for part in candidates[2:])
     return [Candidates(*columns) for columns in zip(key_HND, value_HND, *rest, strict=True)]
