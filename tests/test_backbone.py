@@ -19,7 +19,8 @@ from lmcode.backbone import Backbone
 from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, RunConfig
 from lmcode.data.streams import StreamSampler
 from lmcode.dist import Group
-from lmcode.eval.held_out import MODES, evaluate
+from lmcode.eval.held_out import evaluate
+from lmcode.eval.reading import MODES
 from lmcode.protocol import Candidates, EntryShape, LayerMemory, NullRetriever, Retriever
 
 SHAPES = {0: EntryShape(1, 4, 4), 1: EntryShape(3, 6, 6)}

@@ -56,7 +56,8 @@ def settings(folder: Path, name: str, R: int) -> dict[str, Any]:
                   "memory_heads": 2, "memory_head_dim": 8, "memory_top_k": 64, "memory_bias": 0.0,
                   "long_term_memory_slots": 240},
         "memory": {"virtual_shards": 12},
-        "data": {"path": str(folder / "text"), "tokenizer": "bytes", "held_out_share": 0.1, "cache": str(folder / "cache")},
+        "data": {"path": str(folder / "text"), "tokenizer": "bytes", "held_out_share": 0.1, "packing": False,
+                 "cache": str(folder / "cache")},
         "train": {"learning_rate": RATE, "warmup_steps": WARMUP, "total_steps": STEPS, "streams": STREAMS,
                   "sequence_length": T, "gradient_clip": CLIP, "weight_decay": DECAY, "betas": BETAS,
                   "min_learning_rate": SHARE, "log_every": 1, "run_dir": str(folder / "runs" / f"{name}-{R}"),
@@ -120,7 +121,7 @@ class PlainJob:
             self.states = states
             self.bank.commit(offered, hits, step=self.step)
             if self.replay is not None:
-                self.sampler.remember(self.step, loss_G)
+                self.sampler.remember(self.step, loss_G[:, None])
         self.step += 1
         return float(loss_G.sum()) / tokens
 

@@ -9,7 +9,8 @@ from lmcode import dist
 from lmcode.config import ConfigError
 from lmcode.dist import Group
 from lmcode.eval.documents import OTHER_CORPUS, held_out_documents
-from lmcode.eval.held_out import MODES, NOTHING_FAR, evaluate, held_out_sampler, void_controls
+from lmcode.eval.held_out import NOTHING_FAR, evaluate, held_out_sampler, void_controls
+from lmcode.eval.reading import MODES
 from lmcode.opening import open_model
 
 

@@ -14,15 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lmcode.backbone import Backbone, forward_batch
+from lmcode.backbone import Backbone
 from lmcode.data.corpus import Documents
 from lmcode.data.streams import Batch, StreamSampler
 from lmcode.data.tokenizer import Tokenizer
-from lmcode.eval.held_out import apart
+from lmcode.eval import reading as eval_reading
 from lmcode.memory.bank import LongTermMemory
 from lmcode.memory.entry import choose
 from lmcode.protocol import Candidates, LayerMemory, Output
-from lmcode.report.analysis import quietly
 from lmcode.report.sequences import as_documents, as_text, device_of
 
 STREAMS = 4  # documents that are read side by side
@@ -125,9 +124,8 @@ def read_documents(model: Backbone, sequences: Sequence[Sequence[int]], *, names
     sampler = StreamSampler(documents, streams=min(STREAMS, len(documents)), seed=0, epochs=1, shuffle=False,
                             sequence_length=-(-length // stride) * stride)
     reader = _Reader(model, documents)
-    with quietly(model):
-        for step in range(min(windows, sampler.num_steps or 0)):
-            reader.read(sampler.batch(step).to(device_of(model)), step)
+    for step in range(min(windows, sampler.num_steps or 0)):
+        reader.read(sampler.batch(step).to(device_of(model)), step)
     return reader.result(tokenizer)
 
 
@@ -136,27 +134,19 @@ class _Reader:
 
     def __init__(self, model: Backbone, documents: Documents) -> None:
         self.model, self.documents = model, documents
-        self.forks = model.memories.fork()
-        self.state_on = self.state_off = None
+        self.on, self.off = eval_reading.Reading(model), eval_reading.Reading(model, mode="off")
         self.origin: dict[int, dict[int, Place]] = {layer: {} for layer in model.banks}
         self.seen: dict[int, list[Asked]] = {layer: [] for layer in model.banks}
         self.losses: dict[Place, tuple[float, float]] = {}
 
     def read(self, batch: Batch, step: int) -> None:
-        with self.model.reading_from(self.forks):
-            on = self._forward(batch, self.state_on)
-        with self.model.reading_from({}):
-            off = self._forward(batch, self.state_off)
-        self.state_on, self.state_off = on.state, off.state
+        on, off = (one.read(batch, batch.namespace_B.tolist()) for one in (self.on, self.off))
         place_BT = places(batch)
         self._keep_losses(batch, place_BT, on, off)
-        for layer, fork in self.forks.items():
+        for layer, fork in self.on.forks.items():
             self.seen[layer].append(asked(on.memory[layer], place_BT, batch.valid_BT.cpu().numpy(),
                                            self.model.config.retrieval_stride))
             self._commit(fork, on.memory[layer], place_BT, layer, step)
-
-    def _forward(self, batch: Batch, state: object) -> Output:
-        return forward_batch(self.model, apart(batch), state)
 
     def _keep_losses(self, batch: Batch, place_BT: np.ndarray, on: Output, off: Output) -> None:
         valid_BT = batch.valid_BT.cpu().numpy()

@@ -18,7 +18,8 @@ from lmcode.config import RunConfig, flatten
 from lmcode.data.replay import ReplaySampler, keep_paused
 from lmcode.data.streams import Batch
 from lmcode.dist import Group, Rank
-from lmcode.eval.held_out import MODES, EvalResult, evaluate, void_controls
+from lmcode.eval.held_out import EvalResult, evaluate, void_controls
+from lmcode.eval.reading import MODES
 from lmcode.files import durable
 from lmcode.jobs import network, preempt
 from lmcode.jobs.clock import Clock
