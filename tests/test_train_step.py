@@ -20,6 +20,7 @@ from lmcode import LMCODE, dist
 from lmcode.config import RunConfig, build
 from lmcode.data.replay import make_replay, make_sampler
 from lmcode.data.streams import Pass
+from lmcode.memories.experiences import VISITS
 from lmcode.model.lm import StreamState
 from lmcode.train import loop, observe
 from lmcode.train.engine import MOMENTS
@@ -72,7 +73,7 @@ class PlainJob:
         self.model = LMCODE(config.model, memory=config.memory)
         self.model.load_state_dict(weights, strict=False)  # the head's is the embedding's
         self.bank, self.replay = self.model.banks[1], make_replay(config)
-        self.sampler = make_sampler(config, documents, self.replay, data_pass=Pass())
+        self.sampler = make_sampler(config, documents, self.replay, data_pass=Pass(first_namespace=VISITS))
         named = dict(self.model.named_parameters())
         flat = [name for name, one in named.items() if one.ndim < 2 or name == "embedding.weight"]
         self.optimizer = torch.optim.AdamW(

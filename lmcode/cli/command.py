@@ -176,11 +176,12 @@ def _add_train(commands: Any) -> None:
 def _add_eval(commands: Any) -> None:
     parser = _command(
         commands, "eval", evaluate, overrides=True, help="held-out loss of a run, with the memory on, off and shuffled",
-        usage="lmcode eval RUN [--windows N] [--json] [section.key=value ...]",
+        usage="lmcode eval RUN [--windows N] [--task NAME] [--json] [section.key=value ...]",
         examples="  lmcode eval runs/books\n  lmcode eval runs/books --windows 16 eval.slots=4096")
     parser.add_argument("path", metavar="RUN", type=Path, help="a run folder, or one checkpoint in it")
     parser.add_argument("--windows", metavar="N", type=_number(int, lowest=1),
                         help="windows that each held-out stream reads; short for eval.final_windows=N")
+    parser.add_argument("--task", metavar="NAME", help="ask it the cases of a task instead ('recall': a value by its key)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -278,11 +279,14 @@ def train(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     """`lmcode eval`."""
     from lmcode import dist
-    from lmcode.eval.run import evaluate_path
+    from lmcode.eval.run import ask_path, evaluate_path
 
     windows = [] if arguments.windows is None else [f"eval.final_windows={arguments.windows}"]
     with dist.running() as me:
-        report = evaluate_path(arguments.path, [*windows, *arguments.overrides], as_json=arguments.json)
+        if arguments.task is None:
+            report = evaluate_path(arguments.path, [*windows, *arguments.overrides], as_json=arguments.json)
+        else:
+            report = ask_path(arguments.path, arguments.task, arguments.overrides, as_json=arguments.json)
     if me.rank == 0:
         print(report)
     return DONE
