@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from lmcode.data.tokenizer import MIN_BPE_VOCAB, ByteTokenizer
 from lmcode.dist import Group
 from lmcode.memories.memories import Memories
 from lmcode.memories.remembering import Remembering, Spans
+from lmcode.model.generation.generate import Generation, Prompts
+from lmcode.model.generation.sampling import Decoding
 from lmcode.protocol import EntryShape, Output, Retriever, State
 
 
@@ -89,6 +92,16 @@ class Backbone(Remembering, nn.Module):
     @abstractmethod
     def blank_state(self, num_streams: int, *, device: torch.device | None = None) -> State:
         """What streams carry from window to window before they start."""
+
+    @abstractmethod
+    def generate(self, input_ids: Prompts, *settings: Any, **named: Any) -> Tensor | Generation:
+        """Continues prompts as the commands ask: see `LMCODE.generate`. A collective."""
+
+    @abstractmethod
+    def write_on(self, prompts: Prompts, decoding: Decoding, *, window: int, commit: Callable[[Output], None],
+                 agree: Callable[[Tensor], Tensor]) -> Generation:
+        """Continues prompts, handing out each window that it has read or written, for whoever keeps memories of their own:
+        see `model.generation.generate`. A collective."""
 
     @property
     def memory_config(self) -> MemoryConfig:

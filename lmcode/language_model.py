@@ -110,6 +110,10 @@ class LMCODE(MemoryLM, Backbone):
                         agree=lambda token_B: self.group.all_gather(token_B, phase="tokens")[:len(token_B)])
         return done if return_state else done.tokens_BT
 
+    def write_on(self, prompts: Prompts, decoding: Decoding, *, window: int, commit: Callable[[LMCODEOutput], None],
+                 agree: Callable[[Tensor], Tensor]) -> Generation:
+        return generate(self, prompts, decoding, window=window, commit=commit, agree=agree)
+
     def save_pretrained(self, save_directory: str | Path, *, include_memory: bool = True) -> None:
         """Writes the model's files into a folder, all of them or none; those of the model that was saved there before are
         replaced, and all other files stay as they are.

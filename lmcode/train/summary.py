@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from lmcode.eval.held_out import NOTHING_FAR, EvalResult
-from lmcode.model.generation.generate import generate
 from lmcode.model.generation.sampling import Decoding
 from lmcode.train.session import Session
 
@@ -143,9 +142,9 @@ def continue_document(session: Session) -> tuple[str, str]:
         return session.group.all_gather(token_B, phase="tokens")[:1]
 
     decoding = Decoding(max_new_tokens=SAMPLE_TOKENS, no_repeat_ngram_size=4, seed=session.config.train.seed)
-    with session.engine.module.reading_from(forks):
-        written = generate(session.engine.module, prompt, decoding, commit=commit, agree=agree,
-                           window=session.config.train.sequence_length)
+    with session.model.reading_from(forks):
+        written = session.model.write_on(prompt, decoding, commit=commit, agree=agree,
+                                         window=session.config.train.sequence_length)
     ids = written.tokens_BT[0].tolist()
     tail = tokenizer.decode(ids[:prompt.shape[1]]).splitlines()[-6:]
     return "\n".join(tail), tokenizer.decode(ids[prompt.shape[1]:])
