@@ -102,11 +102,18 @@ def upload(folder: Path, repo_id: str, *, private: bool | None, token: str | Non
     return str(api.upload_folder(repo_id=target, folder_path=folder, commit_message=commit_message))
 
 
-def write(model: Backbone, place: Path, *, include_memory: bool) -> None:
-    """See `LMCODE.save_pretrained`."""
+def write(model: Backbone, place: Path, *, include_memory: bool, weights: Mapping[str, Tensor] | None = None,
+          replace_tokenizer: bool = False) -> None:
+    """See `LMCODE.save_pretrained`.
+
+    Args:
+        weights: those to save in place of the model's; rank 0's count.
+        replace_tokenizer: also if another program has rewritten the one that the last save left there.
+    """
     from safetensors import SafetensorError
 
-    weights = exact_weights(model)
+    if weights is None:
+        weights = exact_weights(model)
     with ExitStack() as stack:  # on rank 0 it holds the right to change the folder
         on_rank_0(model.group, lambda: _begin(stack, model, weights, place, include_memory))
         problem = None
@@ -117,7 +124,8 @@ def write(model: Backbone, place: Path, *, include_memory: bool) -> None:
             problem = f"'{place}' was not written: {error}"
         raise_together(model.group, problem)
         text = card(model, include_memory)
-        on_rank_0(model.group, lambda: _finish(stack, place, text))
+        rewritten = (TOKENIZER_FILE, CONFIG_FILE) if replace_tokenizer else ()
+        on_rank_0(model.group, lambda: _finish(stack, place, text, rewritten))
 
 
 def rewrite_memory(model: Backbone, place: Path, change: Callable[[], Any]) -> Any:
@@ -176,8 +184,8 @@ def _begin(stack: ExitStack, model: Backbone, weights: Mapping[str, Tensor], pla
                                  encoding="utf-8")
 
 
-def _finish(stack: ExitStack, place: Path, text: str) -> None:
-    files.put_in_place(place, text)
+def _finish(stack: ExitStack, place: Path, text: str, rewritten: Sequence[str]) -> None:
+    files.put_in_place(place, text, rewritten)
     stack.close()  # before any rank goes on
 
 
