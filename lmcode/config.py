@@ -214,6 +214,9 @@ class TrainConfig(Section):
 
     learning_rate: float = Field(1e-4, gt=0.0)
     min_learning_rate: float = Field(0.1, ge=0.0, le=1.0, description="share of the peak that the decay ends at")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field("cosine", description="the rate after the warm-up; "
+                                                                     "wsd: the peak, and a decay at the end")
+    decay_share: float = Field(0.1, gt=0.0, le=1.0, description="share of total_steps in which wsd decays")
     weight_decay: float = Field(0.01, ge=0.0)
     betas: tuple[float, float] = (0.9, 0.95)
     gradient_clip: float = Field(1.0, ge=0.0, description="largest global gradient norm; 0 does not clip")
