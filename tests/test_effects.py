@@ -65,8 +65,8 @@ def test_the_start_of_a_run_warns(able: bool | None, warned: int, monkeypatch: p
     monkeypatch.setattr(start.observe, "describe_start", lambda *_: "")
     config = load_run_config("tiny", ["train.precision=bf16", "memory.write_every=9"])
     sampler = SimpleNamespace(describe_padding=lambda: "")
-    start.announce(SimpleNamespace(config=config, me=dist.Rank(0, 1, 0, 1, "single"), model=None, last_step=400, sampler=sampler,
-                                   engine=SimpleNamespace(device=torch.device("cpu"))))
+    start.announce(SimpleNamespace(config=config, me=dist.Rank(0, 1, 0, 1, "single"), model=None, last_step=400,
+                                   sampler=sampler, engine=SimpleNamespace(device=torch.device("cpu"))))
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == warned and "memory.write_every" in warnings[0]
     assert ("bf16 is emulated" in warnings[-1]) == (able is False)
