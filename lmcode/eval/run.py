@@ -37,11 +37,11 @@ def evaluate_path(path: Path, overrides: list[str], *, as_json: bool = False) ->
     results = {mode: evaluate(model, sampler, banks=model.banks, group=group, mode=mode, slots=config.eval.slots,
                               windows=windows) for mode in modes}
     if as_json:
-        return json.dumps({"step": step, "same_corpus": held_out.same_corpus, "tokens_in_all": sampler.num_targets,
+        return json.dumps({"step": step, "same_corpus": held_out.same_corpus, "tokens_in_all": sampler.num_counted,
                            "not_measurable": void, **dict.fromkeys(void),
                            **{mode: result._asdict() for mode, result in results.items()}})
     kind = "" if held_out.whole else "held-out "
-    lines = [f"step {step}, {results['on'].tokens:,} of {sampler.num_targets:,} {kind}tokens, nats per token "
+    lines = [f"step {step}, {results['on'].tokens:,} of {sampler.num_counted:,} {kind}tokens, nats per token "
              "(far: 16 windows into a document)"]
     lines += [f"  memory {mode:<9} {r.loss:.4f}   far {'not measurable' if r.far_loss is None else f'{r.far_loss:.4f}'}"
               for mode, r in results.items()]

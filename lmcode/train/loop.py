@@ -177,8 +177,8 @@ def train_step(session: Session) -> StepResult:
 
 
 def sums_by_source(batch: Batch, loss_BP: torch.Tensor, *, sources: int) -> torch.Tensor:
-    """Sums of token losses and numbers of tokens of what each source gave to a micro-batch, [2, S]; replay left out."""
-    both_2BP = torch.stack([loss_BP, batch.by_piece(batch.valid_BT)])
+    """Sums of token losses and numbers of targets of what each source gave to a micro-batch, [2, S]; replay left out."""
+    both_2BP = torch.stack([loss_BP, batch.by_piece(batch.counted_BT)])
     of_S = [(batch.source_BP == source).double() for source in range(sources)]
     return torch.stack([(both_2BP * of_BP).sum((1, 2)) for of_BP in of_S], dim=1)
 
