@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lmcode.config import ConfigError
+from lmcode.config import ConfigError, RunConfig
 from lmcode.data import replay
 from lmcode.data.streams import Pass
 from lmcode.dist import on_rank_0
@@ -77,10 +77,15 @@ def load_into(session: Session, folder: Path, trainer: Mapping[str, Any]) -> Non
     _set_random_state(session, folder / rng_file(rank))
 
 
+def seed_rank(config: RunConfig, *, step: int, rank: int) -> None:
+    """Seeds this rank's generators, so that no two ranks drop the same places."""
+    torch.manual_seed(hash((config.train.seed, step, rank)))
+
+
 def _set_random_state(session: Session, file: Path) -> None:
     """Sets this rank's generators; those of a rank that did not exist start from seed, step and rank."""
     if not file.exists():
-        torch.manual_seed(hash((session.config.train.seed, session.step, session.group.rank)))
+        seed_rank(session.config, step=session.step, rank=session.group.rank)
         return
     random = load_file(file)
     torch.set_rng_state(random["cpu"])

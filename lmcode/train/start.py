@@ -171,6 +171,8 @@ def set_up(config: RunConfig, me: Rank, *, start: Start | None = None, watch: Nu
     model.activation_checkpointing = config.train.activation_checkpointing
     model.tokenizer = corpus.tokenizer
     engine = Engine(model, config, world_size=me.world_size)
+    if config.model.dropout:
+        resuming.seed_rank(config, step=0, rank=me.rank)
     agreed(request, group)
     replay, data_pass = make_replay(config), Pass(first_namespace=VISITS)
     session = Session(config=config, me=me, group=group, run_folder=start.run_folder, corpus=corpus, model=model,

@@ -279,6 +279,8 @@ class MemoryAwareTrainer:
             torch.manual_seed(config.train.seed)
             self.model.activation_checkpointing = config.train.activation_checkpointing
             self._engine = Engine(self.model, config, world_size=self.group.size)
+            if config.model.dropout:
+                resuming.seed_rank(config, step=0, rank=self.group.rank)
         if self._start is None and config.train.run_dir is not None:
             self._start = start.open_run(config, self.group)
         folder = None if self._start is None else self._start.run_folder
