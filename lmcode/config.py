@@ -240,6 +240,10 @@ class TrainConfig(Section):
     replay_slots: int = Field(2048, ge=1, description="spans (windows that were trained on) kept for replay")
     heartbeat_s: float = Field(30.0, ge=0.0, description="seconds; a rank that is silent or stands still for two of these "
                                "ends the job, by name; 0 does not watch")
+    profile_steps: str | None = Field(None, pattern=r"^[1-9]\d*:[1-9]\d*$", description="'10:12': a trace of these steps "
+                                      "in the run folder's profile/ (in quotes in a YAML file)")
+    peak_tflops: float | None = Field(None, gt=0.0, description="10^12 operations a second that a rank's processor can do; "
+                                      "perf/mfu is the share of it that the model uses")
     run_dir: str | None = Field(None, description="the run folder; runs/<preset>-<time> when None")
 
     @model_validator(mode="after")
@@ -247,6 +251,9 @@ class TrainConfig(Section):
         if self.streams % self.gradient_accumulation_steps:
             raise ValueError("train.streams must be a multiple of train.gradient_accumulation_steps: "
                              f"{self.streams} % {self.gradient_accumulation_steps} != 0")
+        first, _, last = (self.profile_steps or "1:1").partition(":")
+        if int(first) > int(last):
+            raise ValueError(f"train.profile_steps must not end before it begins: got {self.profile_steps}")
         return self
 
 

@@ -28,6 +28,7 @@ from lmcode.model.lm import LayerMemory, StreamState
 from lmcode.train import health, observe, resuming, saving, summary
 from lmcode.train.ds_config import resolve
 from lmcode.train.engine import synchronise
+from lmcode.train.profiling import Profile
 from lmcode.train.progress import Progress
 from lmcode.train.schedule import learning_rate
 from lmcode.train.session import Session, StepResult
@@ -93,11 +94,13 @@ def fit(session: Session) -> None:
     config, clock = session.config, session.clock
     seconds_before, began = session.training_seconds, time.perf_counter()
     last_step = session.last_step
+    profile = Profile(config.train.profile_steps, session.run_folder, rank=session.me.rank)
     progress = Progress(total=last_step, start=session.step, enabled=session.me.rank == 0)
     clock.step = session.step
     if session.owes_evaluation:
         evaluate_midway(session)
     while session.step < last_step:
+        profile.before(session.step + 1)
         started = time.perf_counter()
         result = session.last = train_step(session)
         session.step += 1
@@ -108,6 +111,7 @@ def fit(session: Session) -> None:
         synchronise(session.engine.device)
         seconds = time.perf_counter() - started
         clock.add("step", seconds)
+        profile.after(session.step, ends=result.asked or session.step == last_step)
         log_now = session.step % config.train.log_every == 0 or session.step == last_step
         progress.step(session.step, loss=result.loss, tokens_per_s=result.tokens / seconds, log_line=log_now)
         if log_now:
