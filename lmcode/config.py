@@ -230,6 +230,8 @@ class TrainConfig(Section):
     deepspeed: str = Field("zero2", description="name of a file in ds_configs/ or a path")
     seed: int = Field(0, ge=0)
     log_every: int = Field(10, ge=1)
+    log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(("tensorboard",), description="where metrics go "
+                                                                          "beside metrics.jsonl")
     save_every: int = Field(0, ge=0, description="steps between checkpoints; 0 saves at the end only")
     max_skipped_steps: int = Field(20, ge=1, description="steps in a row with a refused update that end the run")
     save_total_limit: int = Field(2, ge=1)

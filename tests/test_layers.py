@@ -33,9 +33,11 @@ OWNERS = {  # the one file or folder that may import a package
     "huggingface_hub": "lmcode/saved/pretrained.py",
     "zstandard": "lmcode/data/zstd.py",
     "pyarrow": "lmcode/data/parquet.py",
+    "wandb": "lmcode/train/writers.py",
+    "mlflow": "lmcode/train/writers.py",
 }
 LAZY = ("deepspeed", "faiss", "tensorboard", "tokenizers", "yaml", "mpi4py", "matplotlib", "transformers", "datasets",
-        "zstandard", "pyarrow")
+        "zstandard", "pyarrow", "wandb", "mlflow")
 MAY_PRINT = ("lmcode/cli/command.py",)
 # The parts of lmcode from the ground up: each imports only those before it.
 ORDER = ("version", "processor", "config", "precision", "protocol", "presets", "effects", "dist", "files", "model",

@@ -195,7 +195,7 @@ def record_in(run_folder: Path, session: Session) -> Metrics:
     """Leaves a job's resolved settings in its run folder and opens its metrics; rank 0 only."""
     durable.replace_text(run_folder / "config.yaml", to_yaml(session.config))
     durable.write_json(run_folder / "ds_config.json", session.engine.ds_config)
-    return Metrics(run_folder, resumed_step=session.step)
+    return Metrics(run_folder, resumed_step=session.step, log_to=session.config.train.log_to)
 
 
 def announce(session: Session) -> None:
