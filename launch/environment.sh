@@ -88,7 +88,7 @@ lmcode_install() {
     lmcode_stage "environment: making sure that faiss-$other is not there" \
         "${pip[@]}" uninstall --yes "faiss-$other" || return 1
     lmcode_stage "environment: installing the project with faiss-$kind" "${pip[@]}" install --constraint "$pins" \
-        --editable "${lmcode_checkout}[$kind,mpi,report,hf,test]" || return 1
+        --editable "${lmcode_checkout}[$kind,mpi,report,hf,test,dev]" || return 1
     printf '%s\n' "$wanted" >"$lmcode_venv/lmcode.stamp.new" || return 1
     mv "$lmcode_venv/lmcode.stamp.new" "$lmcode_venv/lmcode.stamp" || return 1
     rm -f "$lmcode_venv/lmcode.unfinished"

@@ -1,6 +1,7 @@
 """What everything around a language model with memories asks of it: training, evaluation, saving, reports, commands.
 
-The one thing to know: nobody above this file names a class of model, but `opening`, which makes one.
+The one thing to know: nobody above this file names a class of model, but `opening`, which makes one. A new kind of model is
+a subclass that has what is abstract here; everything else comes with it.
 """
 
 from __future__ import annotations
@@ -14,25 +15,78 @@ import torch
 from torch import Tensor, nn
 
 from lmcode.config import LMCODEConfig, MemoryConfig
+from lmcode.data.streams import Batch
+from lmcode.data.tokenizer import MIN_BPE_VOCAB, ByteTokenizer
 from lmcode.dist import Group
-from lmcode.memories.experiences import Experiences
 from lmcode.memories.memories import Memories
-from lmcode.memory.bank import LongTermMemory
-from lmcode.protocol import Retriever
+from lmcode.memories.remembering import Remembering, Spans
+from lmcode.model.generation.generate import Generation, Prompts
+from lmcode.model.generation.sampling import Decoding
+from lmcode.protocol import EntryShape, Output, Retriever, State
 
 
-class Backbone(nn.Module):
-    """A module that reads what `memories` hold. A subclass sets `config` and `memories`, and has what is abstract here.
+def forward_batch(call: Callable[..., Output], batch: Batch, state: State | None = None) -> Output:
+    """Runs a backbone over a batch: its streams read their windows, each from its part of `state`.
+
+    Args:
+        call: the module itself, or the engine's `forward`, which wraps it.
+        state: what the streams carry from their last window; None where all start.
+    """
+    return call(batch.input_ids_BT, targets_BT=batch.targets_BT, state=state, reset_B=batch.reset_B,
+                valid_BT=batch.valid_BT, **batch.reading())
+
+
+def token_losses(output: Output) -> Tensor:
+    """The loss of each token, nats; ValueError where the backbone returned none, though it was given targets."""
+    if output.token_loss is None:
+        raise ValueError("the model must return a loss of each token where it is given targets: got None")
+    return output.token_loss
+
+
+class Backbone(Remembering, nn.Module):
+    """A module that reads what `memories` hold. A subclass calls `begin`, and has what is abstract here.
 
     The memories are plain attributes, neither parameters nor buffers: `state_dict`, casts and ZeRO leave them alone.
+
+    Attributes:
+        config: of the model's settings the rest uses vocab_size, context_length, retrieval_stride, successor_values,
+            long_term_memory_slots and memory_top_k.
+        activation_checkpointing: recompute layers in the backward pass, where the model can.
+        masters: while the model is trained, and after that, what gives the fp32 weight behind a parameter, whole, on the
+            CPU (a collective): in bf16, or sharded by ZeRO-3, the parameters are not what is to be saved. None otherwise.
+        replay: what whoever trains the model keeps of its texts; deletion goes there, too.
     """
 
     config: LMCODEConfig
     memories: Memories
-    tokenizer: Any
-    activation_checkpointing: bool
-    replay: Any
-    masters: Callable[[nn.Parameter], Tensor] | None
+    activation_checkpointing: bool = False
+    masters: Callable[[nn.Parameter], Tensor] | None = None
+    replay: Spans | None = None
+
+    def begin(self, config: LMCODEConfig, memory: MemoryConfig | None = None, *, group: Group | None = None,
+              device: torch.device | str = "cpu") -> None:
+        """Gives the model its settings and empty memories; a subclass's `__init__`, which has these arguments, calls it.
+
+        Args:
+            memory: how the banks store, search and exchange: see `Memories`.
+            group: the ranks that share the banks; this process alone by default.
+            device: where the banks' rows live; the CPU by default.
+        """
+        self.config = config
+        self.memories = Memories(config, self.memory_shapes(config), memory, group=group, device=device)
+        self._tokenizer = ByteTokenizer() if config.vocab_size >= MIN_BPE_VOCAB else None
+
+    @classmethod
+    @abstractmethod
+    def memory_shapes(cls, config: LMCODEConfig) -> dict[int, EntryShape]:
+        """The layers that read a long-term memory under these settings, and the entries of each."""
+
+    @abstractmethod
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, *, targets_BT: Tensor | None = None,
+                state: State | None = None, reset_B: Tensor | None = None, namespace_B: Tensor | None = None,
+                document_B: Tensor | None = None, valid_BT: Tensor | None = None,
+                piece_BT: Tensor | None = None) -> Output:
+        """Reads one window of each stream, and writes nothing: see `Batch` for the arguments."""
 
     @abstractmethod
     def set_retrievers(self, retrievers: Mapping[int, Retriever]) -> None:
@@ -43,37 +97,27 @@ class Backbone(nn.Module):
         """Reads from `retrievers` inside the `with` block ({}: from nothing) and from the former ones after it."""
 
     @abstractmethod
-    def blank_state(self, num_streams: int, *, device: torch.device | None = None) -> Any:
+    def blank_state(self, num_streams: int, *, device: torch.device | None = None) -> State:
         """What streams carry from window to window before they start."""
 
     @abstractmethod
-    def save_pretrained(self, save_directory: Any, *, include_memory: bool = True) -> None:
-        """Writes the model as a folder that other people load. A collective."""
+    def generate(self, input_ids: Prompts, *settings: Any, **named: Any) -> Tensor | Generation:
+        """Continues prompts as the commands ask: see `LMCODE.generate`. A collective."""
 
-    @property
-    def banks(self) -> dict[int, LongTermMemory]:
-        """The long-term memories by layer, ascending."""
-        return self.memories.banks
+    @abstractmethod
+    def write_on(self, prompts: Prompts, decoding: Decoding, *, window: int, commit: Callable[[Output], None],
+                 agree: Callable[[Tensor], Tensor]) -> Generation:
+        """Continues prompts, handing out each window that it has read or written, for whoever keeps memories of their own:
+        see `model.generation.generate`. A collective."""
 
-    @property
-    def group(self) -> Group:
-        """The ranks that share the banks."""
-        return self.memories.group
+    @abstractmethod
+    def save_pretrained(self, *args: Any, **settings: Any) -> Any:
+        """Writes the model as a folder that other people load: see `LMCODE.save_pretrained`."""
 
     @property
     def memory_config(self) -> MemoryConfig:
         """How the banks store, search and exchange."""
         return self.memories.memory_config
-
-    @property
-    def experiences(self) -> Experiences:
-        """The experience bank with its texts."""
-        return self.memories.experiences
-
-    @property
-    def has_experiences(self) -> bool:
-        """Whether anything was ever stored; the same on every rank."""
-        return self.memories.has_experiences
 
     def reshard_memory(self, virtual_shards: int, *, slots: int | None = None, experience_slots: int | None = None) -> int:
         """Moves all that the model remembers to another number of virtual shards or slots: see `Memories.reshard`."""

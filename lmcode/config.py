@@ -10,10 +10,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+# What a setting may name besides its other values, and where that is, "module:name". Who adds a line can choose it.
+TIERS = {"exact": "lmcode.memory.search.exact:ExactTier", "faiss-flat": "lmcode.memory.search.faiss_index:FlatTier"}
+EVICTIONS = {"fifo": "lmcode.memory.evict:second_chance", "clock": "lmcode.memory.evict:second_chance"}
 FAISS_GPU_MAX_K = 2048  # largest k of GPU FAISS without cuVS; kept on every machine so that a config is portable
 
 
@@ -25,6 +36,18 @@ def near_match(word: str, known: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the known word closest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+Made = TypeVar("Made", bound="Section")
+
+
+def name_in(table: Mapping[str, str], *others: str) -> AfterValidator:
+    """For a setting that is a key of `table`, whatever it then holds, or one of `others`."""
+    def check(name: str) -> str:
+        if name not in (known := (*others, *table)):
+            raise ValueError(f"must be one of {', '.join(map(repr, known))}: got '{name}'.{near_match(name, known)}")
+        return name
+    return AfterValidator(check)
 
 
 class Section(BaseModel):
@@ -45,6 +68,7 @@ class Section(BaseModel):
 class LMCODEConfig(Section):
     """Shape of the model. Sizes are counts or widths; letters are those of the glossary (C width, H heads, D key width)."""
 
+    backbone: str = Field("lmcode", description="kind of model, a name in lmcode.opening.BACKBONES")
     vocab_size: int = Field(50257, ge=2)
     hidden_size: int = Field(512, ge=8, description="C, the width of the residual stream")
     num_layers: int = Field(6, ge=1)
@@ -101,14 +125,16 @@ class MemoryConfig(Section):
     group_size: int = Field(0, ge=0, description="consecutive ranks of a memory group: the bank is sliced inside a group "
                             "and replicated between groups; 0: all ranks are one group")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="storage of keys and values")
-    tier: Literal["auto", "exact", "faiss-flat"] = "auto"
+    tier: Annotated[str, name_in(TIERS, "auto")] = Field("auto", json_schema_extra={"enum": ["auto", *TIERS]})
     fetch: Literal["sums", "rows"] = Field("sums", description="phase 4 of the read protocol")
     exchange: Literal["all_gather", "all_to_all", "auto"] = Field("all_gather", description="phase 3")
     scope: Literal["document", "global"] = Field("document", description="which entries a query may see")
     write: Literal["all", "every_nth", "surprise"] = Field("all", description="which tokens become entries")
     write_every: int = Field(4, ge=1, description="n of write=every_nth")
     write_share: float = Field(0.25, gt=0.0, le=1.0, description="share of tokens that write=surprise keeps")
-    eviction: Literal["fifo"] = "fifo"
+    eviction: Annotated[str, name_in(EVICTIONS)] = Field("fifo", json_schema_extra={"enum": [*EVICTIONS]},
+                                                         description="who makes room for newcomers: the first in, with a "
+                                                         "second chance for the important; 'clock' is the same")
     second_chance_importance: float = Field(1.5, gt=0.0, description="from here on FIFO passes an entry over once; surprise "
                                             "alone does not reach 1.5")
     importance_weight: float = Field(0.25, ge=0.0, description="factor on log-importance in an entry's score")
@@ -214,6 +240,9 @@ class TrainConfig(Section):
 
     learning_rate: float = Field(1e-4, gt=0.0)
     min_learning_rate: float = Field(0.1, ge=0.0, le=1.0, description="share of the peak that the decay ends at")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field("cosine", description="the rate after the warm-up; "
+                                                                     "wsd: the peak, and a decay at the end")
+    decay_share: float = Field(0.1, gt=0.0, le=1.0, description="share of total_steps in which wsd decays")
     weight_decay: float = Field(0.01, ge=0.0)
     betas: tuple[float, float] = (0.9, 0.95)
     gradient_clip: float = Field(1.0, ge=0.0, description="largest global gradient norm; 0 does not clip")
@@ -227,6 +256,8 @@ class TrainConfig(Section):
     deepspeed: str = Field("zero2", description="name of a file in ds_configs/ or a path")
     seed: int = Field(0, ge=0)
     log_every: int = Field(10, ge=1)
+    log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(("tensorboard",), description="where metrics go "
+                                                                          "beside metrics.jsonl")
     save_every: int = Field(0, ge=0, description="steps between checkpoints; 0 saves at the end only")
     max_skipped_steps: int = Field(20, ge=1, description="steps in a row with a refused update that end the run")
     save_total_limit: int = Field(2, ge=1)
@@ -237,6 +268,10 @@ class TrainConfig(Section):
     replay_slots: int = Field(2048, ge=1, description="spans (windows that were trained on) kept for replay")
     heartbeat_s: float = Field(30.0, ge=0.0, description="seconds; a rank that is silent or stands still for two of these "
                                "ends the job, by name; 0 does not watch")
+    profile_steps: str | None = Field(None, pattern=r"^[1-9]\d*:[1-9]\d*$", description="'10:12': a trace of these steps "
+                                      "in the run folder's profile/ (in quotes in a YAML file)")
+    peak_tflops: float | None = Field(None, gt=0.0, description="10^12 operations a second that a rank's processor can do; "
+                                      "perf/mfu is the share of it that the model uses")
     run_dir: str | None = Field(None, description="the run folder; runs/<preset>-<time> when None")
     init_from: str | None = Field(None, description="run, checkpoint or saved model whose weights a new run starts from; "
                                   "--init-from takes its shape and tokenizer, too")
@@ -247,6 +282,9 @@ class TrainConfig(Section):
         if self.streams % self.gradient_accumulation_steps:
             raise ValueError("train.streams must be a multiple of train.gradient_accumulation_steps: "
                              f"{self.streams} % {self.gradient_accumulation_steps} != 0")
+        first, _, last = (self.profile_steps or "1:1").partition(":")
+        if int(first) > int(last):
+            raise ValueError(f"train.profile_steps must not end before it begins: got {self.profile_steps}")
         return self
 
 
@@ -326,7 +364,8 @@ def read_yaml(text: str) -> Any:
     class PlainLoader(yaml.SafeLoader):
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
-                raise ValueError(f"an alias is not allowed: got '*{self.peek_event().anchor}'")
+                event = self.peek_event()  # type: ignore[no-untyped-call]  # the stubs of yaml say nothing of it
+                raise ValueError(f"an alias is not allowed: got '*{event.anchor}'")
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -404,7 +443,7 @@ def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[
     return result
 
 
-def build(cls: type[Section], values: Mapping[str, Any]) -> Any:
+def build(cls: type[Made], values: Mapping[str, Any]) -> Made:
     """Validates `values` as a `cls`, turning pydantic's report into one line.
 
     Raises:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from torch import Tensor
 from lmcode.config import ConfigError
 
 log = logging.getLogger("lmcode")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def start(timeout_s: float = 1800.0) -> Rank:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(me.local_rank)
-    store = td.HashStore() if me.launcher == "single" else None  # alone: no port that somebody else could take meanwhile
+    store = td.HashStore() if me.launcher == "single" else None  # type: ignore[attr-defined]  # alone: no port to be taken
     td.init_process_group(backend, store=store, rank=me.rank, world_size=me.world_size,
                           timeout=timedelta(seconds=timeout_s))
     return me
@@ -175,7 +176,8 @@ def free_port() -> int:
     """A TCP port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def device() -> torch.device:
@@ -387,13 +389,14 @@ def check_same(group: Group, name: str, *arguments: Any) -> None:
             raise ConfigError(f"{name} is a collective: all ranks must pass the same arguments")
 
 
-def on_rank_0(group: Group, action: Callable[[], Any]) -> Any:
+def on_rank_0(group: Group, action: Callable[[], Result]) -> Result:
     """The small picklable result of `action`, which rank 0 alone performs. A collective.
 
     Raises:
         ConfigError: on every rank, with the message of the ValueError or OSError that rank 0 met.
     """
-    message = value = None
+    message: str | None = None
+    value: Any = None
     if group.rank == 0:
         try:
             value = action()
@@ -402,4 +405,5 @@ def on_rank_0(group: Group, action: Callable[[], Any]) -> Any:
     message, value = group.all_gather_object((message, value))[0]
     if message is not None:
         raise ConfigError(message)
-    return value
+    result: Result = value
+    return result

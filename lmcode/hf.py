@@ -12,6 +12,7 @@ The only importer of transformers. The wrapper adds no behaviour: weights, memor
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,48 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.generation import GenerationMixin, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lmcode.config import LMCODEConfig, MemoryConfig, build, near_match
 from lmcode.language_model import LMCODE
 from lmcode.memories.experiences import Namespace, namespace_number
-from lmcode.saved.pretrained import MODEL_TYPE
+from lmcode.model.lm import LMCODEOutput
+from lmcode.saved import pretrained
+from lmcode.saved.files import MODEL_TYPE
 
-NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, "min_length": 0}  # all we can do
+# generate: the only values that it has, and what means nothing here.
+NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, "min_length": 0}
 IGNORED = ("pad_token_id", "bos_token_id", "use_cache", "transformers_version", "_from_model_config", "cache_implementation",
-           "assistant_model", "assistant_tokenizer", "tokenizer", "custom_generate")  # mean nothing here
+           "assistant_model", "assistant_tokenizer", "tokenizer", "custom_generate")
 PASSED_ON = ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size", "max_length", "max_new_tokens",
              "attention_mask", "seed", "namespace")
+# forward: the only values that it has, but for use_cache, which may be anything. `cache` is what transformers 5.24 calls
+# past_key_values.
+FORWARD_NEUTRAL = {"past_key_values": None, "cache": None, "inputs_embeds": None, "position_ids": None,
+                   "cache_position": None, "token_type_ids": None, "shift_labels": None, "output_attentions": False,
+                   "output_hidden_states": False, "return_dict": True, "logits_to_keep": 0}
+FORWARD_NAMES = ("input_ids", "attention_mask", "labels", "namespace", "num_items_in_batch", "use_cache", *FORWARD_NEUTRAL)
+# from_pretrained: where to download from, what else is honoured, and what transformers and its callers pass that changes
+# nothing here. Any other is refused, unless it is None or False.
+HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+HONOURED = ("config", "dtype", "torch_dtype", "device_map")
+LOAD_IGNORED = ("trust_remote_code", "code_revision", "adapter_kwargs", "attn_implementation", "low_cpu_mem_usage",
+                "use_safetensors", "weights_only", "subfolder", "proxies", "max_memory", "offload_folder", "_commit_hash",
+                "_from_auto", "_from_pipeline", "name_or_path", "tqdm_class")
+ONE_DEVICE = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that leave a model where it was loaded
+# save_pretrained: what changes nothing here.
+SAVE_IGNORED = ("safe_serialization", "save_function", "max_shard_size", "token", "save_peft_format",
+                "save_original_format")
+
+
+def check_known(method: str, given: Collection[str], known: Collection[str]) -> None:
+    """ValueError for a name that is not known, with the nearest one that is."""
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{method} has no argument '{name}'.{near_match(name, known)}")
 
 
 class _Enough(Exception):
@@ -57,10 +87,17 @@ class LMCODEHFConfig(PretrainedConfig):
 
 
 class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal language model of transformers' that is an `LMCODE` inside."""
+    """A causal language model of transformers' that is an `LMCODE` inside.
+
+    Its `state_dict` has the names of `lmcode` behind "lmcode."; `load_state_dict` and `save_pretrained` also take those of
+    the files that are saved, which have no prefix and no head (it is the embedding). `forward` divides the summed loss by
+    `num_items_in_batch` as transformers' own models do, so that a Trainer's gradients do not depend on how it splits a
+    batch.
+    """
 
     config_class = LMCODEHFConfig
     base_model_prefix = "lmcode"
+    accepts_loss_kwargs = True
     _supports_sdpa = True
 
     def __init__(self, config: LMCODEHFConfig, model: LMCODE | None = None) -> None:
@@ -68,19 +105,25 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
         self.lmcode = model if model is not None else LMCODE(
             build(LMCODEConfig, config.lmcode_model), memory=build(MemoryConfig, config.lmcode_memory))
         self.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.eos_token_id)
+        self.register_load_state_dict_pre_hook(take_saved_names)  # type: ignore[no-untyped-call]  # torch's own
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, include_memory: bool = True,
-                        **settings: Any) -> LMCODEForCausalLM:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path,  # type: ignore[override]  # theirs names them all
+                        *args: Any, include_memory: bool = True, **settings: Any) -> LMCODEForCausalLM:
         """Loads what `LMCODE.save_pretrained` wrote, with `LMCODE.from_pretrained`.
 
         Args:
             include_memory: banks and experiences too.
-            **settings: transformers' own. `dtype` (or `torch_dtype`), a `device_map` that names one device, and what says
-                where to download from are honoured; the rest does not apply to this model.
+            **settings: transformers' own. `dtype` (or `torch_dtype`), a `device_map` that names one device, `config` and
+                what says where to download from are honoured; those of `LOAD_IGNORED` have no effect.
+
+        Raises:
+            ValueError: for any other setting, and a `device_map` of several devices.
         """
-        hub = {name: settings[name] for name in ("revision", "cache_dir", "force_download", "local_files_only", "token")
-               if settings.get(name) is not None}
+        asked = [name for name, value in settings.items() if value is not None and value is not False]
+        check_known("from_pretrained", asked, ("include_memory", *HUB, *HONOURED, *LOAD_IGNORED))
+        device = one_device(settings.get("device_map"))
+        hub = {name: settings[name] for name in HUB if settings.get(name) is not None}
         model = LMCODE.from_pretrained(pretrained_model_name_or_path, include_memory=include_memory, **hub)
         config = settings.get("config") or LMCODEHFConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         wrapped = cls(config, model)
@@ -88,17 +131,35 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(dtype, str) and dtype != "auto":
             dtype = getattr(torch, dtype)
         if isinstance(dtype, torch.dtype):
-            wrapped = wrapped.to(dtype)
-        where = settings.get("device_map")
-        where = where.get("") if isinstance(where, dict) else where
-        return wrapped.to(where).eval() if where not in (None, "auto") else wrapped.eval()
+            wrapped = wrapped.to(dtype)  # type: ignore[arg-type]  # transformers wraps a method as if it were a function
+        if device is not None:
+            wrapped = wrapped.to(device)
+        wrapped.train(False)
+        return wrapped
 
-    def save_pretrained(self, save_directory: str | Path, *, include_memory: bool = True, push_to_hub: bool = False,
-                        **ignored: Any) -> None:
-        """`LMCODE.save_pretrained`; of transformers' own settings none applies."""
+    def save_pretrained(self, save_directory: str | Path, *,  # type: ignore[override]  # as `from_pretrained`
+                        include_memory: bool = True, is_main_process: bool = True,
+                        state_dict: Mapping[str, Tensor] | None = None, push_to_hub: bool = False, **settings: Any) -> None:
+        """`LMCODE.save_pretrained`, which here also replaces a tokenizer that has been saved over the former one, as a
+        Trainer does in every checkpoint.
+
+        Args:
+            is_main_process: whether to write at all, where each process has a model of its own.
+            state_dict: weights to save in place of the model's, under the names of either `state_dict` or a saved file.
+            **settings: those of `SAVE_IGNORED`, which have no effect.
+
+        Raises:
+            ConfigError: as there, also for weights in `state_dict` that are not this model's.
+            ValueError: for `push_to_hub`, and any other setting.
+        """
         if push_to_hub:
             raise ValueError("save_pretrained only saves: upload with model.lmcode.push_to_hub(repo_id)")
-        self.lmcode.save_pretrained(save_directory, include_memory=include_memory)
+        asked = [name for name, value in settings.items() if value is not None]
+        check_known("save_pretrained", asked, ("include_memory", "is_main_process", "state_dict", *SAVE_IGNORED))
+        if not is_main_process and self.lmcode.group.size == 1:
+            return
+        pretrained.write(self.lmcode, Path(save_directory).absolute(), include_memory=include_memory, replace_tokenizer=True,
+                         weights=None if state_dict is None else saved_names(state_dict))
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.lmcode.embedding
@@ -123,20 +184,26 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
         self.config.vocab_size = size
         return embedding
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
-                past_key_values: Any = None, inputs_embeds: Tensor | None = None, namespace: Namespace = 0,
-                **ignored: Any) -> CausalLMOutput:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, *,
+                namespace: Namespace = 0, num_items_in_batch: Tensor | int | None = None, **others: Any) -> CausalLMOutput:
         """Loss and logits [B, T, V] of one window; padding on either side is left out of both by `attention_mask`.
 
+        Args:
+            num_items_in_batch: what the summed loss is divided by; None: the number of targets in this window.
+            **others: transformers' own, of which each has one value only (`FORWARD_NEUTRAL`), and `use_cache`.
+
         Raises:
-            ValueError: for what it does not have: `past_key_values`, `inputs_embeds`.
+            ValueError: for what it does not have, such as `past_key_values` (also called `cache`) and `inputs_embeds`.
         """
-        if past_key_values is not None or inputs_embeds is not None:
-            raise ValueError("forward reads a whole window of input_ids: it has no past_key_values and no inputs_embeds")
+        check_known("forward", others, FORWARD_NAMES)
+        for name, value in others.items():
+            if name in FORWARD_NEUTRAL and value is not None and value is not FORWARD_NEUTRAL[name]:
+                raise ValueError("forward reads a whole window of input_ids and returns its loss and logits: "
+                                 f"{name} must be {FORWARD_NEUTRAL[name]}, got {value!r:.60}")
         namespace_B = torch.full((len(input_ids),), namespace_number(namespace), device=input_ids.device)
         if attention_mask is None or bool(attention_mask.all()):
             output = self.lmcode(input_ids, labels, namespace_B=namespace_B)
-            return CausalLMOutput(loss=output.loss, logits=output.logits)
+            return CausalLMOutput(loss=loss_of(output, num_items_in_batch), logits=output.logits)
         # The model wants padding behind the text: sort positions by "is padding", keeping their order.
         order_BT = (attention_mask == 0).long().argsort(dim=1, stable=True)
         valid_BT = attention_mask.bool().gather(1, order_BT)
@@ -144,11 +211,12 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
         ids_BT = input_ids.gather(1, order_BT).where(valid_BT, 0)  # a pad token may lie outside the vocabulary
         output = self.lmcode(ids_BT, moved_BT, valid_BT=valid_BT, namespace_B=namespace_B)
         back_BTV = order_BT.argsort(dim=1)[..., None].expand_as(output.logits)
-        return CausalLMOutput(loss=output.loss, logits=output.logits.gather(1, back_BTV))
+        return CausalLMOutput(loss=loss_of(output, num_items_in_batch), logits=output.logits.gather(1, back_BTV))
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None,
-                 stopping_criteria: Any = None, **settings: Any) -> Tensor:
+    def generate(self, inputs: Tensor | None = None,  # type: ignore[override]  # as `from_pretrained`
+                 generation_config: GenerationConfig | None = None, stopping_criteria: Any = None,
+                 **settings: Any) -> Tensor:
         """`LMCODE.generate` with transformers' names and defaults, but for the length: 128 new tokens.
 
         Args:
@@ -162,6 +230,9 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: for a setting that it does not have, with the nearest one that it has, and for beams.
         """
         given = {**(generation_config or self.generation_config).to_diff_dict(), **settings}
+        for name in ("past_key_values", "cache", "inputs_embeds"):
+            if given.pop(name, None) is not None:
+                raise ValueError(f"generate begins with input_ids and keeps a cache of its own: it has no {name}")
         prompt_BT = given.pop("input_ids", inputs)
         if prompt_BT is None:
             raise ValueError("generate needs input_ids: got none")
@@ -195,7 +266,8 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
     def _until(self, ids_BT: Tensor, stops: StoppingCriteriaList, words: dict[str, Any]) -> Tensor:
         """Generates until every text has met a criterion or its end."""
         if not stops:
-            return self.lmcode.generate(ids_BT, **words)
+            written = self.lmcode.generate(ids_BT, **words)
+            return written if isinstance(written, Tensor) else written.tokens_BT
         filler = self.config.eos_token_id or 0
         written_BT, done_B = ids_BT, torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
 
@@ -213,6 +285,38 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
         return written_BT
 
 
+def loss_of(output: LMCODEOutput, num_items_in_batch: Tensor | int | None) -> Tensor | None:
+    """The mean loss over the targets of a window, or their sum divided by the number of a larger batch's."""
+    if output.token_loss is None or num_items_in_batch is None:
+        return output.loss
+    return output.token_loss.sum() / torch.as_tensor(num_items_in_batch, device=output.token_loss.device)
+
+
+def one_device(device_map: Any) -> Any:
+    """The device that a `device_map` names; None: where the model is loaded. ValueError if it names several."""
+    if isinstance(device_map, dict):
+        if list(device_map) != [""]:
+            raise ValueError(f"device_map must name one device for the whole model, as {{'': 'cpu'}}: got {device_map}")
+        device_map = device_map[""]
+    return None if device_map in ONE_DEVICE else device_map
+
+
+def saved_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names of a saved model, fp32 on the CPU; the head, which is the embedding, is left out."""
+    weights = {name.removeprefix("lmcode."): weight for name, weight in state.items()}
+    weights.pop("head.weight", None)
+    return {name: weight.detach().float().cpu().contiguous() for name, weight in weights.items()}
+
+
+def take_saved_names(module: torch.nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A hook of `load_state_dict`: puts "lmcode." before names that are without, and the embedding for an absent head."""
+    for name in [name for name in state if name.startswith(prefix) and not name.startswith(f"{prefix}lmcode.")]:
+        state[f"{prefix}lmcode.{name.removeprefix(prefix)}"] = state.pop(name)
+    if f"{prefix}lmcode.embedding.weight" in state:
+        state.setdefault(f"{prefix}lmcode.head.weight", state[f"{prefix}lmcode.embedding.weight"])
+
+
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MODEL_TYPE] = LMCODEForCausalLM.__name__  # label smoothing shifts labels for these only
 AutoConfig.register(MODEL_TYPE, LMCODEHFConfig, exist_ok=True)
 AutoModelForCausalLM.register(LMCODEHFConfig, LMCODEForCausalLM, exist_ok=True)
 AutoTokenizer.register(LMCODEHFConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)

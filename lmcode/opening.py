@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lmcode.backbone import Backbone
-from lmcode.config import ConfigError, RunConfig, build, with_overrides
+from lmcode.config import ConfigError, RunConfig, build, near_match, with_overrides
 from lmcode.dist import Group, on_rank_0
 from lmcode.files import durable
 from lmcode.language_model import LMCODE
@@ -24,6 +24,7 @@ from lmcode.saved.places import Kind, Place, place_of
 # Settings of a model that its weights do not depend on, in value or in meaning.
 FREE = ("context_length", "dropout", "memory_top_k", "memory_temperature", "memory_bias", "memory_update_rate",
         "retrieval_stride")
+BACKBONES: dict[str, type[Backbone]] = {"lmcode": LMCODE}  # by `model.backbone`
 
 
 class Opened(NamedTuple):
@@ -41,9 +42,18 @@ class Opened(NamedTuple):
     step: int
 
 
+def kind_of(config: RunConfig) -> type[Backbone]:
+    """The kind of model that the settings name. ConfigError for one that there is not."""
+    name = config.model.backbone
+    if name not in BACKBONES:
+        raise ConfigError(f"model.backbone must be one of {', '.join(BACKBONES)}: got '{name}'."
+                          f"{near_match(name, BACKBONES)}")
+    return BACKBONES[name]
+
+
 def make_model(config: RunConfig, *, group: Group, device: torch.device) -> Backbone:
     """The model that the settings describe, with empty memories, its weights drawn from torch's generator. A collective."""
-    return LMCODE(config.model, memory=config.memory, group=group, device=device)
+    return kind_of(config)(config.model, memory=config.memory, group=group, device=device)
 
 
 def shape_of(path: str | Path, *, memory: bool) -> dict[str, dict[str, Any]]:
@@ -102,7 +112,7 @@ def open_model(path: str | Path, overrides: Sequence[str] = (), *, group: Group 
     group = group or Group()
     place = on_rank_0(group, lambda: place_of(path))
     if place.kind in (Kind.SAVED_MODEL, Kind.HUGGING_FACE):
-        model = pretrained.read(place.folder, LMCODE, include_memory=memory, group=group, device=device)
+        model: Backbone = pretrained.read(place.folder, LMCODE, include_memory=memory, group=group, device=device)
         values = {"preset": "saved", "model": model.config.model_dump(), "memory": model.memory_config.model_dump(),
                   "train": {"sequence_length": model.config.context_length}}
         config: RunConfig = build(RunConfig, with_overrides(values, overrides))
@@ -111,5 +121,5 @@ def open_model(path: str | Path, overrides: Sequence[str] = (), *, group: Group 
         return Opened(model, place, place.folder, config, 0)
     folder = on_rank_0(group, lambda: checkpoint.find(Path(path)))  # found once: a run may be saving newer ones
     config = load_run_config(folder / "config.yaml", overrides)
-    model = checkpoint.read_model(folder, LMCODE, config, group=group, device=device, memory=memory)
+    model = checkpoint.read_model(folder, kind_of(config), config, group=group, device=device, memory=memory)
     return Opened(model, place, folder, config, durable.read_manifest(folder).facts.step)

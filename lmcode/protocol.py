@@ -7,6 +7,7 @@ because DeepSpeed walks through tuples to find the tensors a module returns.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -54,6 +55,70 @@ class Candidates(NamedTuple):
     document_N: Tensor | None = None
 
 
+class LayerMemory(NamedTuple):
+    """One memory layer's traffic in one forward pass; all detached. N = B * ceil(T / retrieval_stride), b-major.
+
+    hits: what the retriever found, one row per query, and the attention paid to it.
+    candidates: what may be written, one row per token (B * T, b-major).
+    gate_BT: fp32, the sigmoid gate of each token.
+    share_HN: fp32, share of the joint softmax that went to the hits; the mean over the tokens that share a query.
+    null_share_HN: fp32, the same for the null slot. The rest went to the sequence's own past.
+    """
+
+    hits: Hits
+    candidates: Candidates
+    gate_BT: Tensor
+    share_HN: Tensor
+    null_share_HN: Tensor
+
+
+class EntryShape(NamedTuple):
+    """The entries of one layer: in each of `heads` heads a key and a value of these widths."""
+
+    heads: int
+    key_width: int
+    value_width: int
+
+
+class State(Protocol):
+    """What a batch of streams carries from one window to the next: a named tuple of tensors [B, ...], or of tuples of
+    them; all detached. Whoever carries it on knows no more of it."""
+
+    @property
+    def pending_valid_B(self) -> Tensor:
+        """bool, False until a stream has seen a token."""
+        ...
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class Output(Protocol):
+    """What a window's forward pass returns: a named tuple, for DeepSpeed.
+
+    logits: [B, T, V]. loss: fp32 scalar, mean over counted targets; None without targets.
+    token_loss: fp32 [B, T], nats, 0 where ignored; None without targets.
+    state: for the streams' next window.
+    memory: by number of the memory layer.
+    """
+
+    @property
+    def logits(self) -> Tensor: ...
+
+    @property
+    def loss(self) -> Tensor | None: ...
+
+    @property
+    def token_loss(self) -> Tensor | None: ...
+
+    @property
+    def state(self) -> Any: ...
+
+    @property
+    def memory(self) -> dict[int, LayerMemory]: ...
+
+
 class Retriever(Protocol):
     """Answers reads. Every rank of a memory group must make the same calls in the same order, with zero rows if need be."""
 
@@ -78,18 +143,21 @@ class Retriever(Protocol):
         """
         ...
 
+    def look_up(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What `attend` returns for a fresh `search`, where nobody needs the hits; without gradient.
 
-def look_up(retriever: Retriever, query_HND: Tensor, namespace_N: Tensor,
-            document_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What `attend` returns for a fresh `search`, where nobody needs the hits; without gradient.
+        `InTwoSteps` has it for retrievers that know no faster way.
+        """
+        ...
 
-    A retriever that has a faster way than these two has a method of this name.
-    """
-    with torch.no_grad():
-        shortcut = getattr(retriever, "look_up", None)
-        if shortcut is not None:
-            return shortcut(query_HND, namespace_N, document_N)
-        return retriever.attend(query_HND, retriever.search(query_HND, namespace_N, document_N))
+
+class InTwoSteps:
+    """A retriever that looks up by searching and attending."""
+
+    @torch.no_grad()
+    def look_up(self: Retriever, query_HND: Tensor, namespace_N: Tensor,
+                document_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.attend(query_HND, self.search(query_HND, namespace_N, document_N))
 
 
 class ConsolidationReport(NamedTuple):
@@ -111,7 +179,7 @@ def check_threshold(threshold: float) -> None:
         raise ValueError(f"a consolidation threshold is a cosine distance in (0, 2]: got {threshold}")
 
 
-class NullRetriever:
+class NullRetriever(InTwoSteps):
     """A retriever that finds nothing: the model without a bank, with equal parameters; and what stands at a layer without
     a long-term memory, so that all layers can be asked to consolidate theirs."""
 

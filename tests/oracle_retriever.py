@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lmcode.config import LMCODEConfig
-from lmcode.protocol import NO_SCORE, Hits
+from lmcode.protocol import NO_SCORE, Hits, InTwoSteps
 
 
-class OracleRetriever:
+class OracleRetriever(InTwoSteps):
     """Holds M fixed entries with ids 0..M-1.
 
     Args:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All set-up plus the tests: `bash tests/run.sh` for the whole suite, `bash tests/run.sh tests/test_cli.py -k train` for
-# a part. Arguments are pytest's, and so is the exit code. The whole suite runs in two processes of one
-# thread, a file at a time.
+# a part. Arguments are pytest's, and so is the exit code. Without arguments ruff and mypy come first, and what they find
+# ends it; then the whole suite runs in two processes of one thread, a file at a time.
 set -euo pipefail
 
 checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -9,6 +9,8 @@ checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$checkout/launch/environment.sh"
 cd "$checkout"
 if [ $# -eq 0 ]; then
+    "$LMCODE_PYTHON" -m ruff check .
+    "$LMCODE_PYTHON" -m mypy
     export OMP_NUM_THREADS=1
     set -- --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 fi

@@ -20,13 +20,12 @@ from lmcode.data.corpus import Documents
 from lmcode.data.streams import Batch, StreamSampler
 from lmcode.dist import Group
 from lmcode.eval.held_out import evaluate
-from lmcode.memories.memories import Memories
 from lmcode.memory.bank import LongTermMemory
 from lmcode.memory.entry import UNKNOWN
 from lmcode.memory.shard import Shard
-from lmcode.model.lm import LayerMemory
-from lmcode.protocol import Hits, look_up
+from lmcode.protocol import Hits, LayerMemory
 from lmcode.train import loop
+from lmcode.train.session import StepResult
 
 END, LENGTH, TEXTS, COPIES = 0, 20, 6, 2  # the first texts occur twice
 LAYER, WINDOW, STREAMS, EPOCHS = 1, 6, 4, 2
@@ -197,27 +196,22 @@ def test_without_the_rule_this_file_would_see_the_leak(monkeypatch: pytest.Monke
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> Ledger:
     """Follows what the loop reads and commits from now on."""
-    ledger, commit, train_step = Ledger(), Memories.commit, loop.train_step
-    sessions: list[Any] = []
+    ledger, update = Ledger(), loop.update
 
-    def stepping(session: Any) -> Any:
-        sessions.append(session)
-        return train_step(session)
-
-    def follow(memories: Memories, reads: dict[int, list[LayerMemory]], *, step: int) -> None:
-        session = sessions[-1]
-        bank, accumulation = session.model.banks[LAYER], len(reads[LAYER])
+    def follow(session: Any) -> StepResult:
+        bank, accumulation = session.model.banks[LAYER], session.config.train.gradient_accumulation_steps
         batches = [session.sampler.batch(session.step, micro=micro, num_micro=accumulation) for micro in range(accumulation)]
-        for batch, read in zip(batches, reads[LAYER], strict=True):
+        first_id, result = bank.next_id, update(session)
+        reads = result.reads[LAYER]
+        for batch, read in zip(batches, reads, strict=True):
             reading = batch._replace(valid_BT=batch.valid_BT & ~batch.replayed_B[:, None])
             ledger.read(queries(reading, 1), read.hits)
             assert not read.candidates.valid_N[batch.replayed_B.repeat_interleave(WINDOW)].any(), "replay writes nothing"
             assert not read.hits.valid_HNK[:, batch.replayed_B.repeat_interleave(WINDOW)].any(), "nor does it read"
-        ledger.write(session.group, bank.next_id, batches, reads[LAYER])
-        commit(memories, reads, step=step)
+        ledger.write(session.group, first_id, batches, reads)
+        return result
 
-    monkeypatch.setattr(Memories, "commit", follow)
-    monkeypatch.setattr(loop, "train_step", stepping)
+    monkeypatch.setattr(loop, "update", follow)
     return ledger
 
 
@@ -293,7 +287,7 @@ def test_the_short_way_of_decoding_hides_the_same() -> None:
                document_E=torch.arange(60) % 2)
     query = torch.randn(2, 3, 8, generator=chance)
     for document_N in (torch.tensor([0, 1, -1]), torch.tensor([-1, -1, -1]), None):
-        found = look_up(bank, query, names[:3], document_N)
+        found = bank.look_up(query, names[:3], document_N)
         wanted = bank.attend(query, bank.search(query, names[:3], document_N))
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other)

@@ -58,7 +58,6 @@ def advance(session: Session, steps: int) -> list:
     seen = []
     for _ in range(steps):
         result = loop.train_step(session)
-        session.step += 1
         seen.append((result.loss, [read.hits.id_HNK.tolist() for read in result.reads[1]]))
     return seen
 
@@ -206,9 +205,7 @@ def load_grid(runs: list[dict]) -> list:
         values = {**mine, "train": {**values["train"], "deepspeed": mine["train"]["deepspeed"]}, "data": values["data"]}
         session = resumed(values)
         content = session.model.banks[1].content_hash()
-        results = [loop.train_step(session)]
-        session.step += 1
-        results.append(loop.train_step(session))
+        results = [loop.train_step(session) for _ in range(2)]
         hits = session.group.all_gather_object(results[0].reads[1][0].hits[:2])
         seen.append((content, [result.loss for result in results],
                      tuple(torch.cat(parts, dim=1) for parts in zip(*hits, strict=True))))
@@ -407,14 +404,14 @@ def test_streams_load_on_any_number_of_ranks(tmp_path: Path, saved: tuple[int, i
             (tmp_path / name).parent.mkdir(exist_ok=True)
             write(tmp_path / name)
     for rank in range(loaded[0]):
-        came = stream_files.load_streams(tmp_path / stream_files.FOLDER, rank=rank, world_size=loaded[0],
-                                         num_micro=loaded[1])
+        came = stream_files.load_streams(tmp_path / stream_files.FOLDER, StreamState, rank=rank,
+                                         world_size=loaded[0], num_micro=loaded[1])
         for micro, expected in states_of(rank, *loaded).items():
             for part, wanted in zip(came[micro], expected, strict=True):
                 pairs = zip(part, wanted, strict=True) if isinstance(part, tuple) else [(part, wanted)]
                 assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in pairs)
     with pytest.raises(ValueError, match="12 saved streams do not divide over 5 ranks"):
-        stream_files.load_streams(tmp_path / stream_files.FOLDER, rank=0, world_size=5, num_micro=1)
+        stream_files.load_streams(tmp_path / stream_files.FOLDER, StreamState, rank=0, world_size=5, num_micro=1)
 
 
 # Saves that fail

@@ -162,6 +162,7 @@ def test_a_failure_that_is_nobodys_setting_keeps_its_traceback(monkeypatch: pyte
 
 
 def test_eval_and_generate_hand_on_what_they_were_given() -> None:
+    assert cli.parse(["eval", "runs/a", "--task", "recall"]).task == "recall"
     arguments = cli.parse(["eval", "runs/a", "--windows", "3", "eval.slots=64"])
     assert (arguments.path, arguments.windows, arguments.overrides) == (Path("runs/a"), 3, ["eval.slots=64"])
     arguments = cli.parse(["generate", "runs/a", "--prompt=-x", "--top-k", "5", "--no-memory", "--seed", "9"])

@@ -28,11 +28,10 @@ from lmcode.config import ConfigError, RunConfig, build
 from lmcode.data.replay import ReplaySampler
 from lmcode.eval.run import evaluate_path
 from lmcode.files import durable
-from lmcode.memories import files as saved_memory
 from lmcode.memories.experiences import VISITS, spelled
 from lmcode.memory import LongTermMemory
 from lmcode.presets import load_run_config
-from lmcode.saved import amend, checkpoint, files
+from lmcode.saved import amend, checkpoint, files, pretrained
 from lmcode.train import loop
 from lmcode.train.start import open_run
 
@@ -507,7 +506,7 @@ def test_a_lone_folder_is_changed_whole_or_not_at_all(lone: Path, said: Callable
     model = (lone / "config.json").exists()
     with files.replacing(lone) if model else durable.held(lone / "config.yaml"):
         assert "is being changed by another process" in said("add", lone, "x", code=2)
-    for module in (saved_memory, amend):
+    for module in (pretrained, amend):
         monkeypatch.setattr(module, "save_memory", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert "No space left on device" in said("add", lone, "x", code=2)
     assert {path: path.read_bytes() for path in lone.rglob("*") if path.is_file()} == before

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from test_experience import model_of
 
 from lmcode import LMCODE, dist
-from lmcode.language_model import Deleted
 from lmcode.memories.experiences import VISITS
 from lmcode.memories.files import load_memory, make_folders, save_memory
+from lmcode.memories.remembering import Deleted
 from lmcode.memory import LongTermMemory
 from lmcode.model import reading
 

@@ -39,6 +39,9 @@ def test_what_a_preset_brings_along_is_no_choice_of_the_users(preset: str, witho
     ("model.memory_heads=4", [], ["model.memory_layers=[]"]),
     ("model.short_term_dim=7", [], ["model.short_term_memory_size=0"]),
     ("train.min_learning_rate=0.5", [], ["train.total_steps=10"]),
+    ("train.min_learning_rate=0.5", ["train.schedule=linear"], ["train.schedule=constant"]),
+    ("train.schedule=linear", [], ["train.total_steps=10"]),
+    ("train.decay_share=0.3", ["train.schedule=wsd"], ["train.schedule=linear"]),
 ])
 def test_a_setting_without_effect_is_named_with_what_it_needs(setting: str, with_effect: list[str],
                                                               without: list[str]) -> None:

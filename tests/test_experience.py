@@ -16,9 +16,9 @@ from ranks import run_on_ranks
 from lmcode import LMCODE, LMCODEConfig, MemoryConfig, Retrieved, dist
 from lmcode.config import ConfigError, RunConfig, build
 from lmcode.data.tokenizer import BPETokenizer
-from lmcode.language_model import Deleted
 from lmcode.memories.experience_files import experience_parts, from_jsonl, load_experiences, to_jsonl
 from lmcode.memories.experiences import VISITS, Experience, Experiences, namespace_number, spelled
+from lmcode.memories.remembering import Deleted
 
 TEXTS = [f"On day {day} the ship {name} left the harbour of {place} with a cargo of {goods}"
          for day, (name, place, goods) in enumerate(

@@ -65,7 +65,7 @@ def save_and_add(model: LMCODE, folder: Path) -> None:
 def open_a_run(folder: Path, resume: str | None) -> None:
     config = RunConfig(train=TrainConfig(run_dir=str(folder)))
     start = open_run(config, Group(), resume)
-    session = SimpleNamespace(config=config, step=0, run_folder=folder, engine=SimpleNamespace(ds_config={}),
+    session = SimpleNamespace(config=config, step=0, folder=folder, engine=SimpleNamespace(ds_config={}),
                               saved=folder / "checkpoints" / "step-00000000")
     resuming.set_the_future_aside(session)
     record_in(folder, session).close()

@@ -12,7 +12,8 @@ from lmcode.data.corpus import prepare_corpus
 from lmcode.data.dataset import MemoryDataset
 from lmcode.data.streams import StreamSampler
 from lmcode.dist import Group
-from lmcode.eval.held_out import MODES, evaluate, void_controls
+from lmcode.eval.held_out import evaluate, void_controls
+from lmcode.eval.reading import MODES
 from lmcode.language_model import LMCODE
 from lmcode.memory import LongTermMemory
 

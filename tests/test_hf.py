@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lmcode import LMCODE, BPETokenizer, ByteTokenizer, LMCODEConfig, MemoryConfig
+from lmcode.config import ConfigError
 
 transformers = pytest.importorskip("transformers")
 import lmcode.hf  # noqa: E402, F401  (registers the Auto classes)
@@ -136,10 +139,35 @@ def test_the_memory_is_read_in_the_chosen_namespace(model: lmcode.hf.LMCODEForCa
     torch.testing.assert_close(model(ids_BT, namespace=77).logits, without)
 
 
-@pytest.mark.parametrize("extra", [{"past_key_values": object()}, {"inputs_embeds": torch.zeros(1, 2, 32)}])
+@pytest.mark.parametrize("extra", [
+    {"past_key_values": object()}, {"cache": object()}, {"inputs_embeds": torch.zeros(1, 2, 32)}, {"return_dict": False},
+    {"position_ids": torch.zeros(1, 2)}, {"output_attentions": True}, {"logits_to_keep": torch.arange(2)},
+    {"shift_labels": torch.zeros(1, 2)}])
 def test_what_forward_does_not_have_is_refused(model: lmcode.hf.LMCODEForCausalLM, extra: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="no past_key_values and no inputs_embeds"):
+    with pytest.raises(ValueError, match=f"{next(iter(extra))} must be"):
         model(torch.zeros(1, 2, dtype=torch.int64), **extra)
+
+
+def test_names_that_nobody_knows_are_refused(model: lmcode.hf.LMCODEForCausalLM, folder: Path, tmp_path: Path) -> None:
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="no argument 'lables'. Did you mean 'labels'"):
+        model(ids, lables=ids)
+    with pytest.raises(ValueError, match="no argument 'devicemap'. Did you mean 'device_map'"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder, devicemap="cpu")
+    with pytest.raises(ValueError, match="no argument 'statedict'. Did you mean 'state_dict'"):
+        model.save_pretrained(tmp_path / "m", statedict={})
+    with pytest.raises(ValueError, match="it has no cache"):
+        model.generate(ids, cache=object())
+    neutral = dict.fromkeys(lmcode.hf.FORWARD_NEUTRAL) | {"use_cache": True, "return_dict": True, "logits_to_keep": 0}
+    assert torch.equal(model(ids, **neutral).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("where", ["cpu", "auto", {"": "cpu"}, {"": torch.device("cpu")}, torch.device("cpu")])
+def test_a_device_map_of_one_device(folder: Path, where: object) -> None:
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map=where)
+    assert {weight.device.type for weight in loaded.parameters()} == {"cpu"} and loaded.lmcode.has_experiences
+    with pytest.raises(ValueError, match="one device for the whole model"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder, device_map={"lmcode.layers": "cpu", "lmcode.head": "meta"})
 
 
 # --- generate ------------------------------------------------------------------------------------------------------
@@ -244,3 +272,125 @@ def test_transformers_can_resize_the_vocabulary(folder: Path, tmp_path: Path) ->
         with pytest.raises(ValueError):
             model.resize_token_embeddings(**change)
         assert model.config.vocab_size == len(model.get_input_embeddings().weight) == 352
+
+
+# --- transformers' Trainer -----------------------------------------------------------------------------------------
+
+needs_accelerate = pytest.mark.skipif(importlib.util.find_spec("accelerate") is None,
+                                      reason="accelerate is not installed, and the Trainer needs it")
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+DATA = [{"input_ids": row_T, "labels": row_T.where(torch.arange(12) >= number % 5, -100)}
+        for number, row_T in enumerate(torch.randint(0, 300, (8, 12), generator=torch.Generator().manual_seed(3)))]
+
+
+class Spy(transformers.TrainerCallback):
+    """The gradients of the first step, before the optimizer's."""
+
+    grads: dict[str, Tensor] | None = None
+
+    def on_pre_optimizer_step(self, args: object, state: object, control: object, *, model: torch.nn.Module,
+                              **_: object) -> None:
+        self.grads = self.grads or {name: weight.grad.clone() for name, weight in model.named_parameters()
+                                    if weight.grad is not None}
+
+
+def trainer_of(model: torch.nn.Module, place: Path, tokenizer: object = None, **settings: object) -> transformers.Trainer:
+    arguments = transformers.TrainingArguments(output_dir=str(place), **{
+        "use_cpu": True, "report_to": "none", "disable_tqdm": True, "optim": "sgd", "learning_rate": 0.1, "max_steps": 4,
+        "lr_scheduler_type": "constant", "per_device_train_batch_size": 2, "save_strategy": "no", "logging_steps": 1,
+        "max_grad_norm": 0.0, "seed": 0} | settings)
+    return transformers.Trainer(model=model, args=arguments, train_dataset=DATA, eval_dataset=DATA[:2],
+                                processing_class=tokenizer)
+
+
+def losses(trainer: transformers.Trainer, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@needs_accelerate
+def test_losses_and_gradients_do_not_depend_on_how_a_batch_is_split(model: lmcode.hf.LMCODEForCausalLM,
+                                                                    tmp_path: Path) -> None:
+    found = []
+    for size in (8, 4, 2, 1):
+        trainer, spy = trainer_of(copy.deepcopy(model), tmp_path, per_device_train_batch_size=size, max_steps=1,
+                                  gradient_accumulation_steps=8 // size), Spy()
+        trainer.add_callback(spy)
+        trainer.train()
+        found.append((losses(trainer)[0], spy.grads))
+    whole = model(torch.stack([row["input_ids"] for row in DATA]), labels=torch.stack([row["labels"] for row in DATA])).loss
+    for loss, grads in found:
+        assert loss == pytest.approx(whole.item(), rel=1e-4)
+        assert grads and max(grad.abs().max() for grad in grads.values()) > 1e-3
+        torch.testing.assert_close(grads, found[0][1], rtol=1e-3, atol=1e-6)
+
+
+@needs_accelerate
+def test_a_trainer_resumes_as_if_it_had_never_stopped_and_loads_the_best(folder: Path, tokenizer: object,
+                                                                          tmp_path: Path) -> None:
+    def fresh() -> lmcode.hf.LMCODEForCausalLM:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+    every = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    straight = trainer_of(fresh(), tmp_path / "a", tokenizer, **every)
+    straight.train()
+    resumed = trainer_of(fresh(), tmp_path / "a", tokenizer, **every)  # writes over what there is of checkpoint-4
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert losses(resumed)[-2:] == losses(straight)[-2:] and len(losses(straight)) == 4
+    for (name, ours), theirs in zip(straight.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "checkpoint-4")
+    assert torch.equal(saved.lmcode.head.weight, straight.model.lmcode.head.weight) and saved.lmcode.has_experiences
+    assert saved.lmcode.tokenizer.encode(TEXT) == tokenizer.encode(TEXT)
+
+    best = trainer_of(fresh(), tmp_path / "c", **every, load_best_model_at_end=True, metric_for_best_model="eval_loss",
+                      greater_is_better=True)  # so the first checkpoint is the best
+    best.train()
+    first, last = losses(best, "eval_loss")
+    assert best.evaluate()["eval_loss"] == pytest.approx(first, rel=1e-5) and first > last + 0.1
+
+
+@needs_accelerate
+def test_label_smoothing_looks_at_the_next_token(model: lmcode.hf.LMCODEForCausalLM, tmp_path: Path) -> None:
+    trainer = trainer_of(copy.deepcopy(model), tmp_path, label_smoothing_factor=1e-6)
+    batch = {name: torch.stack([row[name] for row in DATA]) for name in DATA[0]}
+    wanted = model(**batch).loss.item()
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_weights_that_are_given_are_saved(model: lmcode.hf.LMCODEForCausalLM, tmp_path: Path) -> None:
+    doubled = {name: weight * 2 for name, weight in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "m", state_dict=doubled)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert loaded.state_dict().keys() == doubled.keys()
+    assert all(torch.equal(weight, doubled[name]) for name, weight in loaded.state_dict().items())
+    saved = {name.removeprefix("lmcode."): weight for name, weight in doubled.items() if "head" not in name}
+    other = copy.deepcopy(model)
+    assert other.load_state_dict(saved) == ([], []) and torch.equal(other.lmcode.head.weight, loaded.lmcode.head.weight)
+    with pytest.raises(ConfigError, match="there is no weight 'embeding.weight'. Did you mean 'embedding.weight'"):
+        model.save_pretrained(tmp_path / "m", state_dict={**saved, "embeding.weight": saved["embedding.weight"]})
+    model.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
+
+
+@needs_accelerate
+@needs_peft
+def test_an_adapter_is_trained_saved_loaded_and_merged(folder: Path, tmp_path: Path) -> None:
+    import peft
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    before = {name: weight.clone() for name, weight in base.state_dict().items()}
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["query_key_value"], task_type="CAUSAL_LM"))
+    trainer = trainer_of(adapted, tmp_path / "t", save_strategy="steps", save_steps=2, learning_rate=1.0)
+    trainer.train()
+    ids = DATA[0]["input_ids"][None]
+    wanted = adapted.eval()(input_ids=ids).logits
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert not torch.allclose(wanted, plain(ids).logits) and torch.equal(plain.lmcode.embedding.weight,
+                                                                         before["lmcode.embedding.weight"])
+    again = peft.PeftModel.from_pretrained(plain, tmp_path / "t" / "checkpoint-4")
+    torch.testing.assert_close(again(input_ids=ids).logits, wanted)
+    assert again.generate(input_ids=ids, max_new_tokens=3).shape == (1, 15)
+    merged = again.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(loaded(ids).logits, wanted, rtol=1e-4, atol=1e-4)

@@ -252,3 +252,12 @@ def test_oracle_retriever_keeps_the_total_order_and_the_scope() -> None:
         assert index in twin and torch.equal(twin, twin.sort().values)
     value, lse = retriever.attend(torch.randn(1, 3, D), hits)
     assert (value[0, 2] == 0).all() and lse[0, 2] == NO_SCORE and value.isfinite().all()
+
+
+def test_a_retriever_without_a_shortcut_looks_up_by_searching_and_attending() -> None:
+    config, _ = build()
+    retriever = random_retriever(config, num_entries=17, num_namespaces=2)
+    query, names = torch.randn(config.memory_heads, 3, config.memory_head_dim, requires_grad=True), torch.tensor([0, 1, -1])
+    found, wanted = retriever.look_up(query, names), retriever.attend(query, retriever.search(query, names))
+    assert all(torch.equal(one, other) and not one.requires_grad for one, other in zip(found, wanted, strict=True))
+    assert NullRetriever().look_up(query, names)[0].eq(0).all()

@@ -16,7 +16,7 @@ from lmcode import dist, opening
 from lmcode.config import RunConfig, build
 from lmcode.eval.held_out import evaluate
 from lmcode.memory.entry import MASS_UNIT
-from lmcode.model.lm import LayerMemory
+from lmcode.protocol import LayerMemory
 from lmcode.train import loop
 from lmcode.train.session import Session
 from lmcode.train.start import set_up
@@ -79,13 +79,17 @@ def train(values: dict) -> dict:
     """Trains a few steps; what a job of any shape must agree on."""
     session = start(values)
     losses, hits, errors, credits = [], [], [], []
-    for _ in range(STEPS):
+    commit = session.model.memories.commit
+
+    def checked(reads: dict[int, list[LayerMemory]], *, step: int) -> None:  # a consolidation changes the masses again
         before = masses(session)
+        commit(reads, step=step)
+        errors.append(misbooked(session, reads[1], before))
+
+    session.model.memories.commit = checked
+    for _ in range(STEPS):
         result = loop.train_step(session)
-        errors.append(misbooked(session, result.reads[1], before))
         credits += [(read.hits.credit_HN, read.share_HN) for read in result.reads[1]]
-        session.step += 1
-        loop.consolidate(session)
         losses.append(result.loss)
         rows = (torch.cat([part.transpose(0, 1) for part in parts]) for parts in
                 zip(*(read.hits[:2] for read in result.reads[1]), strict=True))
@@ -194,7 +198,6 @@ def spoil_one_step(jobs: list[dict]) -> list[dict]:
         session = start(values)
         for _ in range(2):
             loop.train_step(session)
-            session.step += 1
         bank = session.model.banks[1]
         weights, content = session.engine.weights(), bank.content_hash()
         hook = session.engine.module.embedding.register_forward_hook(lambda module, inputs, output: output * math.nan)

@@ -314,7 +314,6 @@ def run_job(values: dict) -> tuple[list[float], list[str]]:
     for _ in range(6):
         result = loop.train_step(session)
         losses += [result.loss, *result.by_source.values()]
-        session.step += 1
     session.close()
     return losses, [bank.content_hash() for bank in session.model.banks.values()]
 

@@ -273,11 +273,7 @@ def replaying(folder: Path, name: str, ratio: float = 0.25, **train: object) -> 
 
 
 def advance(session: Session, steps: int) -> list[float]:
-    losses = []
-    for _ in range(steps):
-        losses.append(loop.train_step(session).loss)
-        session.step += 1
-    return losses
+    return [loop.train_step(session).loss for _ in range(steps)]
 
 
 def outcome(session: Session) -> dict:

@@ -25,7 +25,8 @@ from lmcode.memory.entry import (
     unpack_facts,
 )
 from lmcode.memory.placement import virtual_shard_of
-from lmcode.memory.shard import Shard, Ticket
+from lmcode.memory.shard import Shard
+from lmcode.memory.ticket import Ticket, query_gradients, value_sums, winning_rows
 from lmcode.protocol import NO_SCORE, Candidates
 
 H, D, S = 2, 6, 4
@@ -237,19 +238,19 @@ def test_sums_and_their_gradient_against_autograd(dtype: str) -> None:
         total = total + values[-1] @ grad[at] + score.logsumexp(0) * grad_lse[at]
     ticket = ticket._replace(weight_W=torch.cat(weights).detach())
     value_QD = torch.stack(values).detach()
-    assert torch.allclose(shard.sums(ticket), value_QD, atol=1e-5)
+    assert torch.allclose(value_sums(shard.value_HMD, ticket), value_QD, atol=1e-5)
     wanted = torch.autograd.grad(total, query)[0]
-    found = shard.sums_backward(ticket, grad, (grad * value_QD).sum(-1), grad_lse)
+    found = query_gradients(shard.key_HME, shard.value_HMD, ticket, grad, (grad * value_QD).sum(-1), grad_lse)
     assert torch.allclose(found, wanted, atol=1e-5)
     assert found[[1, 4]].eq(0).all()
 
 
 def test_a_ticket_without_winners() -> None:
     shard = make_shard()
-    ticket = make_ticket(shard, [[], [], []])
-    assert shard.sums(ticket).eq(0).all() and shard.sums(ticket).shape == (3, D)
-    assert shard.sums_backward(ticket, torch.ones(3, D), torch.ones(3), torch.ones(3)).eq(0).all()
-    assert shard.rows(ticket, 2).eq(0).all()
+    ticket, tables = make_ticket(shard, [[], [], []]), (shard.key_HME, shard.value_HMD)
+    assert torch.equal(value_sums(shard.value_HMD, ticket), torch.zeros(3, D))
+    assert query_gradients(*tables, ticket, torch.ones(3, D), torch.ones(3), torch.ones(3)).eq(0).all()
+    assert winning_rows(*tables, ticket, 2).eq(0).all()
 
 
 # --- states ------------------------------------------------------------------------------------------------------

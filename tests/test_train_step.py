@@ -57,8 +57,8 @@ def settings(folder: Path, name: str, R: int) -> dict[str, Any]:
                   "memory_heads": 2, "memory_head_dim": 8, "memory_top_k": 64, "memory_bias": 0.0,
                   "long_term_memory_slots": 240},
         "memory": {"virtual_shards": 12},
-        "data": {"path": str(folder / "text"), "tokenizer": "bytes", "held_out_share": 0.1, "cache": str(folder / "cache"),
-                 "packing": False},
+        "data": {"path": str(folder / "text"), "tokenizer": "bytes", "held_out_share": 0.1, "packing": False,
+                 "cache": str(folder / "cache")},
         "train": {"learning_rate": RATE, "warmup_steps": WARMUP, "total_steps": STEPS, "streams": STREAMS,
                   "sequence_length": T, "gradient_clip": CLIP, "weight_decay": DECAY, "betas": BETAS,
                   "min_learning_rate": SHARE, "log_every": 1, "run_dir": str(folder / "runs" / f"{name}-{R}"),
@@ -205,7 +205,6 @@ def follow(name: str, values: dict[str, Any]) -> dict[str, int]:
         passes.clear()
         rate, loss = plain.rate, plain.train(refused=step == REFUSED)
         result = loop.train_step(session)
-        session.step += 1
         if hook is not None:
             hook.remove()
         assert result.applied == (step != REFUSED) and result.loss == pytest.approx(loss, abs=1e-4), at
@@ -252,7 +251,6 @@ def test_a_step_computes_what_the_plain_one_does(folder: Path, R: int) -> None:
 def log_another_rate(values: dict[str, Any]) -> float:
     session = set_up(build(RunConfig, values), dist.discover())
     result = loop.train_step(session)
-    session.step += 1
     session.engine.set_learning_rate(0.123)
     told = logged(session, result)["train/learning_rate"]
     session.close()

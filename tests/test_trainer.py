@@ -18,8 +18,8 @@ from lmcode.cli import command as cli
 from lmcode.config import ConfigError, MemoryConfig
 from lmcode.data.tokenizer import BPETokenizer, same_tokenizer
 from lmcode.files.commit import SaveFailed
-from lmcode.language_model import Deleted
 from lmcode.memories.experiences import VISITS
+from lmcode.memories.remembering import Deleted
 from lmcode.saved import checkpoint
 from lmcode.train import optimizer_files, path_checkpoint
 
@@ -180,7 +180,7 @@ def test_training_and_experiences_are_in_namespaces_of_their_own() -> None:
 def test_what_was_trained_before_goes_on_in_its_namespaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint of a program that numbered documents from 0 on."""
     with monkeypatch.context() as former:
-        former.setattr("lmcode.train.trainer.VISITS", 0)
+        former.setattr("lmcode.memories.memories.VISITS", 0)
         trainer = trainer_of(make_model(slots=8000), total_steps=3)
         trainer.train(data(ratio=0.0), batch_size=8)
         trainer.save_checkpoint(tmp_path / "old")
@@ -271,7 +271,7 @@ def test_a_checkpoint_at_a_path_is_there_whole_or_as_it_was(lived: dict[str, Any
     assert "is no checkpoint of this program" in told["taken"]
     assert told["failed"].startswith("SaveFailed") and told["survives"]
     assert told["left"] == [] and told["recovered"] and told["swept"]
-    assert "there is no checkpoint" in told["missing"] and "Did you mean 'model.pt'?" in told["missing"]
+    assert "there is no run folder or checkpoint" in told["missing"] and "Did you mean 'model.pt'?" in told["missing"]
     assert "model.long_term_memory_slots must be that of the checkpoint" in told["shape"]
     assert "does not have the hash of the manifest" in told["damaged"]
 

@@ -76,10 +76,7 @@ def resumed(values: dict[str, Any]) -> Session:
 
 def step(session: Session) -> float:
     """One real training step; returns its loss."""
-    result = loop.train_step(session)
-    session.step += 1
-    loop.consolidate(session)
-    return result.loss
+    return loop.train_step(session).loss
 
 
 @dataclass

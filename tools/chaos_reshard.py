@@ -55,9 +55,7 @@ def load_all(runs: list[dict[str, Any]]) -> list[Seen]:
     for values in runs:
         session = chaos.resumed(values)
         content = session.model.banks[1].content_hash()
-        first = loop.train_step(session)
-        session.step += 1
-        second = loop.train_step(session)
+        first, second = loop.train_step(session), loop.train_step(session)
         hits = session.group.all_gather_object(first.reads[1][0].hits.id_HNK)
         seen.append(Seen(content, first.loss, second.loss, torch.cat(hits, dim=1).numpy()))
         session.close()

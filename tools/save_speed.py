@@ -27,7 +27,6 @@ WAYS = ("save, all of it", "pause of training", "dd conv=fsync", "verify", "veri
 def fill(session: Any) -> None:
     """A training step, so that the optimizer has moments, and a full bank."""
     loop.train_step(session)
-    session.step += 1
     for bank in session.model.banks.values():
         for start in range(0, bank.slots, 10_000):
             count = min(10_000, bank.slots - start)

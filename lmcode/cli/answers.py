@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmcode.config import ConfigError
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lmcode.backbone import Backbone
 
 Answer = tuple[str, int]  # what to print, and the exit code
+
+Result = TypeVar("Result")
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 SHOWN_CHARACTERS = 100  # of a text in a table
@@ -46,7 +48,7 @@ def look(path: Path) -> tuple[Path, Backbone]:
     return opened.folder, opened.model
 
 
-def said(action: Callable[[], Any]) -> Any:
+def said(action: Callable[[], Result]) -> Result:
     """What the action returns; what it refuses becomes one line on the command line."""
     try:
         return action()
@@ -83,7 +85,7 @@ def as_json(value: Any) -> Answer:
     return json.dumps(value, ensure_ascii=False, indent=1) + "\n", 0
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]], *, none: str = "") -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, none: str = "") -> str:
     """Columns as wide as they need to be; the last one is text, the others are set flush right."""
     if not rows:
         return f"{none}\n"

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from lmcode.cli import cluster as cluster_commands
 from lmcode.cli import doctor as doctor_commands
 from lmcode.cli import memory as memory_commands
+from lmcode.cli.answers import Answer
 from lmcode.cli.console import forgive
 from lmcode.config import ConfigError, RunConfig, build, expanded, near_match, to_yaml, with_overrides
 from lmcode.effects import without_effect
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     spelling = forgive()
     try:
         arguments = parse(list(sys.argv[1:] if argv is None else argv))
-        return arguments.run(arguments)
+        code: int = arguments.run(arguments)
+        return code
     except ConfigError as error:
         complain(" ".join(str(error).split()))
         return BAD_USAGE
@@ -140,18 +142,18 @@ def build_parser() -> Parser:
 
 def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], *, help: str, usage: str,
              examples: str, overrides: bool) -> Parser:
-    parser = commands.add_parser(name, help=help, description=help, usage=usage, epilog=f"examples:\n{examples}")
+    parser: Parser = commands.add_parser(name, help=help, description=help, usage=usage, epilog=f"examples:\n{examples}")
     parser.set_defaults(run=run, parser=parser, takes_overrides=overrides)
     _ignore_local_rank(parser)
     return parser
 
 
-def _ignore_local_rank(parser: Parser) -> None:
+def _ignore_local_rank(parser: argparse.ArgumentParser) -> None:
     """The DeepSpeed launcher puts --local_rank=N before everything; ranks are found in the environment instead."""
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
 
 
-def _add_source(parser: Parser) -> None:
+def _add_source(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--preset", metavar="NAME", help="start from a preset (tiny if neither is given)")
     source.add_argument("--config", metavar="FILE", help="start from a YAML file, such as a run folder's config.yaml")
@@ -187,11 +189,12 @@ def _add_train(commands: Any) -> None:
 def _add_eval(commands: Any) -> None:
     parser = _command(
         commands, "eval", evaluate, overrides=True, help="held-out loss of a run, with the memory on, off and shuffled",
-        usage="lmcode eval RUN [--windows N] [--json] [section.key=value ...]",
+        usage="lmcode eval RUN [--windows N] [--task NAME] [--json] [section.key=value ...]",
         examples="  lmcode eval runs/books\n  lmcode eval runs/books --windows 16 eval.slots=4096")
     parser.add_argument("path", metavar="RUN", type=Path, help="a run folder, or one checkpoint in it")
     parser.add_argument("--windows", metavar="N", type=_number(int, lowest=1),
                         help="windows that each held-out stream reads; short for eval.final_windows=N")
+    parser.add_argument("--task", metavar="NAME", help="ask it the cases of a task instead ('recall': a value by its key)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -311,11 +314,14 @@ def train(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     """`lmcode eval`."""
     from lmcode import dist
-    from lmcode.eval.run import evaluate_path
+    from lmcode.eval.run import ask_path, evaluate_path
 
     windows = [] if arguments.windows is None else [f"eval.final_windows={arguments.windows}"]
     with dist.running() as me:
-        report = evaluate_path(arguments.path, [*windows, *arguments.overrides], as_json=arguments.json)
+        if arguments.task is None:
+            report = evaluate_path(arguments.path, [*windows, *arguments.overrides], as_json=arguments.json)
+        else:
+            report = ask_path(arguments.path, arguments.task, arguments.overrides, as_json=arguments.json)
     if me.rank == 0:
         print(report)
     return DONE
@@ -383,7 +389,8 @@ def estimate(arguments: argparse.Namespace) -> int:
 
 def memory(arguments: argparse.Namespace) -> int:
     """`lmcode memory ...`."""
-    text, code = arguments.answer(arguments)
+    answer: Answer = arguments.answer(arguments)
+    text, code = answer
     print(text, end="")
     return code
 

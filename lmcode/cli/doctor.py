@@ -62,9 +62,9 @@ def doctor(arguments: argparse.Namespace) -> tuple[str, int]:
         raise ConfigError("--nodes goes with --srun: how many hosts the new Slurm job has")
     me = dist.discover()
     source = arguments.config or arguments.preset
-    config = None if source is None else load_run_config(source, [])
+    space = None if source is None else space_of(load_run_config(source, []))
     if not arguments.srun and arguments.hostfile is None:
-        rows = run_checks(arguments.run_dir, config and space_of(config))
+        rows = run_checks(arguments.run_dir, space)
     elif me.world_size > 1:
         raise ConfigError("--hostfile and --srun reach all hosts from one process: start the doctor without a launcher")
     elif arguments.srun and "SLURM_JOB_ID" not in os.environ:
@@ -75,7 +75,7 @@ def doctor(arguments: argparse.Namespace) -> tuple[str, int]:
 
         with Link(srun_commands(os.environ) if arguments.srun else ssh_commands(arguments.hostfile, os.environ),
                   ready_s=arguments.timeout) as link:
-            rows = examine(link, run_dir=arguments.run_dir, space=config and space_of(config), **rendezvous(os.environ))
+            rows = examine(link, run_dir=arguments.run_dir, space=space, **rendezvous(os.environ))
     return (to_json(rows) if arguments.json else to_table(rows)) if me.rank == 0 else "", exit_code(rows)
 
 

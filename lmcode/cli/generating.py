@@ -10,6 +10,7 @@ from lmcode import dist
 from lmcode.config import ConfigError
 from lmcode.dist import Group
 from lmcode.memories.experiences import Namespace
+from lmcode.model.generation.generate import Generation
 from lmcode.opening import open_model
 
 
@@ -38,4 +39,6 @@ def generate_text(path: Path, prompt: str, *, max_new_tokens: int = 128, tempera
                                  temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
                                  no_repeat_ngram_size=no_repeat_ngram_size, seed=seed,
                                  eos_id=tokenizer.end_id if stop_at_end else None)
-    return tokenizer.decode(written[0, 1:].tolist())
+    tokens_BT = written.tokens_BT if isinstance(written, Generation) else written
+    text: str = tokenizer.decode(tokens_BT[0, 1:].tolist())
+    return text

@@ -405,12 +405,14 @@ def _replace(arguments: argparse.Namespace, change: Callable[[Draft], dict[str, 
         if saved_model:
             with replacing(path):
                 folder, model = look(path)
-                return rewrite_memory(model, folder, lambda: change(Draft(folder, model)))
+                done: dict[str, Any] = rewrite_memory(model, folder, lambda: change(Draft(folder, model)))
+                return done
         if not path.exists():
             make_way(path)  # a kill has left it beside its place
         with held(path / "config.yaml"):
             make_way(path)
-            return amend(*look(path), change).result
+            amended: dict[str, Any] = amend(*look(path), change).result
+            return amended
 
     result = said(whole)
     return as_json({**result, "folder": str(path)}) if arguments.json else (f"{sentence.format(**result)}: {path}\n", 0)

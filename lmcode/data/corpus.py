@@ -8,6 +8,7 @@ place and renamed into it, so it exists whole or not at all, and a second call o
                   {train,held_out}.tokens        uint16 or uint32, native order: [end] text [end] of each document
                   {train,held_out}.offsets.npy   int64, where each document starts, and the end of the last
                   {train,held_out}.names.json    relative path of each document, with ':line' for JSONL
+                  {train,held_out}.counted       uint8 for each token, 1 if it is a target; of instruction data only
 
 Which side a document falls on is decided by a hash of its name, so it depends on no order, machine or neighbour (but
 for the rule that neither side stays empty). Of one text file the end is held out instead; and `data.held_out` names
@@ -27,6 +28,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ import numpy as np
 
 from lmcode.config import ConfigError, DataConfig, RunConfig, SourceConfig, TextConfig, expanded, near_match
 from lmcode.data.formats import Document
+from lmcode.data.instructions import parts_of
 from lmcode.data.sources import Source, open_held_out, open_source
 from lmcode.data.text_files import PassedOver
 from lmcode.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, check_vocab, load_tokenizer
@@ -58,12 +61,14 @@ class Documents:
     offsets: int64, len(self) + 1 ascending positions in `tokens`.
     names: one for each document.
     sources: by name, how many documents each source has; one follows the other. None: there is one, without a name.
+    counted: uint8, like `tokens`, 1 for those that are targets. None: all are.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     names: Sequence[str]
     sources: Mapping[str, int] | None = None
+    counted: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -71,6 +76,10 @@ class Documents:
     def document(self, index: int) -> np.ndarray:
         """All tokens of one document, both end marks included; a view."""
         return self.tokens[self.offsets[index]:self.offsets[index + 1]]
+
+    def num_counted(self, start: int, end: int) -> int:
+        """How many of the tokens from `start` to `end` are targets."""
+        return end - start if self.counted is None else int(np.count_nonzero(self.counted[start:end]))
 
     def identity(self, index: int) -> int:
         """63 bits that stand for what a document says: equal for equal tokens, in any corpus and on any machine. Computed
@@ -111,8 +120,9 @@ class Corpus:
         train, held_out = self.meta["train"], self.meta["held_out"]
         too_short = train["left_out"] + held_out["left_out"]
         sources = ", ".join(f"{name} {tokens:,}" for name, (_, tokens) in train["sources"].items() if name)
+        answers = f", {train['counted']:,} of them targets" if "counted" in train else ""
         return (f"{self.meta['title']}: {train['documents']:,} documents, {train['tokens']:,} tokens to train on"
-                f"{f' ({sources})' if sources else ''}, "
+                f"{f' ({sources})' if sources else ''}{answers}, "
                 f"{held_out['documents']:,} documents, {held_out['tokens']:,} tokens held out ({self.meta['split']}), "
                 f"{too_short:,} documents too short, {self.passed_over.describe()}; "
                 f"vocabulary {self.tokenizer.vocab_size:,}, {train['bytes'] / train['tokens']:.2f} bytes per token")
@@ -395,24 +405,41 @@ class _SideWriter:
         self._offsets = array("q", [0])
         self._names: list[str] = []
         self._left_out = self._bytes = 0
+        self._counted: int | None = None  # targets; None: all tokens are, so far
         self._sources: dict[str, list[int]] = {}  # documents and tokens of each
 
     def add(self, source: str, documents: Sequence[Document]) -> None:
         """Writes documents of a source; those of one come together."""
         counted = self._sources.setdefault(source, [0, 0])
-        encoded = self._tokenizer.encode_batch([text for _, text in documents])
+        # Part by part, so that no token is half prompt and half answer, and a prompt has the tokens it has by itself.
+        encoded = iter(self._tokenizer.encode_batch([part for _, text in documents for part, _ in parts_of(text)]))
         end = self._tokenizer.end_id
         with open(f"{self._stem}.tokens", "ab") as file:
-            for (name, text), ids in zip(documents, encoded, strict=True):
+            for name, text in documents:
+                parts = [(next(encoded), learned) for _, learned in parts_of(text)]
+                ids = list(chain.from_iterable(ids for ids, _ in parts))
                 if len(ids) < self._min_tokens:
                     self._left_out += 1
                     continue
                 np.array([end, *ids, end], dtype=self.dtype).tofile(file)
+                self._mark([len(ids) for ids, _ in parts], [learned for _, learned in parts])
                 self._offsets.append(self._offsets[-1] + len(ids) + 2)
                 self._names.append(name)
                 counted[0] += 1
                 counted[1] += len(ids) + 2
                 self._bytes += len(text.encode("utf-8"))
+
+    def _mark(self, lengths: Sequence[int], learned: Sequence[bool]) -> None:
+        """Writes which tokens of the next document are targets, from the first document on of which some are not."""
+        if self._counted is None and all(learned):
+            return
+        before = self._offsets[-1] if self._counted is None else 0  # all targets
+        document = np.repeat(np.array([True, *learned, learned[-1]], dtype=np.uint8), [1, *lengths, 1])
+        with open(f"{self._stem}.counted", "ab") as file:
+            for start in range(0, before, CHUNK_CHARACTERS):
+                np.ones(min(CHUNK_CHARACTERS, before - start), dtype=np.uint8).tofile(file)
+            document.tofile(file)
+        self._counted = (self._counted or 0) + before + int(document.sum())
 
     def finish(self, side: str, *, needed: Sequence[str]) -> dict[str, Any]:
         """Writes the rest of the side's files and returns its counts; refuses a `needed` source without documents."""
@@ -426,7 +453,8 @@ class _SideWriter:
         np.save(f"{self._stem}.offsets.npy", np.frombuffer(self._offsets, dtype=np.int64))
         Path(f"{self._stem}.names.json").write_text(json.dumps(self._names), encoding="utf-8")
         return {"documents": len(self._names), "tokens": self._offsets[-1], "bytes": self._bytes,
-                "left_out": self._left_out, "sources": self._sources}
+                "left_out": self._left_out, "sources": self._sources,
+                **({} if self._counted is None else {"counted": self._counted})}
 
 
 def _move_into_place(draft: Path, home: Path) -> None:
@@ -453,8 +481,15 @@ def _open(home: Path) -> Corpus:
         tokens = (np.memmap(home / f"{side}.tokens", dtype=meta["dtype"], mode="r") if expected  # an empty file has no map
                   else np.empty(0, dtype=meta["dtype"]))
         names = json.loads((home / f"{side}.names.json").read_text(encoding="utf-8"))
+        counted = None
+        if "counted" in meta[side]:
+            if not (home / f"{side}.counted").is_file() or (home / f"{side}.counted").stat().st_size != expected:
+                raise ConfigError(f"the prepared corpus '{home}' is damaged, delete it: {side}.counted should hold a byte "
+                                  f"for each of {expected} tokens")
+            counted = np.memmap(home / f"{side}.counted", dtype=np.uint8, mode="r")
         sources = {name: documents for name, (documents, _) in meta[side]["sources"].items() if name}
-        sides[side] = Documents(tokens, np.load(home / f"{side}.offsets.npy"), names, sources or None)
+        sides[side] = Documents(tokens, np.load(home / f"{side}.offsets.npy"), names, sources or None,
+                                counted)
     return Corpus(sides["train"], sides["held_out"], load_tokenizer(home / "tokenizer"), home, meta)
 
 
@@ -466,8 +501,9 @@ def _hash(name: str) -> int:
 def _digest(home: Path) -> str:
     total = hashlib.blake2b(digest_size=16)
     for side in SIDES:
-        for suffix in (".offsets.npy", ".tokens"):
-            with open(home / f"{side}{suffix}", "rb") as file:
+        files = [home / f"{side}{suffix}" for suffix in (".offsets.npy", ".tokens", ".counted")]
+        for path in (path for path in files if path.exists()):
+            with open(path, "rb") as file:
                 while block := file.read(1 << 20):
                     total.update(block)
     return total.hexdigest()

@@ -121,13 +121,13 @@ def _samples(data: Tensor | Sequence[Any], tokenizer: Tokenizer | None) -> list[
         raise ConfigError(f"data must be a tensor [N, L], or a list of id sequences or texts: got {type(data).__name__}")
     if len(data) == 0:
         raise ConfigError("data must hold at least one sample: got none")
-    items = [data[place] for place in range(len(data))]
+    items: list[Any] = [data[place] for place in range(len(data))]
     texts = sum(isinstance(item, str) for item in items)
-    if texts and tokenizer is None:
-        raise ConfigError("data of texts needs a tokenizer: give tokenizer=")
-    if 0 < texts < len(items):
-        raise ConfigError(f"data must be all texts or all ids: got {texts} texts among {len(items)} samples")
     if texts:
+        if tokenizer is None:
+            raise ConfigError("data of texts needs a tokenizer: give tokenizer=")
+        if texts < len(items):
+            raise ConfigError(f"data must be all texts or all ids: got {texts} texts among {len(items)} samples")
         end = tokenizer.end_id
         items = [[end, *ids, end] if ids else [] for ids in tokenizer.encode_batch(items)]
     return [_ids(item, place) for place, item in enumerate(items)]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from lmcode.config import ConfigError, TextConfig, near_match
+from lmcode.data.instructions import instruction_of, is_instruction
 from lmcode.data.parquet import read_column
 from lmcode.data.text_files import TextFile
 from lmcode.data.zstd import open_zstd
@@ -200,13 +201,16 @@ def _guarded(parse: Callable[[Any], Any], given: Any, place: str) -> Any:
 
 
 def text_of(row: Any, field: str, place: str) -> str:
-    """The text of a row that was read from `place`.
+    """The text of a row that was read from `place`; an `Instruction` if the row has messages, or a prompt and a completion,
+    instead of the field.
 
     Raises:
         ConfigError: if the row is no object, or its field is missing or no text.
     """
     if not isinstance(row, dict):
         raise LacksText(f"'{place}' must be a JSON object with the field '{field}': got {type(row).__name__}")
+    if field not in row and is_instruction(row):
+        return instruction_of(row, place, lambda value, name: _checked(value, name, place))
     if field not in row:
         raise LacksText(f"'{place}' lacks the field data.text_field = '{field}'.{near_match(field, row)}")
     return _checked(row[field], field, place)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from lmcode.config import RunConfig
 from lmcode.data.corpus import Documents
 from lmcode.data.streams import IGNORED, Batch, Pass, Pauses, StreamSampler
-from lmcode.model.lm import StreamState
+from lmcode.protocol import State
 
 log = logging.getLogger("lmcode")
 
@@ -53,7 +53,8 @@ class Replay:
         seed: decides the draws, together with the step.
 
     Attributes:
-        token_MX: int32, input tokens and the last target, zero beyond the length.
+        token_MX: int32, input tokens and the last target, zero beyond the length. A token that is no target is -1 - id (of a
+            last one the id is not kept).
         columns: arrays over slots: number (order of storage, -1 where empty), namespace, step (last seen), length (targets)
             and importance.
         written: spans stored so far.
@@ -80,11 +81,13 @@ class Replay:
         bits_M = np.random.PCG64([self.seed, step, 1]).random_raw(self.slots)  # raw: the same in every version of numpy
         uniform_N = ((bits_M[place_N] >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
         race_N = -np.log(uniform_N) / self._weights(place_N)
-        return place_N[np.lexsort((place_N, race_N))[:count]]
+        drawn_N: np.ndarray = place_N[np.lexsort((place_N, race_N))[:count]]
+        return drawn_N
 
     def _weights(self, place_N: np.ndarray) -> np.ndarray:
         if self.sampler == "importance":
-            return self.columns["importance"][place_N].astype(np.float64)
+            importance_N: np.ndarray = self.columns["importance"][place_N].astype(np.float64)
+            return importance_N
         if self.sampler == "recent":
             return 1.0 + np.argsort(np.argsort(self.columns["number"][place_N])).astype(np.float64)
         return np.ones(len(place_N))
@@ -92,12 +95,14 @@ class Replay:
     def store(self, batch: Batch, loss_BP: np.ndarray, step: int) -> None:
         """Keeps the pieces of `batch` that streams have read. `loss_BP`: mean token loss of each, nats."""
         length_BP = batch.by_piece(batch.valid_BT).long().numpy()
-        kept_BP = (length_BP > 0) & ~batch.replayed_B.numpy()[:, None] & np.isfinite(loss_BP)
+        kept_BP = (batch.by_piece(batch.counted_BT).numpy() > 0) & ~batch.replayed_B.numpy()[:, None] & np.isfinite(loss_BP)
         for row, piece in np.argwhere(kept_BP):
             place, length, start = self.written % self.slots, length_BP[row, piece], length_BP[row, :piece].sum()
             self.token_MX[place] = 0
             self.token_MX[place, :length] = batch.input_ids_BT[row, start:start + length]
-            self.token_MX[place, length] = batch.targets_BT[row, start + length - 1]
+            target_T = batch.targets_BT[row, start:start + length].numpy()
+            self.token_MX[place, 1:length][target_T[:-1] == IGNORED] ^= -1  # -1 - id
+            self.token_MX[place, length] = target_T[-1] if target_T[-1] != IGNORED else -1
             for name, value in (("number", self.written), ("namespace", int(batch.namespace_BP[row, piece])), ("step", step),
                                 ("length", length), ("importance", max(LEAST_IMPORTANCE, loss_BP[row, piece]))):
                 self.columns[name][place] = value
@@ -133,6 +138,11 @@ class Replay:
             column[chosen_M] = -1 if name == "number" else 0
         self.version += 1
         return int(chosen_M.sum())
+
+
+def ids_of(token: Any) -> Any:
+    """The token ids behind what a `Replay` keeps, an array or a tensor."""
+    return token ^ (token >> 31)
 
 
 class Placed(NamedTuple):
@@ -175,10 +185,10 @@ class ReplaySampler:
         part = self.streams.batch(step, rank=rank, world_size=world_size, micro=micro, num_micro=num_micro)
         size, (whole, _) = len(part.replayed_B), self._mix(step)
         first = (rank * num_micro + micro) * size
-        return Batch(*(tensor[first:first + size] for tensor in whole[:-1]), whole.global_tokens)
+        return Batch._make([*(tensor[first:first + size] for tensor in whole[:-1]), whole.global_tokens])
 
     def global_tokens(self, step: int) -> int:
-        """Targets that are not padding in the whole global batch of `step`, replayed ones included."""
+        """Targets that count in the whole global batch of `step`, replayed ones included."""
         return self._mix(step)[0].global_tokens
 
     def _mix(self, step: int) -> tuple[Batch, list[Placed]]:
@@ -190,16 +200,16 @@ class ReplaySampler:
             for row, piece, start, place in placed:
                 end = start + int(self.replay.columns["length"][place])
                 token_X = torch.from_numpy(self.replay.token_MX[place, :end - start + 1].astype(np.int64))
-                batch.input_ids_BT[row, start:end], batch.targets_BT[row, start:end] = token_X[:-1], token_X[1:]
+                batch.input_ids_BT[row, start:end] = ids_of(token_X)[:-1]
+                batch.targets_BT[row, start:end] = token_X[1:].masked_fill(token_X[1:] < 0, IGNORED)
+                batch.valid_BT[row, start:end] = True
                 batch.piece_BT[row, start:] = piece
-            valid_BT = batch.targets_BT != IGNORED
-            batch = batch._replace(valid_BT=valid_BT, reset_B=batch.reset_B | batch.replayed_B,
-                                   global_tokens=int(valid_BT.sum()))
+            batch = batch._replace(reset_B=batch.reset_B | batch.replayed_B, global_tokens=int(batch.counted_BT.sum()))
             missing = 1 + max((one.piece for one in placed), default=0) - batch.namespace_BP.shape[1]
             if missing > 0:
-                tables = {name: F.pad(getattr(batch, name), (0, missing), value=-1)
-                          for name in ("namespace_BP", "document_BP", "source_BP")}
-                batch = batch._replace(**tables)
+                namespace_BP, document_BP, source_BP = (F.pad(table_BP, (0, missing), value=-1) for table_BP in (
+                    batch.namespace_BP, batch.document_BP, batch.source_BP))
+                batch = batch._replace(namespace_BP=namespace_BP, document_BP=document_BP, source_BP=source_BP)
             self._mixed = key, batch, placed
         return self._mixed[1], self._mixed[2]
 
@@ -224,12 +234,12 @@ class ReplaySampler:
             loss_GP: sum of the token losses of each piece of each row of the global batch, nats; the same on every rank.
         """
         batch, placed = self._mix(step)
-        length_GP, loss_GP = batch.by_piece(batch.valid_BT), loss_GP.double().cpu()
-        mean_GP = (loss_GP / length_GP.clamp(min=1)).numpy()
+        count_GP, loss_GP = batch.by_piece(batch.counted_BT), loss_GP.double().cpu()
+        mean_GP = (loss_GP / count_GP.clamp(min=1)).numpy()
         row_N, piece_N, _, place_N = np.array(placed, dtype=np.int64).reshape(-1, 4).T
         self._rows += len(loss_GP)
         self._replayed_rows += len(set(row_N.tolist()))
-        self._replayed_tokens += int(length_GP[row_N, piece_N].sum())
+        self._replayed_tokens += int(count_GP[row_N, piece_N].sum())
         self._replayed_loss += float(loss_GP[row_N, piece_N].sum())
         self.replay.update(place_N, mean_GP[row_N, piece_N], step)
         self.replay.store(batch, mean_GP, step)
@@ -274,14 +284,14 @@ def make_sampler(config: RunConfig, documents: Documents, replay: Replay | None,
     return streams if replay is None else ReplaySampler(streams, replay)
 
 
-def keep_paused(before: StreamState, after: StreamState, replayed_B: Tensor) -> StreamState:
+def keep_paused(before: State, after: State, replayed_B: Tensor) -> State:
     """The state after a step in which some streams paused: those have what they had before."""
     def choose(old: Any, new: Any) -> Any:
         if isinstance(new, tuple):
             return tuple(choose(*pair) for pair in zip(old, new, strict=True))
         return torch.where(replayed_B.view(-1, *[1] * (new.dim() - 1)), old.to(new.dtype), new)
 
-    return StreamState(*(choose(*pair) for pair in zip(before, after, strict=True)))
+    return type(after)(*choose(tuple(before), tuple(after)))
 
 
 def replay_part(replay: Replay) -> Callable[[Path], None]:
@@ -349,7 +359,8 @@ def _check_spans(path: Path, found: Mapping[str, np.ndarray], written: int, repl
     require(bool((np.diff(number) > 0).all() and (number >= 0).all() and (number < written).all()),
             f"numbers must ascend within 0..{written - 1}")
     require(bool(((length >= 1) & (length < width)).all()), f"lengths must lie in 1..{width - 1}")
-    require(bool(((token >= 0) & (token < replay.vocab_size)).all()), f"tokens must lie in 0..{replay.vocab_size - 1}")
+    require(bool(((ids_of(token) < replay.vocab_size) & (token[:, :1] >= 0)).all()),
+            f"tokens must lie in 0..{replay.vocab_size - 1}")
     require(not token[np.arange(width) > length[:, None]].any(), "tokens beyond a span's length must be 0")
     require(bool((found["namespace"] >= 0).all() and (found["step"] >= 0).all()), "namespaces and steps must be 0 or more")
     require(bool(np.isfinite(importance).all() and (importance > 0).all()), "importance must be positive and finite")

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +37,8 @@ class Batch(NamedTuple):
     """One micro-batch of one rank.
 
     input_ids_BT: int64; padding, always trailing, holds the end mark.
-    targets_BT: int64, the token after each input, across windows too; -100 for padding.
+    targets_BT: int64, the token after each input, across windows too; -100 for padding, and where that token is not to be
+        learned (the prompts of instruction data).
     valid_BT: bool, True where the input is a token of the document.
     reset_B: bool, True where a document starts with this window: the stream's state must be cleared before it.
     namespace_B: int64, of the first piece (the only one, unless packed): the visit, which is the place in the endless queue
@@ -50,7 +52,7 @@ class Batch(NamedTuple):
     piece_BT: int64, the piece of the window that each token belongs to, ascending from 0; padding belongs to the last.
     namespace_BP, document_BP: of each piece; -1 where there is none.
     source_BP: int64, the number of the source that each piece comes from; -1 where there is none.
-    global_tokens: targets that are not padding in the whole global batch: all ranks, all micro-batches.
+    global_tokens: targets that count in the whole global batch: all ranks, all micro-batches.
     """
 
     input_ids_BT: Tensor
@@ -70,13 +72,18 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
         *tensors, global_tokens = self
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors), global_tokens)
+        return Batch._make([*(tensor.to(device, non_blocking=True) for tensor in tensors), global_tokens])
 
     def reading(self) -> dict[str, Tensor]:
         """What a model must know about whose tokens it reads, as arguments of its forward pass."""
         if self.namespace_BP.shape[1] == 1:
             return {"namespace_B": self.namespace_B, "document_B": self.document_B}
         return {"namespace_B": self.namespace_BP, "document_B": self.document_BP, "piece_BT": self.piece_BT}
+
+    @property
+    def counted_BT(self) -> Tensor:
+        """True where there is a target."""
+        return self.targets_BT != IGNORED
 
     def by_piece(self, value_BT: Tensor) -> Tensor:
         """Sums of a value over the tokens of each piece, [B, P] in fp64."""
@@ -197,14 +204,21 @@ class StreamSampler:
 
     @property
     def num_targets(self) -> int:
-        """Predictions in one pass through the documents."""
+        """Predictions in one pass through the documents, those that do not count included."""
         return int(self._targets.sum())
+
+    @cached_property
+    def num_counted(self) -> int:
+        """Targets that count in one pass through the documents."""
+        if self.documents.counted is None:
+            return self.num_targets
+        return sum(self.documents.num_counted(start + 1, end) for start, end in pairwise(self.documents.offsets.tolist()))
 
     @cached_property
     def padding_share(self) -> float:
         """Share of positions that hold no token: over all `num_steps` steps, idle and paused streams included, or, when
         endless, over the windows of one pass through the documents."""
-        if self.num_steps is None:
+        if self.num_steps is None or self.epochs is None:
             return 0.0 if self.packed else self.unpacked_padding_share
         return 1.0 - self.num_targets * self.epochs / (self.num_steps * self.streams * self.sequence_length)
 
@@ -239,12 +253,16 @@ class StreamSampler:
         windows = self._windows(step)
         size = self.streams // (world_size * num_micro)
         first = (rank * num_micro + micro) * size
-        return self._assemble(windows[first:first + size], sum(window.length for window in windows),
+        return self._assemble(windows[first:first + size], self._counted(windows),
                               max(1, *(len(window.pieces) for window in windows)))
 
     def global_tokens(self, step: int) -> int:
-        """Targets that are not padding in the whole global batch of `step`."""
-        return sum(window.length for window in self._windows(step))
+        """Targets that count in the whole global batch of `step`."""
+        return self._counted(self._windows(step))
+
+    def _counted(self, windows: list[_Window]) -> int:
+        return sum(self.documents.num_counted(piece.start + 1, piece.start + 1 + piece.length)
+                   for window in windows for piece in window.pieces)
 
     def _windows(self, step: int) -> list[_Window]:
         """What each of all the streams reads in `step`."""
@@ -271,6 +289,7 @@ class StreamSampler:
         B, T = len(windows), self.sequence_length
         inputs_BT = np.full((B, T), self.documents.end_id, dtype=np.int64)
         targets_BT, piece_BT = np.full((B, T), IGNORED, dtype=np.int64), np.zeros((B, T), dtype=np.int64)
+        valid_BT = np.zeros((B, T), dtype=bool)
         namespace_BP, document_BP, source_BP = np.full((3, B, most_pieces), -1, dtype=np.int64)
         for row, window in enumerate(windows):
             place = 0
@@ -278,15 +297,19 @@ class StreamSampler:
                 end, after = place + piece.length, piece.start + piece.length
                 inputs_BT[row, place:end] = self.documents.tokens[piece.start:after]
                 targets_BT[row, place:end] = self.documents.tokens[piece.start + 1:after + 1]
+                if self.documents.counted is not None:
+                    targets_BT[row, place:end][self.documents.counted[piece.start + 1:after + 1] == 0] = IGNORED
+                valid_BT[row, place:end] = True
                 piece_BT[row, place:] = number
                 namespace_BP[row, number], document_BP[row, number] = piece.namespace, piece.document
                 source_BP[row, number] = piece.source
                 place = end
         window_B = torch.tensor([window.number(T) for window in windows])
-        tables = [torch.from_numpy(table) for table in (piece_BT, namespace_BP, document_BP, source_BP)]
-        return Batch(torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT), torch.from_numpy(targets_BT != IGNORED),
-                     torch.tensor([window.starts for window in windows]), tables[1][:, 0].clone(), tables[2][:, 0].clone(),
-                     window_B, torch.tensor([window.paused for window in windows]), *tables, global_tokens)
+        names_BP, documents_BP = torch.from_numpy(namespace_BP), torch.from_numpy(document_BP)
+        return Batch(torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT), torch.from_numpy(valid_BT),
+                     torch.tensor([window.starts for window in windows]), names_BP[:, 0].clone(), documents_BP[:, 0].clone(),
+                     window_B, torch.tensor([window.paused for window in windows]), torch.from_numpy(piece_BT), names_BP,
+                     documents_BP, torch.from_numpy(source_BP), global_tokens)
 
 
 class _Piece(NamedTuple):
@@ -336,7 +359,7 @@ class _Queue:
         epoch, place = divmod(self._taken[source], self._count[source])
         if place == 0:
             self._order[source] = self._epoch_order(epoch, source)
-        document = self._first[source] + int(self._order[source][place])
+        document: int = self._first[source] + int(self._order[source][place])
         self._taken[source] += 1
         self._tokens[source] += int(self._targets[document])
         return document

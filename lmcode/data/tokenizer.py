@@ -126,7 +126,8 @@ class BPETokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
+        text: str = self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
+        return text
 
     def save(self, folder: str | Path) -> None:
         _save(Path(folder), {TOKENIZER_FILE: json.loads(self._inner.to_str()), CONFIG_FILE: {"eos_token": self.end_token}})
@@ -163,7 +164,8 @@ def as_tokenizer(tokenizer: Any) -> Tokenizer:
             the tokenizer does not know.
     """
     if all(hasattr(tokenizer, name) for name in ("encode", "encode_batch", "decode", "save", "end_id", "vocab_size")):
-        return tokenizer
+        ours: Tokenizer = tokenizer
+        return ours
     inner = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not hasattr(inner, "to_str"):
         raise ConfigError("a tokenizer must be one of lmcode's, a tokenizers.Tokenizer or a fast tokenizer of transformers: "

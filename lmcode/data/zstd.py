@@ -52,7 +52,7 @@ class _Frames(io.RawIOBase):
         if self._frame is None:
             self._frame = self._zstandard.ZstdDecompressor().decompressobj()
         try:
-            content = self._frame.decompress(block)
+            content: bytes = self._frame.decompress(block)
         except self._zstandard.ZstdError as error:
             raise OSError(str(error)) from None
         self._left = b""

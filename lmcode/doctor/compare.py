@@ -47,7 +47,8 @@ def parse_report(value: Any) -> Report:
         raise ValueError("a report's folder, devices and address are texts")
     if not isinstance(value.get("rows"), list):
         raise ValueError("a report's rows are a list")
-    return Report([from_dict(row) for row in value["rows"]], value["facts"], value["settings"], *texts)
+    return Report([from_dict(row) for row in value["rows"]], value["facts"], value["settings"],
+                  value["folder"], value["devices"], value["address"])
 
 
 def _is_table_of_texts(value: Any) -> bool:

@@ -37,8 +37,9 @@ def examine(link: Link, *, run_dir: Path, space: Space | None = None, master_add
         rows += guarded("clocks", lambda: clocks(link))
         rows += guarded("shared folder", lambda: shared_folder(link, reports))
         rows += guarded("open ports", lambda: together(link, reports, master_address, master_port))
-    state = "ok" if len(link.hosts) == all_hosts else "fail"
-    return [*rows, *link.rows, Row("hosts", state, f"{len(link.hosts)} of {all_hosts} answered to the end")]
+    left = len(link.hosts)
+    rows += link.rows
+    return [*rows, Row("hosts", "ok" if left == all_hosts else "fail", f"{left} of {all_hosts} answered to the end")]
 
 
 def collect(link: Link, run_dir: Path, space: Space | None) -> dict[str, Report]:

@@ -55,6 +55,13 @@ def over_srun(host: str) -> list[str]:
     return ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host}", f"--chdir={ROOT}", *AGENT]
 
 
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    """What a process reads from and what it writes to; ValueError for one that was started without pipes."""
+    if process.stdin is None or process.stdout is None:
+        raise ValueError(f"a process that is asked needs pipes for requests and answers: got {process.args!r}")
+    return process.stdin, process.stdout
+
+
 class Link:
     """The agents of several hosts; a context manager that leaves no process behind.
 
@@ -66,32 +73,35 @@ class Link:
         self.rows: list[Row] = []
         self._errors: dict[str, IO[bytes]] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._requests: dict[str, IO[bytes]] = {}
+        self._answers: dict[str, IO[bytes]] = {}
         self._unread: dict[str, bytes] = dict.fromkeys(commands, b"")
         self._noise: dict[str, str] = {}
         for host, command in commands.items():
             self._errors[host] = tempfile.TemporaryFile()
             self._processes[host] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                                      stderr=self._errors[host])
-            os.set_blocking(self._processes[host].stdout.fileno(), False)
+            self._requests[host], self._answers[host] = _pipes(self._processes[host])
+            os.set_blocking(self._answers[host].fileno(), False)
         self.hosts = list(commands)
 
     def __enter__(self) -> Link:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for process in self._processes.values():
+        for requests in self._requests.values():
             try:
-                process.stdin.close()
+                requests.close()
             except OSError:  # what was still in the buffer has no reader any more
                 continue
         deadline = time.monotonic() + (LEAVE_S if kind is None else 0.5)
-        for process in self._processes.values():
+        for host, process in self._processes.items():
             try:
                 process.wait(max(0.01, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            process.stdout.close()
+            self._answers[host].close()
         for file in self._errors.values():
             file.close()
 
@@ -109,8 +119,8 @@ class Link:
             request = {"do": do, "limit_s": timeout_s + ORPHAN_S, **arguments, **(each or {}).get(host, {})}
             asked[host] = time.time()
             with suppress(OSError):  # a host that has gone: why, is read below
-                self._processes[host].stdin.write(json.dumps(request).encode() + b"\n")
-                self._processes[host].stdin.flush()
+                self._requests[host].write(json.dumps(request).encode() + b"\n")
+                self._requests[host].flush()
         said = self._listen(asked, do, timeout_s)
         return {host: said[host] for host in self.hosts if host in said}
 
@@ -119,7 +129,7 @@ class Link:
         deadline = time.monotonic() + timeout_s
         with selectors.DefaultSelector() as selector:
             for host in asked:
-                selector.register(self._processes[host].stdout, selectors.EVENT_READ, host)
+                selector.register(self._answers[host], selectors.EVENT_READ, host)
             while selector.get_map():
                 ready = selector.select(max(0.0, deadline - time.monotonic()))
                 for key, _ in ready:
@@ -140,7 +150,7 @@ class Link:
     def _read(self, host: str) -> dict[str, Any] | None:
         """What a host says next; None if it has not finished saying it; {} if the host was lost over it."""
         try:
-            data = os.read(self._processes[host].stdout.fileno(), 65536)
+            data = os.read(self._answers[host].fileno(), 65536)
         except BlockingIOError:
             return None
         if not data:

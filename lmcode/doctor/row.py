@@ -74,4 +74,4 @@ def from_dict(value: Any) -> Row:
     texts = [value.get(key) for key in ("name", "state", "detail")] if isinstance(value, dict) else []
     if not texts or not all(isinstance(text, str) for text in texts) or texts[1] not in STATES:
         raise ValueError(f"a row has the texts name, state and detail: got {str(value)[:80]!r}")
-    return Row(*texts)
+    return Row(value["name"], value["state"], value["detail"])

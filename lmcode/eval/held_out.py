@@ -6,25 +6,21 @@ model's, written as the documents are read, thrown away at the end. The training
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from lmcode.backbone import Backbone, token_losses
+from lmcode.config import RunConfig
+from lmcode.data.corpus import Documents
 from lmcode.data.streams import StreamSampler
 from lmcode.dist import Group
-from lmcode.memories.memories import fork_banks
+from lmcode.eval.reading import Reading, others
 from lmcode.memory.bank import LongTermMemory
-from lmcode.model.mode import in_eval_mode
-from lmcode.protocol import Hits, NullRetriever, Retriever
 
-APART = 2**62 + 2**61  # from here on namespaces are those of readings that only measure: beyond all that training gives out
-MODES = ("on", "off", "shuffled")
 FAR = 16  # a window this many windows into its document is "far": most of what it could recall is out of reach of attention
-
-
 NOTHING_FAR = f"no held-out document was read as far as {FAR} windows"
 
 
@@ -37,40 +33,6 @@ class EvalResult(NamedTuple):
     far_loss: float | None
     far_tokens: int
     by_source: Mapping[str, float] = MappingProxyType({})
-
-
-class ShuffledRetriever:
-    """Reads the memory of another document: the control that keeps the mechanism and takes away the content.
-
-    Every stream searches the namespace of the next stream that reads a document (the last one that of the first), so each
-    query still gets hits written by the same model from real text, only not from its own document; it finds nothing while
-    no other stream reads one.
-    """
-
-    def __init__(self, bank: LongTermMemory) -> None:
-        self._bank = bank
-        self.top_k = bank.top_k
-        self.other: dict[int, int] = {}  # see `others`
-
-    def search(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None) -> Hits:
-        other = torch.tensor([self.other.get(n, -1) for n in namespace_N.tolist()], dtype=torch.int64,
-                             device=namespace_N.device)
-        return self._bank.search(query_HND, other, document_N)
-
-    def attend(self, query_HND: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
-        return self._bank.attend(query_HND, hits)
-
-
-def apart(namespace_B: Tensor) -> Tensor:
-    """The namespaces of a reading that only measures: other ones than any that the model's banks hold, so that what was
-    written from the same text in training is known to be of another reading."""
-    return torch.where(namespace_B >= 0, namespace_B + APART, namespace_B)
-
-
-def others(namespaces: Sequence[int]) -> dict[int, int]:
-    """The namespace that stands in for each stream's own: the next one that is a document; none for a document alone."""
-    live = [one for one in namespaces if one >= 0]
-    return dict(zip(live, live[1:] + live[:1], strict=True)) if len(live) > 1 else {}
 
 
 def void_controls(sampler: StreamSampler, *, scope: str, windows: int) -> dict[str, str]:
@@ -92,7 +54,7 @@ def void_controls(sampler: StreamSampler, *, scope: str, windows: int) -> dict[s
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[int, LongTermMemory], group: Group,
+def evaluate(model: Backbone, sampler: StreamSampler, *, banks: Mapping[int, LongTermMemory], group: Group,
              mode: str = "on", windows: int = 16, slots: int | None = None,
              upkeep: Callable[[int, LongTermMemory], None] | None = None,
              between: Callable[[], None] | None = None) -> EvalResult:
@@ -111,44 +73,31 @@ def evaluate(model: torch.nn.Module, sampler: StreamSampler, *, banks: Mapping[i
     Raises:
         ValueError: for an unknown mode.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}: got '{mode}'")
-    forks = fork_banks(banks, slots) if mode != "off" else {}
-    shuffled = {layer: ShuffledRetriever(fork) for layer, fork in forks.items()} if mode == "shuffled" else {}
-    retrievers: dict[int, Retriever] = {layer: NullRetriever() for layer in banks}
-    retrievers.update(shuffled or forks)
+    reading = Reading(model, mode=mode, banks=banks, slots=slots)
     device = next(model.parameters()).device
     names = sampler.documents.sources or {}
     sums = torch.zeros(4 + 2 * len(names), dtype=torch.float64)
-    state = None
-    with in_eval_mode(model), model.reading_from(retrievers):
-        for step in range(min(windows, sampler.num_steps)):
-            if between is not None:
-                between()
-            if shuffled:
-                everyone = apart(sampler.batch(step, rank=0, world_size=1).namespace_B).tolist()
-                for retriever in shuffled.values():
-                    retriever.other = others(everyone)
-            batch = sampler.batch(step, rank=group.rank, world_size=group.size).to(device)
-            output = model(batch.input_ids_BT, targets_BT=batch.targets_BT, state=state, reset_B=batch.reset_B,
-                           namespace_B=apart(batch.namespace_B), document_B=batch.document_B, valid_BT=batch.valid_BT)
-            state = output.state
-            for layer, fork in forks.items():
-                fork.commit([output.memory[layer].candidates], [output.memory[layer].hits], step=step)
-                if upkeep is not None:
-                    upkeep(step, fork)
-            loss_B = output.token_loss.double().sum(1).cpu()
-            count_B = (batch.targets_BT >= 0).sum(1).cpu()
-            far_B = batch.window_B.cpu() >= FAR
-            chosen = [torch.ones_like(far_B), far_B, *(batch.source_BP[:, 0].cpu() == one for one in range(len(names)))]
-            sums += torch.stack([column_B[of_B].sum() for of_B in chosen for column_B in (loss_B, count_B)])
+    for step in range(min(windows, sampler.num_steps or 0)):
+        if between is not None:
+            between()
+        batch = sampler.batch(step, rank=group.rank, world_size=group.size).to(device)
+        output = reading.read(batch, sampler.batch(step).namespace_B.tolist())
+        for layer, fork in reading.forks.items():
+            reading.write(layer, output)
+            if upkeep is not None:
+                upkeep(step, fork)
+        loss_B = token_losses(output).double().sum(1).cpu()
+        count_B = (batch.targets_BT >= 0).sum(1).cpu()
+        far_B = batch.window_B.cpu() >= FAR
+        chosen = [torch.ones_like(far_B), far_B, *(batch.source_BP[:, 0].cpu() == one for one in range(len(names)))]
+        sums += torch.stack([column_B[of_B].sum() for of_B in chosen for column_B in (loss_B, count_B)])
     loss, tokens, far_loss, far_tokens, *rest = group.all_reduce(sums.to(device), phase="evaluation").tolist()
     by_source = {name: one / count for name, one, count in zip(names, rest[::2], rest[1::2], strict=True) if count}
     return EvalResult(loss / max(tokens, 1), int(tokens), far_loss / far_tokens if far_tokens else None, int(far_tokens),
                       by_source)
 
 
-def held_out_sampler(documents: object, config: object) -> StreamSampler:
+def held_out_sampler(documents: Documents, config: RunConfig) -> StreamSampler:
     """The sampler that every held-out evaluation of a run uses: one pass, document order fixed."""
     return StreamSampler(documents, streams=config.eval.streams, sequence_length=config.train.sequence_length,
                          seed=config.train.seed, epochs=1, shuffle=False)

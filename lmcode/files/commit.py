@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -91,7 +92,7 @@ class Commit:
         if self._group.rank == 0:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
-    def _all(self, task: Future) -> bool:
+    def _all(self, task: Future[Any]) -> bool:
         return all(self._group.all_gather_object(task.done()))
 
     def _write(self, parts: Parts) -> Seals:

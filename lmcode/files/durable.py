@@ -43,7 +43,7 @@ STEP_NAME = re.compile(r"step-(\d{1,18})(?:\.([1-9]\d{0,8}))?")  # step and revi
 STRAYS = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.ipynb_checkpoints|\.nfs[0-9a-f]+")  # one part of a path
 
 Seals = dict[str, dict[str, Any]]  # relative path -> {"bytes", "blake2b"}
-Parts = dict[str, Callable[[Path], None]]  # relative path -> writes the file there
+Parts = dict[str, Callable[[Path], object]]  # relative path -> writes the file there
 
 
 class DamagedCheckpoint(ValueError):
@@ -377,7 +377,9 @@ def is_stray(name: str) -> bool:
 
 def _walk(folder: Path) -> tuple[set[str], set[str], set[str]]:
     """Relative paths of everything in a folder: (neither file nor folder, files, folders); follows no link."""
-    others, files, folders = set(), set(), set()
+    others: set[str] = set()
+    files: set[str] = set()
+    folders: set[str] = set()
 
     def descend(prefix: str) -> None:
         with os.scandir(folder / prefix) as entries:

@@ -179,7 +179,7 @@ class Watch(NullWatch):
         now = time.monotonic()
         if "beat" in word:
             *rest, digests = word["beat"]
-            self._judge.hear(rank, Beat(*rest, tuple(map(tuple, digests))), now)
+            self._judge.hear(rank, Beat._make([*rest, tuple(map(tuple, digests))]), now)
         elif "raised" in word:
             self._judge.raised(rank, word["raised"], now, consequence=word["consequence"])
         elif "bye" in word:
@@ -243,9 +243,10 @@ def watching(clock: Clock, group: Group, *, heartbeat_s: float, patience_s: floa
         yield NullWatch(clock, group)
         return
     watch.start()
+    met_alike: tuple[type[BaseException], ...] = (ConfigError, KeyboardInterrupt, *alike)
     try:
         yield watch
-    except (ConfigError, KeyboardInterrupt, *alike) as error:
+    except met_alike as error:
         watch.leave(f"{type(error).__name__}: {error}")
         raise
     except BaseException as error:

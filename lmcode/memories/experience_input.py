@@ -40,11 +40,10 @@ def contents_of(given: Content | Sequence[Content]) -> list[Content]:
         return [given]
     if not isinstance(given, Sequence) or isinstance(given, bytes):
         raise ValueError(f"expected text, token ids, or a list of either: got {type(given).__name__}")
-    if given and all(_is_id(one) for one in given):
-        return [given]
     if not given:
         raise ValueError("text or ids must not be empty: got an empty list")
-    return list(given)
+    row_or_rows: Any = given
+    return [row_or_rows] if all(_is_id(one) for one in given) else list(row_or_rows)
 
 
 def read_content(content: Content, tokenizer: Tokenizer | None, vocab_size: int) -> Given:

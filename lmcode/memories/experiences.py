@@ -21,6 +21,7 @@ from typing import Any, Union
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, near_match
 from lmcode.dist import Group
@@ -260,12 +261,16 @@ def write_token_entries(banks: Mapping[int, LongTermMemory], batch: Sequence[Exp
     """
     ranges: list[Ranges] = [{} for _ in batch]
     for layer, bank in banks.items():
-        keys, values, namespaces, importances, documents = [], [], [], [], []
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        namespaces: list[np.ndarray] = []
+        importances: list[np.ndarray] = []
+        documents: list[np.ndarray] = []
         for id, (one, offers, places) in enumerate(zip(batch, offered, ranges, strict=True), start=first_id):
             candidates = offers[layer]
             surprise_N = candidates.surprise_N.float().cpu().numpy()
             chosen = choose(surprise_N, bank.config)
-            first = bank.next_id + sum(map(len, namespaces))
+            first = bank.next_id + sum(len(part) for part in namespaces)
             places[layer] = (first, first + int(chosen.sum()))
             on_device = torch.from_numpy(chosen).to(candidates.key_HND.device)
             keys.append(candidates.key_HND[:, on_device])
@@ -300,7 +305,7 @@ def delete_token_entries(banks: Mapping[int, LongTermMemory], gone: Sequence[Ran
     """Removes the token entries of experiences from the layers' banks, for good; returns how many there were. Collective;
     all ranks pass the same."""
     ids = {layer: [np.arange(*ranges[layer]) for ranges in gone if layer in ranges] for layer in banks}
-    return sum(banks[layer].delete(ids=np.concatenate(parts)) for layer, parts in ids.items() if parts)
+    return sum(banks[layer].delete(ids=np.concatenate(parts).tolist()) for layer, parts in ids.items() if parts)
 
 
 def live_token_entries(bank: LongTermMemory, ids: tuple[int, int]) -> int:

@@ -18,8 +18,7 @@ from lmcode.dist import Group
 from lmcode.memories.experiences import VISITS, Experiences
 from lmcode.memories.resharding import empty_like, move, move_experiences, refuse_too_small, wanted_slots
 from lmcode.memory.bank import LongTermMemory
-from lmcode.model.lm import LayerMemory
-from lmcode.protocol import ConsolidationReport
+from lmcode.protocol import ConsolidationReport, EntryShape, LayerMemory
 
 log = logging.getLogger("lmcode")
 
@@ -28,7 +27,8 @@ class Memories:
     """One bank per memory layer, sliced over the ranks of `group`, and the texts that were stored.
 
     Args:
-        config: shape of the model; `long_term_memory_slots` = 0 leaves the banks out.
+        config: settings of the model; `long_term_memory_slots` = 0 leaves the banks out.
+        shapes: the entries of each memory layer: see `Backbone.memory_shapes`.
         memory: how the banks store, search and exchange. Memory groups (`group_size`) that do not share out the ranks become
             one, with a warning: what they were trained with can be opened anywhere.
         group: the ranks that share the banks; this process alone by default.
@@ -36,20 +36,27 @@ class Memories:
 
     Attributes:
         banks: by the number of the layer, ascending.
+
+    Raises:
+        ConfigError: for keys and values of different widths, which a bank does not store.
     """
 
-    def __init__(self, config: LMCODEConfig, memory: MemoryConfig | None = None, *, group: Group | None = None,
-                 device: torch.device | str = "cpu") -> None:
+    def __init__(self, config: LMCODEConfig, shapes: Mapping[int, EntryShape], memory: MemoryConfig | None = None, *,
+                 group: Group | None = None, device: torch.device | str = "cpu") -> None:
         self.config, self.memory_config = config, memory or MemoryConfig()
         self.group, self.device = group or Group(), torch.device(device)
         if self.group.size % max(1, self.memory_config.group_size) and self.group.size > 1:
             log.warning("memory groups of %d ranks do not share out %d: all are one group", self.memory_config.group_size,
                         self.group.size)
-        layers = config.memory_layer_indices if config.long_term_memory_slots else ()
+        for layer, shape in shapes.items():
+            if shape.key_width != shape.value_width:
+                raise ConfigError(f"a bank's keys and values must have one width: those of layer {layer} have "
+                                  f"{shape.key_width} and {shape.value_width}")
         self.banks: dict[int, LongTermMemory] = {
-            layer: LongTermMemory(heads=config.memory_heads, head_dim=config.memory_head_dim,
-                                  slots=config.long_term_memory_slots, top_k=config.memory_top_k, group=self.group,
-                                  config=self.memory_config, device=self.device) for layer in layers}
+            layer: LongTermMemory(heads=shape.heads, head_dim=shape.key_width, slots=config.long_term_memory_slots,
+                                  top_k=config.memory_top_k, group=self.group, config=self.memory_config,
+                                  device=self.device)
+            for layer, shape in sorted(shapes.items()) if config.long_term_memory_slots}
         self._experiences: Experiences | None = None
 
     # Experiences
@@ -101,7 +108,8 @@ class Memories:
         for bank in self.banks.values():
             columns = bank.shard.columns
             mine = max(mine, 1 + int(columns["namespace"][columns["id"] >= 0].max(initial=-1)))
-        return max(self.group.all_gather_object(mine))
+        visits: list[int] = self.group.all_gather_object(mine)
+        return max(visits)
 
     # Copies, other ranks, other layouts
 
@@ -150,6 +158,9 @@ class Memories:
                 virtual shards than ranks, or an entry would be without a slot (the message says how many slots would do).
                 Nothing has changed then.
         """
+        if not self.banks:
+            raise ConfigError("a model without a long-term memory has nothing to reshard: long_term_memory_slots = "
+                              f"{self.config.long_term_memory_slots}, memory_layers = {self.config.memory_layers}")
         slots, experience_slots = wanted_slots(self.config, self.memory_config, virtual_shards, slots=slots,
                                                experience_slots=experience_slots)
         experiences = self.experiences if self.has_experiences else None

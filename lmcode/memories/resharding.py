@@ -22,11 +22,8 @@ def wanted_slots(config: LMCODEConfig, memory: MemoryConfig, virtual_shards: int
     """The slots of each bank and of the experiences; as now where None.
 
     Raises:
-        ConfigError: for a model without a bank, or fewer slots than virtual shards.
+        ConfigError: for fewer slots than virtual shards.
     """
-    if not config.long_term_memory_slots or not config.memory_layer_indices:
-        raise ConfigError("a model without a long-term memory has nothing to reshard: long_term_memory_slots = "
-                          f"{config.long_term_memory_slots}, memory_layers = {config.memory_layers}")
     slots = config.long_term_memory_slots if slots is None else slots
     experience_slots = memory.experience_slots if experience_slots is None else experience_slots
     for name, number in (("slots", slots), ("experience_slots", experience_slots)):
@@ -68,7 +65,8 @@ def live_counts(bank: LongTermMemory, virtual_shards: int) -> np.ndarray:
     """How many of a bank's entries would lie in each of `virtual_shards`, int64 [S], on every rank. A collective."""
     mine = {shard: live_by_shard(bank.state(shard)["id"].numpy(), virtual_shards) for shard in bank.owned}
     counts = {shard: count_S for part in bank.group.all_gather_object(mine) for shard, count_S in part.items()}
-    return np.sum(list(counts.values()), axis=0)
+    count_S: np.ndarray = np.sum(list(counts.values()), axis=0)
+    return count_S
 
 
 def _check_rooms(name: str, slots: int, live: Mapping[str, np.ndarray]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +19,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lmcode.memory.placement import holder_of
-from lmcode.memory.search.exact import QUERY_BLOCK, Search, search_exact
-from lmcode.memory.search.faiss_index import TIERS
 
 BLOCK = 1024  # entries of a rank that look for their neighbours at once, and pairs that are merged at once
 MERGED = ("count", "hit_mass", "last_hit", "importance", "chance")  # columns of `entry.METADATA` that merging changes
@@ -43,11 +40,6 @@ def unit_keys(key_HPD: Tensor) -> Tensor:
     key_PHD = key_HPD.transpose(0, 1).double()
     length_PH1 = sum_last(key_PHD.square()).sqrt().unsqueeze(-1)
     return (key_PHD / length_PH1.clamp(min=torch.finfo(torch.float64).tiny)).float().flatten(1)
-
-
-def nearest_search(tier: str) -> Search:
-    """The search of this tier, such that scores do not depend on how many queries there are."""
-    return partial(search_exact, least_queries=QUERY_BLOCK) if tier == "exact" else TIERS[tier]
 
 
 def links_of(id_P: Tensor, score_P2: Tensor, other_P2: Tensor, *, heads: int, threshold: float) -> Tensor:

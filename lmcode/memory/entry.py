@@ -88,10 +88,11 @@ def choose(surprise_E: np.ndarray, config: MemoryConfig) -> np.ndarray:
     if config.write == "all":
         return np.ones(E, dtype=bool)
     if config.write == "every_nth":
-        return np.arange(E) % config.write_every == 0
+        return np.asarray(np.arange(E) % config.write_every == 0)
     chosen_E = np.zeros(E, dtype=bool)
     chosen_E[np.argsort(-surprise_E, kind="stable")[:math.ceil(config.write_share * E)]] = True
-    return chosen_E & ~np.isnan(surprise_E)
+    chosen_E &= ~np.isnan(surprise_E)
+    return chosen_E
 
 
 def stack_candidates(candidates: Sequence[Candidates], *, heads: int, head_dim: int, dtype: torch.dtype,
@@ -164,7 +165,8 @@ def check_batch(key_HED: Tensor, value_HED: Tensor, *columns_E: Tensor, heads: i
 def acceptable(key_EHD: Tensor, value_EHD: Tensor, namespace_E: np.ndarray, importance_E: np.ndarray) -> np.ndarray:
     """Rows that may enter a bank, bool [E]: every number finite, importance positive, namespace at least 0."""
     finite_E = key_EHD.isfinite().flatten(1).all(1) & value_EHD.isfinite().flatten(1).all(1)
-    return finite_E.cpu().numpy() & np.isfinite(importance_E) & (importance_E > 0) & (namespace_E >= 0)
+    good_E: np.ndarray = finite_E.cpu().numpy() & np.isfinite(importance_E) & (importance_E > 0) & (namespace_E >= 0)
+    return good_E
 
 
 def clip_norm(vector_EHD: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:

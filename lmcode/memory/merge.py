@@ -86,7 +86,8 @@ def merge_lists(score_RXK: Tensor, id_RXK: Tensor) -> tuple[Tensor, Tensor]:
     """Merges the lists of R ranks, [R, ..., K], each in total order, into [..., K]."""
     if len(score_RXK) == 1:
         return score_RXK[0], id_RXK[0]
-    return merge_hits(*(part.movedim(0, -2).flatten(-2) for part in (score_RXK, id_RXK)), score_RXK.shape[-1])
+    score_L, id_L = (part.movedim(0, -2).flatten(-2) for part in (score_RXK, id_RXK))
+    return merge_hits(score_L, id_L, score_RXK.shape[-1])
 
 
 def winners(score_K: Tensor, id_K: Tensor, cut_score: Tensor, cut_id: Tensor) -> Tensor:

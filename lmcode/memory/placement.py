@@ -12,15 +12,17 @@ import numpy as np
 
 def splitmix64(id_E: np.ndarray) -> np.ndarray:
     """The finalizer of SplitMix64 (Steele, Lea, Flood 2014): int64 or uint64 in, uint64 out, wrapping."""
-    mixed_E = id_E.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    mixed_E: np.ndarray = id_E.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     mixed_E = (mixed_E ^ (mixed_E >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed_E = (mixed_E ^ (mixed_E >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed_E ^ (mixed_E >> np.uint64(31))
+    mixed_E ^= mixed_E >> np.uint64(31)
+    return mixed_E
 
 
 def virtual_shard_of(id_E: np.ndarray, virtual_shards: int) -> np.ndarray:
     """The virtual shard of each id, int64 in [0, S)."""
-    return (splitmix64(np.asarray(id_E)) % np.uint64(virtual_shards)).astype(np.int64)
+    shard_E: np.ndarray = (splitmix64(np.asarray(id_E)) % np.uint64(virtual_shards)).astype(np.int64)
+    return shard_E
 
 
 def rank_of(shard_E: np.ndarray, ranks: int) -> np.ndarray:

@@ -1,58 +1,203 @@
-"""What a read computes between its collectives: the checks, the attention over fetched rows, the autograd function.
+"""The read protocol, from top to bottom: ask, search, agree, attend (and its backward pass).
 
-No collective is issued from here: the bank hands in what brings the ranks' parts together.
-Letters: as in `bank.py`; X is anything that travels with a query.
+Phases 1 to 3 are `Reader.search`, phase 4 is `Reader.attend`. Everything here has one layout: queries first, [N, H, ...] for
+those of this rank and [G, H, ...] for those of all; so a collective, which joins ranks along axis 0, needs no turning. The
+bank turns what comes in and goes out.
+Letters: R ranks of a memory group; n queries of one rank, padded to the same number in all of it; G = R * n gathered
+queries; E = D + 1; Q = G * H bags of winners; X anything that travels with a query.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from lmcode.memory.merge import logsumexp_of
+from lmcode.dist import Group
+from lmcode.memory.merge import logsumexp_of, merge_lists, pack_cuts, unpack_cuts, winners
+from lmcode.memory.placement import holder_of
 from lmcode.memory.search.faiss_index import check_top_k
-from lmcode.memory.shard import Scope
+from lmcode.memory.shard import Scope, Shard
+from lmcode.memory.ticket import Ticket, make_ticket, query_gradients, value_sums, winning_rows
 from lmcode.precision import without_autocast
 from lmcode.protocol import NO_SCORE, Hits
 
 SCOPES = ("document", "global")
+LOOKED_UP = 64  # most queries of a `look_up` that takes the short way
+MAX_QUERY = 1e15  # a longer component could overflow a score; such a query finds nothing and is counted
 
 
-def check_search(query_HND: Tensor, namespace_N: Tensor, document_N: Tensor, scope: Scope, k: int, *, heads: int,
-                 head_dim: int) -> None:
-    """Raises ValueError for shapes that do not fit a bank, an unknown scope, or K outside 1..2048."""
-    H, N, D = query_HND.shape
-    if (H, D) != (heads, head_dim) or not namespace_N.shape == document_N.shape == (N,):
-        raise ValueError(f"queries must be [{heads}, N, {head_dim}], namespaces and documents [N]: got "
-                         f"{tuple(query_HND.shape)}, {tuple(namespace_N.shape)} and {tuple(document_N.shape)}")
-    if isinstance(scope, str) and scope not in SCOPES:
-        raise ValueError(f"scope must be 'document', 'global' or a list of namespaces: got '{scope}'")
-    check_top_k(k)
+class Asked(NamedTuple):
+    """The queries of all ranks, in rank order: query_GHE fp32 with trailing component 1, namespace_G and document_G int64,
+    and how many each rank contributed, padding included."""
+
+    query_GHE: Tensor
+    namespace_G: np.ndarray
+    document_G: np.ndarray
+    rows_per_rank: int
 
 
-def pad(rows_NX: Tensor, n: int, fill: float = 0) -> Tensor:
-    """Appends rows up to n."""
-    if len(rows_NX) == n:
-        return rows_NX
-    return torch.cat([rows_NX, rows_NX.new_full((n - len(rows_NX), *rows_NX.shape[1:]), fill)])
+class Agreed(NamedTuple):
+    """This rank's merged hits, score_nHK and id_nHK; and where every query's merged list ends: the score and id of its
+    last hit and its log-sum-exp."""
+
+    score_nHK: Tensor
+    id_nHK: Tensor
+    cut_score_GH: Tensor
+    cut_id_GH: Tensor
+    lse_GH: Tensor
 
 
-def exchange_mode(mode: str, ranks: int, k: int) -> str:
-    """'all_gather' or 'all_to_all' for phase 3: what is asked for, or by `auto` the one that receives fewer bytes."""
-    if mode != "auto":
-        return mode
-    return "all_gather" if ranks * 12 * k <= 12 * k + 16 else "all_to_all"  # bytes per query, head and other rank
+class Reader:
+    """Reads one bank: what the ranks of a memory group do together, each with its shard.
+
+    A read, `search` then `attend`, goes through these phases:
+      1. all_gather of queries, namespaces and, unless the scope is "document", documents: every rank sees all G queries.
+      2. Each rank searches its shard for all of them: its local top K in total order.
+      3. The (score, id) lists are exchanged and merged: with `all_gather` all of them by every rank, with `all_to_all`
+         each by its query's owner, who then shares the K-th hit and the log-sum-exp, 16 bytes a query. So each rank
+         knows where merged lists end, hence which of its own hits won (a prefix), and their weights: the ticket.
+      4. `sums`: each rank adds up weight * value over its winners, and a reduce_scatter hands every owner its vector;
+         the backward pass gathers D + 2 numbers a query and scatters D back. `rows`: the winners' vectors travel.
+
+    Attributes:
+        clock: measures phase 2 and the merging of phase 3.
+        blind_queries: own queries that were not finite and therefore found nothing, since the start.
+    """
+
+    def __init__(self, shard: Shard, group: Group, inside: Group) -> None:
+        self.shard, self.inside, self.config = shard, inside, shard.config
+        self.clock, self.blind_queries = Clock(group), 0
+
+    def search(self, query_NHD: Tensor, namespace_N: Tensor, document_N: Tensor, *, scope: Scope, k: int, tier: str,
+               ragged: bool) -> Hits:
+        """Phases 1 to 3; see `LongTermMemory.search`."""
+        with self.clock.running():
+            asked = self.ask(query_NHD, namespace_N, document_N, scope, ragged=ragged)
+            score_GHK, id_GHK, slot_GHK = self.shard.search(asked.query_GHE, asked.namespace_G, asked.document_G, k,
+                                                            scope=scope, tier=tier)
+            agreed = self.agree(score_GHK, id_GHK)
+            won_GHK = winners(score_GHK, id_GHK, agreed.cut_score_GH, agreed.cut_id_GH)
+            ticket = make_ticket(won_GHK, score_GHK, slot_GHK, agreed.lse_GH, step_M=self.shard.columns["step"],
+                                 rows_per_rank=asked.rows_per_rank, version=self.shard.version)
+        score_HNK, id_HNK = (turned(part[:len(query_NHD)]) for part in agreed[:2])
+        return Hits(score_HNK, id_HNK, ticket)
+
+    def ask(self, query_NHD: Tensor, namespace_N: Tensor, document_N: Tensor, scope: Scope, *, ragged: bool) -> Asked:
+        """Phase 1: every rank sees all queries. In document scope nobody looks at documents, and they do not travel."""
+        N = len(query_NHD)
+        n = max(1, *self.inside.all_gather_int(N, phase="queries", device=query_NHD.device) if ragged else (N,))
+        seeing_N = (query_NHD.abs() < MAX_QUERY).all(-1).all(1)
+        self.blind_queries += N - int(seeing_N.sum())
+        query_NHD = query_NHD.where(seeing_N[:, None, None], 0)
+        names_NX = namespace_N.where(seeing_N, -1)[:, None]
+        if scope != "document":
+            names_NX = torch.cat([names_NX, document_N[:, None]], dim=1)
+        query_GHD = self.inside.all_gather(pad(query_NHD, n), phase="queries")
+        names_GX = self.inside.all_gather(pad(names_NX, n, -1), phase="queries").cpu().numpy()
+        return Asked(F.pad(query_GHD.float(), (0, 1), value=1.0), names_GX[:, 0], names_GX[:, -1], n)
+
+    def agree(self, score_GHK: Tensor, id_GHK: Tensor) -> Agreed:
+        """Phase 3: the local lists of all ranks are merged, by every rank or by each query's owner."""
+        R, (G, _, k), lists = self.inside.size, score_GHK.shape, (score_GHK, id_GHK)
+        n = G // R
+        if exchange_mode(self.config.exchange, R, k) == "all_gather":
+            merged = merge_lists(*(self.inside.all_gather(part[None], phase="hits") for part in lists))
+            mine = slice(self.inside.rank * n, (self.inside.rank + 1) * n)
+            score_GHK, id_GHK = merged
+            return Agreed(score_GHK[mine], id_GHK[mine], score_GHK[..., -1], id_GHK[..., -1],
+                          logsumexp_of(score_GHK, id_GHK))
+        own = merge_lists(*(self.inside.all_to_all(part, phase="hits").view(R, n, -1, k) for part in lists))
+        return Agreed(*own, *unpack_cuts(self.inside.all_gather(pack_cuts(*own), phase="hits")))
+
+    def ticket_of(self, hits: Hits) -> Ticket:
+        """The ticket of hits of this bank; ValueError if it has changed since the search."""
+        if not isinstance(hits.ticket, Ticket) or hits.ticket.version != self.shard.version:
+            raise ValueError("hits must come from a search of this bank since it last changed: these do not")
+        return hits.ticket
+
+    def attend(self, query_NHD: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
+        """Phase 4: softmax attention over hits, fp32 value_NHD and logsumexp_NH; by sums over the shards or by rows."""
+        ticket, (score_NHK, id_NHK) = self.ticket_of(hits), (part.transpose(0, 1) for part in hits[:2])
+        if self.config.fetch == "sums":
+            value_NHD, lse_NH = SumsOverShards.apply(  # type: ignore[no-untyped-call]  # torch's own is not annotated
+                query_NHD, score_NHK, id_NHK, ticket, self.shard, self.inside)
+            return value_NHD, lse_NH
+        return attend_rows(query_NHD, score_NHK, id_NHK, *self.fetch(ticket, id_NHK))
+
+    @torch.no_grad()
+    def fetch(self, ticket: Ticket, id_NHK: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values of the hits, fp32 [N, H, K, D] each, zero where invalid."""
+        R, (N, H, k), shard = self.inside.size, id_NHK.shape, self.shard
+        sent_GHKX = winning_rows(shard.key_HME, shard.value_HMD, ticket, k).view(R * ticket.rows_per_rank, H, k, -1)
+        rows_RNHKX = self.inside.all_to_all(sent_GHKX, phase="values").view(R, -1, *sent_GHKX.shape[1:])[:, :N]
+        holder_NHK = holders_of(id_NHK, self.config.virtual_shards, R).where(id_NHK >= 0, -1)
+        parts: tuple[Tensor, ...] = align_rows(rows_RNHKX, holder_NHK).split(shard.value_HMD.shape[-1], dim=-1)
+        return parts
+
+    def look_up(self, query_NHD: Tensor, namespace_N: Tensor, document_N: Tensor, k: int) -> tuple[Tensor, ...] | None:
+        """`search` and `attend` in one go, see `Shard.look_up`: for few queries on one rank, from which nothing is hidden.
+
+        None where that is not so.
+        """
+        if self.inside.size > 1 or not 0 < len(query_NHD) <= LOOKED_UP:
+            return None
+        if self.config.scope != "document" and bool((document_N >= 0).any()):
+            return None
+        with self.clock.running():
+            longest = float(torch.linalg.vector_norm(query_NHD, dim=-1, dtype=torch.float32).max())
+            if not longest < MAX_QUERY:  # it may be NaN
+                return None
+            return self.shard.look_up(F.pad(query_NHD.float(), (0, 1), value=1.0), namespace_N.cpu().numpy(), k,
+                                      scope=self.config.scope, longest=longest)
 
 
-def spread(rows_HNX: Tensor, count: int) -> Tensor:
-    """At most `count` of the N rows, evenly spread: a sample that needs no random numbers."""
-    N = rows_HNX.shape[1]
-    if N <= count:
-        return rows_HNX
-    return rows_HNX[:, torch.arange(count, device=rows_HNX.device) * N // max(1, count)]
+class SumsOverShards(torch.autograd.Function):
+    """Phase 4 by sums as one differentiable step: values and keys stay where they are, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, query_NHD: Tensor, score_NHK: Tensor, id_NHK: Tensor, ticket: Ticket, shard: Shard,
+                group: Group) -> tuple[Tensor, Tensor]:
+        """Each rank adds up weight * value over the winners it holds; every owner gets the sum of all ranks."""
+        N, H, D = query_NHD.shape
+        sum_QD = value_sums(shard.value_HMD, ticket)
+        value_NHD = group.reduce_scatter(sum_QD.view(-1, H, D), phase="values")[:N]
+        ctx.ticket, ctx.shard, ctx.group, ctx.dtype = ticket, shard, group, query_NHD.dtype
+        ctx.save_for_backward(value_NHD)
+        return value_NHD, logsumexp_of(score_NHK, id_NHK)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @without_autocast()  # who calls backward inside a region of autocast has it here, too
+    def backward(ctx: Any, grad_NHD: Tensor, grad_lse_NH: Tensor) -> tuple[Tensor | None, ...]:
+        """Each owner sends the gradient g of its value, g . value and that of its log-sum-exp; each rank adds up what its
+        winners make of them."""
+        (value_NHD,), ticket, shard, group = ctx.saved_tensors, ctx.ticket, ctx.shard, ctx.group
+        if ticket.version != shard.version:
+            raise ValueError("the backward pass must run before the bank changes: it has changed since the search")
+        dot_NH1 = (grad_NHD * value_NHD).sum(-1, keepdim=True)
+        sent_NHX = torch.cat([grad_NHD.float(), dot_NH1, grad_lse_NH.unsqueeze(-1)], dim=-1)
+        grad_QX = group.all_gather(pad(sent_NHX, ticket.rows_per_rank), phase="gradients").flatten(0, 1)
+        part_QD = query_gradients(shard.key_HME, shard.value_HMD, ticket, grad_QX[:, :-2].contiguous(), grad_QX[:, -2],
+                                  grad_QX[:, -1])
+        grad_NHD = group.reduce_scatter(part_QD.view(-1, *value_NHD.shape[1:]), phase="gradients")[:len(value_NHD)]
+        return grad_NHD.to(ctx.dtype), None, None, None, None, None
+
+
+def attend_rows(query_NHD: Tensor, score_NHK: Tensor, id_NHK: Tensor, key_NHKD: Tensor,
+                value_NHKD: Tensor) -> tuple[Tensor, Tensor]:
+    """Phase 4 by rows: softmax attention over fetched entries, fp32 value_NHD and logsumexp_NH."""
+    dot_NHK = torch.einsum("nhd,nhkd->nhk", query_NHD.float(), key_NHKD)
+    moving_NHK = (dot_NHK - dot_NHK.detach()).where(id_NHK >= 0, 0.0)  # zero, with the gradient of q . k
+    score_NHK = score_NHK + moving_NHK
+    value_NHD = torch.einsum("nhk,nhkd->nhd", score_NHK.softmax(-1), value_NHKD)
+    return value_NHD, score_NHK.logsumexp(-1).where(id_NHK[..., 0] >= 0, NO_SCORE)
 
 
 def align_rows(rows_RNHKX: Tensor, holder_NHK: Tensor) -> Tensor:
@@ -71,39 +216,56 @@ def align_rows(rows_RNHKX: Tensor, holder_NHK: Tensor) -> Tensor:
     return rows_NHKX
 
 
-def attend_rows(query_HND: Tensor, hits: Hits, key_HNKD: Tensor, value_HNKD: Tensor) -> tuple[Tensor, Tensor]:
-    """Phase 4 by rows: softmax attention over fetched entries, fp32 value_HND and logsumexp_HN."""
-    dot_HNK = torch.einsum("hnd,hnkd->hnk", query_HND.float(), key_HNKD)
-    moving_HNK = (dot_HNK - dot_HNK.detach()).where(hits.valid_HNK, 0.0)  # zero, with the gradient of q . k
-    score_HNK = hits.score_HNK + moving_HNK
-    value_HND = torch.einsum("hnk,hnkd->hnd", score_HNK.softmax(-1), value_HNKD)
-    return value_HND, score_HNK.logsumexp(-1).where(hits.valid_HNK[..., 0], NO_SCORE)
+def holders_of(ids: Tensor, virtual_shards: int, ranks: int) -> Tensor:
+    """The rank of a memory group that holds each id, int64 on the device of the ids."""
+    return torch.from_numpy(holder_of(ids.cpu().numpy(), virtual_shards, ranks)).to(ids.device)
 
 
-class SumsOverShards(torch.autograd.Function):
-    """Phase 4 by sums as one differentiable step: values and keys stay where they are, forward and backward."""
+def check_search(query_HND: Tensor, namespace_N: Tensor, document_N: Tensor, scope: Scope, k: int, *, heads: int,
+                 head_dim: int) -> None:
+    """Raises ValueError for shapes that do not fit a bank, an unknown scope, or K outside 1..2048."""
+    H, N, D = query_HND.shape
+    if (H, D) != (heads, head_dim) or not namespace_N.shape == document_N.shape == (N,):
+        raise ValueError(f"queries must be [{heads}, N, {head_dim}], namespaces and documents [N]: got "
+                         f"{tuple(query_HND.shape)}, {tuple(namespace_N.shape)} and {tuple(document_N.shape)}")
+    if isinstance(scope, str) and scope not in SCOPES:
+        raise ValueError(f"scope must be 'document', 'global' or a list of namespaces: got '{scope}'")
+    check_top_k(k)
 
-    @staticmethod
-    def forward(ctx: Any, query_HND: Tensor, score_HNK: Tensor, id_HNK: Tensor, values: Callable[[int], Tensor],
-                gradients: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Softmax attention over hits, fp32 value_HND and logsumexp_HN.
 
-        Args:
-            values: from N to the weighted sums over all shards, [N, H, D].
-            gradients: from [N, H, D + 2], for each query the gradient g of its value, g . value and the gradient of its
-                log-sum-exp, to the gradient of the query over all shards, [N, H, D].
-        """
-        value_HND = values(query_HND.shape[1]).transpose(0, 1).contiguous()
-        ctx.gradients, ctx.dtype = gradients, query_HND.dtype
-        ctx.save_for_backward(value_HND)
-        return value_HND, logsumexp_of(score_HNK, id_HNK)
+def exchange_mode(mode: str, ranks: int, k: int) -> str:
+    """'all_gather' or 'all_to_all' for phase 3: what is asked for, or by `auto` the one that receives fewer bytes."""
+    if mode != "auto":
+        return mode
+    return "all_gather" if ranks * 12 * k <= 12 * k + 16 else "all_to_all"  # bytes per query, head and other rank
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    @without_autocast()  # who calls backward inside a region of autocast has it here, too
-    def backward(ctx: Any, grad_HND: Tensor, grad_lse_HN: Tensor) -> tuple[Tensor | None, ...]:
-        (value_HND,) = ctx.saved_tensors
-        dot_HN1 = (grad_HND * value_HND).sum(-1, keepdim=True)
-        sent_HNX = torch.cat([grad_HND.float(), dot_HN1, grad_lse_HN.unsqueeze(-1)], dim=-1)
-        grad_NHD = ctx.gradients(sent_HNX.transpose(0, 1))
-        return grad_NHD.transpose(0, 1).to(ctx.dtype), None, None, None, None
+
+def pad(rows_NX: Tensor, n: int, fill: float = 0) -> Tensor:
+    """Appends rows up to n."""
+    if len(rows_NX) == n:
+        return rows_NX
+    return torch.cat([rows_NX, rows_NX.new_full((n - len(rows_NX), *rows_NX.shape[1:]), fill)])
+
+
+def turned(part: Tensor) -> Tensor:
+    """From the layout of the model, [H, N, ...], to that of this file, [N, H, ...], or back; contiguous."""
+    return part.transpose(0, 1).contiguous()
+
+
+class Clock:
+    """Counts the wall time of blocks, without what passes inside a group's collectives."""
+
+    def __init__(self, group: Group) -> None:
+        self._group, self._seconds = group, 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Counts the block; one that raises does not count."""
+        started, exchanged = time.perf_counter(), sum(self._group.seconds.values())
+        yield
+        self._seconds += time.perf_counter() - started - (sum(self._group.seconds.values()) - exchanged)
+
+    def take(self) -> float:
+        """Seconds since the last call; starts counting anew."""
+        taken, self._seconds = self._seconds, 0.0
+        return taken

@@ -1,7 +1,6 @@
 """One round of consolidation, as the ranks of a memory group go through it together; its rules are those of `consolidate`.
 
-Beside `bank` the only place in this package that calls collectives. What is merged is known on every rank after the links
-were gathered; then each loser travels to its survivor's rank.
+What is merged is known on every rank after the links were gathered; then each loser travels to its survivor's rank.
 Letters: P live entries of this rank; n of them that ask at once; L links; E pairs.
 """
 
@@ -45,9 +44,9 @@ def _links(shard: Shard, group: Group, slot_n: np.ndarray, threshold: float, tie
     id_n, text_n2, unit_nF = shard.questions(slot_n)
     unit_GF = group.all_gather(pad(unit_nF, block), phase="writes")
     text_G2 = group.all_gather(pad(text_n2, block, -1), phase="writes").cpu().numpy()
-    lists = shard.nearest(unit_GF, text_G2, tier=consolidate.nearest_search(tier))[:2]
-    lists = (group.all_to_all(part, phase="writes").view(-1, block, 2) for part in lists)
-    score_n2, other_n2 = (part[:n] for part in merge_lists(*lists))
+    lists = shard.nearest(unit_GF, text_G2, tier=tier)[:2]
+    score_R2, other_R2 = (group.all_to_all(part, phase="writes").view(-1, block, 2) for part in lists)
+    score_n2, other_n2 = (part[:n] for part in merge_lists(score_R2, other_R2))
     return consolidate.links_of(id_n, score_n2, other_n2, heads=shard.key_HME.shape[0], threshold=threshold)
 
 

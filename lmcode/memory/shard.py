@@ -10,8 +10,8 @@ W winners.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Union
 
 import numpy as np
@@ -22,30 +22,28 @@ from torch.nn import functional as F
 from lmcode.config import MemoryConfig
 from lmcode.memory.consolidate import merge_columns, merge_vectors, pack_columns, unit_keys
 from lmcode.memory.entry import COUNTERS, EMPTY, MASS_UNIT, MAX_IMPORTANCE, METADATA, UNKNOWN, Entries, check_content
-from lmcode.memory.evict import choose_slots
+from lmcode.memory.evict import Ring, policy_of
 from lmcode.memory.placement import capacity_of, virtual_shard_of
-from lmcode.memory.search.exact import Found, Hidden, Search, Stack, attend_best, no_hits, stack_rows
-from lmcode.memory.ticket import Ticket, make_ticket, query_gradients, weighted_sums, winning_rows
+from lmcode.memory.search.exact import Stack, attend_best, no_hits, stack_rows
+from lmcode.memory.search.tier import Found, Hidden, Rows, Tier, tier_of
+from lmcode.memory.ticket import Ticket
 from lmcode.protocol import NO_SCORE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Predicate = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 Scope = Union[str, Sequence[int]]  # noqa: UP007  (evaluated at run time)
+Groups = tuple[Union[tuple[int, ...], None], ...]  # noqa: UP007  (evaluated at run time)
 STACKED_ROWS = 65536  # the same for those of look-ups
+_VERSIONS = itertools.count(1)  # no two states of any two shards in this process share a version
 KEPT_ROWS = 16384  # rows copied for searches that the next searches find again, as long as nothing changes
 
 
-@dataclass
-class Rows:
-    """What a group of queries sees: keys [H, P, E], ids int64 [P], slots int64 [P] (None: row p is slot p)."""
-
-    key_HPE: Tensor
-    id_P: Tensor
-    slot_P: Tensor | None
-
-
 class Shard:
-    """The rows of the virtual shards `owned`. Keys and values lie on `device`, everything else on the CPU."""
+    """The rows of the virtual shards `owned`. Keys and values lie on `device`, everything else on the CPU.
+
+    version: a number that is never the same again after a change. Ranks that make the same calls change it in the same ones,
+        even where a call finds nothing to change.
+    """
 
     def __init__(self, *, heads: int, head_dim: int, slots: int, owned: Sequence[int], config: MemoryConfig,
                  device: torch.device) -> None:
@@ -61,10 +59,13 @@ class Shard:
         self.columns = {name: np.full(M, EMPTY[name], kind) for name, kind in METADATA.items()}
         self.hand = dict.fromkeys(self.owned, 0)
         self.evicted = dict.fromkeys(self.owned, 0)
+        self._policy = policy_of(config.eviction)
+        self.version = next(_VERSIONS)
         self._index: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         self._texts: tuple[np.ndarray, dict[tuple[int, int], slice]] | None = None
         self._kept: dict[object, Rows] = {}
         self._stacks: dict[object, Stack | None] = {}
+        self._tiers: dict[str, Tier] = {}
 
     @property
     def live_M(self) -> np.ndarray:
@@ -74,19 +75,22 @@ class Shard:
     # --- writing ---------------------------------------------------------------------------------------------------
 
     def write(self, entries: Entries) -> None:
-        """Stores those entries that belong here, in id order, and evicts what is in their way."""
+        """Stores those entries that belong here and that the policy of eviction takes, and evicts what is in their way.
+
+        `evicted` counts both: who is refused has had an id, and is gone.
+        """
         shard_E = virtual_shard_of(entries.id_E, self.config.virtual_shards)
-        kept, slots = [], []
+        columns, kept, slots = entries.metadata(), [], []
         for shard, place in self.range_of.items():
             batch = np.flatnonzero(shard_E == shard)
-            lost = max(0, len(batch) - (place.stop - place.start))
-            ring = choose_slots(self.hand[shard], self.live_M[place], self.columns["chance"][place], len(batch) - lost)
-            slot_n = ring.slot_n + place.start
-            self.evicted[shard] += lost + int(self.live_M[slot_n].sum())
-            self.hand[shard] = ring.hand
-            self.columns["chance"][place][ring.spent_C] = False
-            kept.append(batch[lost:])
-            slots.append(slot_n)
+            ring = Ring(self.hand[shard], {name: column[place] for name, column in self.columns.items()})
+            placement = self._policy(ring, {name: column[batch] for name, column in columns.items()})
+            stored = batch if placement.stored_m is None else batch[placement.stored_m]
+            self.evicted[shard] += len(batch) - len(stored) + int(ring.live_C[placement.slot_m].sum())
+            self.hand[shard] = placement.hand
+            ring.columns["chance"][placement.spent_C] = False
+            kept.append(stored)
+            slots.append(placement.slot_m + place.start)
         self._put(np.concatenate(slots), entries.take(np.concatenate(kept)))
 
     def _put(self, slot_E: np.ndarray, entries: Entries) -> None:
@@ -100,13 +104,18 @@ class Shard:
         self._index = self._texts = None
 
     def _refresh_scores(self, slot_E: np.ndarray) -> None:
-        """Puts importance into the keys. The logarithm is fp64, so that its fp32 value is the same on every path."""
+        """Puts importance into the keys of slots that have changed; whatever was kept of them is out of date.
+
+        The logarithm is fp64, so that its fp32 value is the same on every path.
+        """
         importance_E = np.where(self.live_M[slot_E], self.columns["importance"][slot_E], 1.0).astype(np.float64)
         addend_E = np.where(self.live_M[slot_E], self.config.importance_weight * np.log(importance_E), NO_SCORE)
-        addend_E = torch.from_numpy(addend_E.astype(np.float32)).to(self.key_HME)
-        self.key_HME[:, self._on_device(slot_E), -1] = addend_E
+        self.key_HME[:, self._on_device(slot_E), -1] = torch.from_numpy(addend_E.astype(np.float32)).to(self.key_HME)
         self._kept.clear()
         self._stacks.clear()
+        self.version = next(_VERSIONS)
+        for tier in self._tiers.values():
+            tier.changed(slot_E)
 
     def matching(self, *, ids: Sequence[int] | None, namespace: int | None, before_step: int | None,
                  predicate: Predicate | None) -> np.ndarray:
@@ -123,7 +132,8 @@ class Shard:
             conditions.append(np.asarray(predicate({name: column.copy() for name, column in columns.items()}), bool))
         if not conditions:
             raise ValueError("delete needs at least one of ids, namespace, before_step, predicate: got none")
-        return np.logical_and.reduce(conditions)
+        met_M: np.ndarray = np.logical_and.reduce(conditions)
+        return met_M
 
     def delete(self, mask_M: np.ndarray) -> int:
         """Empties the live slots of the mask, leaving nothing of their entries; returns how many there were."""
@@ -251,9 +261,9 @@ class Shard:
         found = np.flatnonzero(np.isin(names, namespaces))
         return np.concatenate([order[:0], *(order[starts[at]:starts[at + 1]] for at in found)])
 
-    def search(self, query_HGE: Tensor, namespace_G: np.ndarray, document_G: np.ndarray, k: int, *, scope: Scope,
-               tier: Search) -> Found:
-        """The k best rows of this rank for each head and query: score, id and slot, [H, G, K], in total order.
+    def search(self, query_GHE: Tensor, namespace_G: np.ndarray, document_G: np.ndarray, k: int, *, scope: Scope,
+               tier: str) -> Found:
+        """The k best rows of this rank for each query and head: score, id and slot, [G, H, K], in total order.
 
         A query with a negative namespace sees nothing, whatever the scope; one of a known document sees nothing that was
         written from this document under another namespace.
@@ -261,31 +271,31 @@ class Shard:
         def hidden(slot_P: Tensor | None, queries: np.ndarray) -> Hidden:
             return () if scope == "document" else self._hidden(slot_P, namespace_G[queries], document_G[queries])
 
-        return self._search(query_HGE, _groups(namespace_G, scope), k, tier, self._rows_of, hidden)
+        return self._search(query_GHE, _groups(namespace_G, scope), k, self._tier(tier).search, self._rows_of, hidden)
 
-    def look_up(self, query_HNE: Tensor, namespace_N: np.ndarray, k: int, *, scope: Scope,
+    def look_up(self, query_NHE: Tensor, namespace_N: np.ndarray, k: int, *, scope: Scope,
                 longest: float) -> tuple[Tensor, ...] | None:
-        """What `sums` would give for a `search` and its log-sum-exp, [H, N, D] and [H, N], and whether that takes a search
-        after all, bool [N]; None if it does for all.
+        """What attending to the hits of a `search` would give, [N, H, D], and its log-sum-exp, [N, H], and whether that
+        takes a search after all, bool [N]; None if it does for all.
 
         Args:
             longest: length of the longest query, finite.
         """
-        (H, N, E), names = query_HNE.shape, namespace_N.tolist()
+        (N, H, E), names = query_NHE.shape, namespace_N.tolist()
         if scope == "document":
-            groups = tuple((name,) for name in (names if len(set(names)) > 1 else names[:1]))
+            groups: Groups = tuple((name,) for name in (names if len(set(names)) > 1 else names[:1]))
         else:
-            groups = (None if scope == "global" else tuple(scope),)
+            groups = (seen_in(scope),)
         stack = self._stack(groups)
         if stack is None:
             return None
-        value_XQD, lse_XQ, doubtful_XQ = attend_best(query_HNE.reshape(H * len(groups), -1, E), stack,
+        value_XQD, lse_XQ, doubtful_XQ = attend_best(query_NHE.transpose(0, 1).reshape(H * len(groups), -1, E), stack,
                                                      self.value_HMD.flatten(0, 1), k, longest)
-        value_HND, lse_HN = value_XQD.view(H, N, -1), lse_XQ.view(H, N)
+        value_NHD, lse_NH = value_XQD.view(H, N, -1).transpose(0, 1), lse_XQ.view(H, N).transpose(0, 1)
         if stack.has_empty or min(names) < 0:
-            sees_N = ~stack.empty_G & self._on_device(namespace_N >= 0)
-            value_HND, lse_HN = value_HND.where(sees_N[:, None], 0.0), lse_HN.where(sees_N, NO_SCORE)
-        return value_HND, lse_HN, doubtful_XQ.view(H, N).any(dim=0)
+            sees_N1 = (~stack.empty_G & self._on_device(namespace_N >= 0))[:, None]
+            value_NHD, lse_NH = value_NHD.where(sees_N1[..., None], 0.0), lse_NH.where(sees_N1, NO_SCORE)
+        return value_NHD, lse_NH, doubtful_XQ.view(H, N).any(dim=0)
 
     def _stack(self, groups: tuple[tuple[int, ...] | None, ...]) -> Stack | None:
         """The rows of these namespaces (None: of all), group by group; None if they are too many. Kept until the shard
@@ -299,36 +309,42 @@ class Shard:
                                     else stack_rows(self.key_HME, [self._on_device(slot_P) for slot_P in slots]))
         return self._stacks[groups]
 
-    def nearest(self, unit_GF: Tensor, text_G2: np.ndarray, *, tier: Search) -> Found:
+    def nearest(self, unit_GF: Tensor, text_G2: np.ndarray, *, tier: str) -> Found:
         """The two entries here that are nearest to each query in its text, itself included: as `search`, [G, 2].
 
         Args:
             unit_GF: rows of `unit_keys`; so are the rows that they are compared with, a text at a time.
             text_G2: namespace (negative: none, so nothing is found) and document of each query.
         """
-        query_1GE = F.pad(unit_GF, (0, 1), value=1.0).unsqueeze(0)
+        query_G1E = F.pad(unit_GF, (0, 1), value=1.0).unsqueeze(1)
         order_G = np.lexsort((text_G2[:, 1], text_G2[:, 0]))
         groups = [(order_G[start:end], text) for start, end, text in zip(*_runs(text_G2[order_G]), strict=True)
                   if text[0] >= 0]
-        score_1G2, id_1G2, slot_1G2 = self._search(query_1GE, groups, 2, tier, self._unit_rows_of)
-        return score_1G2[0], id_1G2[0], slot_1G2[0]
+        found = self._search(query_G1E, groups, 2, self._tier(tier).search_alike, self._unit_rows_of)
+        return found[0][:, 0], found[1][:, 0], found[2][:, 0]
 
-    def _search(self, query_HGE: Tensor, groups: list[tuple[np.ndarray, Any]], k: int, tier: Search,
+    def _tier(self, name: str) -> Tier:
+        if name not in self._tiers:
+            self._tiers[name] = tier_of(name)()
+        return self._tiers[name]
+
+    def _search(self, query_GHE: Tensor, groups: list[tuple[np.ndarray, Any]], k: int, search: Callable[..., Found],
                 rows_of: Callable[[Any], Rows],
                 hidden_of: Callable[[Tensor | None, np.ndarray], Hidden] = lambda *_: ()) -> Found:
-        H, G, _ = query_HGE.shape
-        found = no_hits((H, G, k), query_HGE.device)
+        """Group by group; a tier goes head by head, so here, and nowhere else, queries are turned for it."""
+        G, H, _ = query_GHE.shape
+        found = no_hits((G, H, k), query_GHE.device)
         for queries, seen in groups:
             rows = rows_of(seen)
             if len(rows.id_P) == 0:
                 continue
             positions = self._on_device(queries)
-            score_HQK, id_HQK, slot_HQK = tier(query_HGE.index_select(1, positions), rows.key_HPE, rows.id_P, k,
-                                               hidden=hidden_of(rows.slot_P, queries))
+            query_HQE = query_GHE.index_select(0, positions).transpose(0, 1).contiguous()
+            score_HQK, id_HQK, slot_HQK = search(query_HQE, rows, k, hidden=hidden_of(rows.slot_P, queries))
             if rows.slot_P is not None:
                 slot_HQK = rows.slot_P[slot_HQK.clamp(min=0)].where(slot_HQK >= 0, -1)
             for whole, part in zip(found, (score_HQK, id_HQK, slot_HQK), strict=True):
-                whole.index_copy_(1, positions, part)
+                whole.index_copy_(0, positions, part.transpose(0, 1))
         return found
 
     def _hidden(self, slot_P: Tensor | None, namespace_Q: np.ndarray, document_Q: np.ndarray) -> Hidden:
@@ -375,24 +391,6 @@ class Shard:
         if len(rows.id_P) + sum(len(kept.id_P) for kept in self._kept.values()) <= KEPT_ROWS:
             self._kept[key] = rows
         return rows
-
-    def ticket(self, won_GHK: Tensor, score_GHK: Tensor, slot_GHK: Tensor, lse_GH: Tensor, *, rows_per_rank: int,
-               version: int) -> Ticket:
-        """See `make_ticket`."""
-        return make_ticket(won_GHK, score_GHK, slot_GHK, lse_GH, step_M=self.columns["step"], rows_per_rank=rows_per_rank,
-                           version=version)
-
-    def sums(self, ticket: Ticket) -> Tensor:
-        """For each bag the sum of weight * value over its winners: fp32 [Q, D]."""
-        return weighted_sums(self.value_HMD.flatten(0, 1), ticket.row_W, ticket.offset_Q, ticket.weight_W)
-
-    def sums_backward(self, ticket: Ticket, grad_QD: Tensor, dot_Q: Tensor, grad_lse_Q: Tensor) -> Tensor:
-        """See `query_gradients`."""
-        return query_gradients(self.key_HME, self.value_HMD, ticket, grad_QD, dot_Q, grad_lse_Q)
-
-    def rows(self, ticket: Ticket, k: int) -> Tensor:
-        """See `winning_rows`."""
-        return winning_rows(self.key_HME, self.value_HMD, ticket, k)
 
     # --- state -----------------------------------------------------------------------------------------------------
 
@@ -446,6 +444,11 @@ class Shard:
         return torch.from_numpy(index).to(self.key_HME.device)
 
 
+def seen_in(scope: Scope) -> tuple[int, ...] | None:
+    """The namespaces of a scope that is the same for all queries; None: all."""
+    return None if isinstance(scope, str) else tuple(scope)
+
+
 def _groups(namespace_G: np.ndarray, scope: Scope) -> list[tuple[np.ndarray, tuple[int, ...] | None]]:
     """Queries that see the same namespaces, and those (None: all); queries with a negative one are in no group."""
     if scope == "document" and len(namespace_G) == 1:
@@ -456,7 +459,7 @@ def _groups(namespace_G: np.ndarray, scope: Scope) -> list[tuple[np.ndarray, tup
         return [(queries, (int(name),)) for name, queries in zip(names, np.split(order, starts[1:]), strict=True)
                 if name >= 0]
     queries = np.flatnonzero(namespace_G >= 0)
-    return [(queries, None if scope == "global" else tuple(scope))] if len(queries) else []
+    return [(queries, seen_in(scope))] if len(queries) else []
 
 
 def _runs(text_P2: np.ndarray) -> tuple[list[int], list[int], list[tuple[int, int]]]:

@@ -60,6 +60,11 @@ def make_ticket(won_GHK: Tensor, score_GHK: Tensor, slot_GHK: Tensor, lse_GH: Te
     return Ticket(row_W, bag_W, count_Q.cumsum(0) - count_Q, weight_W, step_W, rows_per_rank, version)
 
 
+def value_sums(value_HMD: Tensor, ticket: Ticket) -> Tensor:
+    """For each bag the sum of weight * value over its winners: fp32 [Q, D]."""
+    return weighted_sums(value_HMD.flatten(0, 1), ticket.row_W, ticket.offset_Q, ticket.weight_W)
+
+
 def query_gradients(key_HME: Tensor, value_HMD: Tensor, ticket: Ticket, grad_QD: Tensor, dot_Q: Tensor,
                     grad_lse_Q: Tensor) -> Tensor:
     """This shard's part of the gradient with respect to the queries, fp32 [Q, D].

@@ -41,4 +41,5 @@ class SelfAttention(nn.Module):
         mixed_BATD = F.scaled_dot_product_attention(q_BATD, k_BATD, v_BATD, is_causal=seen_BTT is None,
                                                     attn_mask=None if seen_BTT is None else seen_BTT[:, None],
                                                     dropout_p=self.dropout if self.training else 0.0)
-        return self.output(mixed_BATD.transpose(1, 2).reshape(B, T, C))
+        output_BTC: Tensor = self.output(mixed_BATD.transpose(1, 2).reshape(B, T, C))
+        return output_BTC

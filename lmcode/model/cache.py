@@ -18,12 +18,14 @@ class LayerCache:
     """One layer's buffers; those of tokens hold rubbish where a stream has no token yet, which a mask must hide.
 
     window: most tokens.
-    slots_BSE: the short-term slots after each stream's last complete segment; None without short-term memory.
+    slots_BSE: the short-term slots after each stream's last complete segment; set by the first pass, if there is short-term
+        memory.
     slots_read: what a step has computed from these slots alone, for the steps to come; None after the slots have changed.
     """
 
+    slots_BSE: Tensor
+
     def __init__(self, window: int) -> None:
-        self.slots_BSE: Tensor | None = None
         self.slots_read: tuple[Tensor, Tensor] | None = None
         self.window = window
         self._buffers: dict[str, Tensor] = {}

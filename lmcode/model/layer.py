@@ -33,7 +33,8 @@ class FeedForward(nn.Module):
         self.output = nn.Linear(inner, config.hidden_size, bias=False)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.output(F.gelu(self.input(x_BTC)))
+        output_BTC: Tensor = self.output(F.gelu(self.input(x_BTC)))
+        return output_BTC
 
 
 class MemoryAugmentedLayer(nn.Module):
@@ -65,14 +66,15 @@ class MemoryAugmentedLayer(nn.Module):
         """Runs one window of each stream; [B, T, C] -> [B, T, C], side products on `tape`."""
         x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), rotation=window.rotation,
                                                      cache=window.cache, seen_BTT=window.seen_BTT))
-        if self.short_term is not None:
+        if self.short_term is not None and self.short_term_norm is not None:
             read_BTC, slots_BSE = self.short_term(self.short_term_norm(x_BTC), slots_BSE=window.slots_BSE,
                                                   reset_B=window.reset_B, valid_BT=window.valid_BT,
                                                   cache=window.cache, piece_BT=window.piece_BT)
             tape.record(slots_BSE=slots_BSE)
             x_BTC = x_BTC + self.dropout(read_BTC)
-        if self.long_term_read is not None:
+        if self.long_term_read is not None and self.long_term_norm is not None:
             recalled_BTC = self.long_term_read(self.long_term_norm(x_BTC), window=window,
                                                retriever=self.long_term_memory, tape=tape)
             x_BTC = x_BTC + self.dropout(recalled_BTC)
-        return x_BTC + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTC)))
+        x_BTC = x_BTC + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTC)))
+        return x_BTC

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from lmcode.model.layer import MemoryAugmentedLayer, norm
 from lmcode.model.long_term import LongTermRead, ReadTape, Window
 from lmcode.model.rotary import rotary_table
 from lmcode.model.short_term import ShortTermMemory
-from lmcode.protocol import Candidates, Hits, NullRetriever, Retriever
+from lmcode.protocol import EntryShape, LayerMemory, NullRetriever, Retriever
 
 IGNORED = -100  # the target that is not counted, as in torch and Hugging Face
 INITIAL_STD = 0.02  # of every matrix (Radford et al. 2019)
@@ -45,23 +45,6 @@ class StreamState(NamedTuple):
     pending_surprise_B: Tensor
 
 
-class LayerMemory(NamedTuple):
-    """One memory layer's traffic in one forward pass; all detached. N = B * ceil(T / retrieval_stride), b-major.
-
-    hits: what the retriever found, one row per query, and the attention paid to it.
-    candidates: what may be written, one row per token (B * T, b-major).
-    gate_BT: fp32, the sigmoid gate of each token.
-    share_HN: fp32, share of the joint softmax that went to the hits; the mean over the tokens that share a query.
-    null_share_HN: fp32, the same for the null slot. The rest went to the sequence's own past.
-    """
-
-    hits: Hits
-    candidates: Candidates
-    gate_BT: Tensor
-    share_HN: Tensor
-    null_share_HN: Tensor
-
-
 class LMCODEOutput(NamedTuple):
     """What `MemoryLM` returns.
 
@@ -77,6 +60,12 @@ class LMCODEOutput(NamedTuple):
     token_loss: Tensor | None
     state: StreamState
     memory: dict[int, LayerMemory]
+
+
+def memory_shapes(config: LMCODEConfig) -> dict[int, EntryShape]:
+    """The entries of each memory layer."""
+    return {layer: EntryShape(config.memory_heads, config.memory_head_dim, config.memory_head_dim)
+            for layer in config.memory_layer_indices}
 
 
 class MemoryLM(nn.Module):
@@ -174,12 +163,16 @@ class MemoryLM(nn.Module):
             if index not in memory_layers:
                 raise ValueError(f"a retriever belongs to a memory layer, one of {memory_layers}: got layer {index}")
         for index in memory_layers:
-            self.layers[index].read_from(retrievers.get(index, NullRetriever()))
+            self.layer(index).read_from(retrievers.get(index, NullRetriever()))
+
+    def layer(self, index: int) -> MemoryAugmentedLayer:
+        """Layer number `index`."""
+        return cast(MemoryAugmentedLayer, self.layers[index])  # a ModuleList does not say what modules it has
 
     @contextmanager
     def reading_from(self, retrievers: Mapping[int, Retriever]) -> Iterator[None]:
         """Reads from `retrievers` inside the `with` block ({}: from nothing) and from the former ones after it."""
-        former = {index: self.layers[index].long_term_memory for index in self.config.memory_layer_indices}
+        former = {index: self.layer(index).long_term_memory for index in self.config.memory_layer_indices}
         self.set_retrievers(retrievers)
         try:
             yield
@@ -425,7 +418,14 @@ def next_state(tapes: list[ReadTape], window: Window, pending_surprise_B: Tensor
 
 
 def layer_memory(tape: ReadTape, surprise_BT: Tensor) -> LayerMemory:
-    """A memory layer's tape as it is handed out, with the surprises that the layer could not know."""
-    return LayerMemory(tape.hits._replace(credit_HN=tape.credit_HN),
-                       tape.candidates._replace(surprise_N=surprise_BT.flatten()), tape.gate_BT, tape.share_HN,
-                       tape.null_share_HN)
+    """A memory layer's tape as it is handed out, with the surprises that the layer could not know.
+
+    Raises:
+        ValueError: if the layer has not read its memory.
+    """
+    hits, candidates, gate_BT = tape.hits, tape.candidates, tape.gate_BT
+    share_HN, null_share_HN = tape.share_HN, tape.null_share_HN
+    if hits is None or candidates is None or gate_BT is None or share_HN is None or null_share_HN is None:
+        raise ValueError("a memory layer must read its memory in a forward pass: this one has recorded nothing")
+    return LayerMemory(hits._replace(credit_HN=tape.credit_HN), candidates._replace(surprise_N=surprise_BT.flatten()),
+                       gate_BT, share_HN, null_share_HN)

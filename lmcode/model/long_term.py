@@ -249,7 +249,8 @@ class LongTermRead(nn.Module):
                     credit_HN=attention_paid(share_HBT, window.valid_BT, self.stride),
                     null_share_HN=share_per_query(share_PHBT[2].detach(), self.stride))
         merged_BTP = merged_HBTD.permute(1, 2, 0, 3).reshape(B, T, -1)
-        return gate_BT1 * self.output(merged_BTP.to(x_BTC.dtype))
+        recalled_BTC: Tensor = gate_BT1 * self.output(merged_BTP.to(x_BTC.dtype))
+        return recalled_BTC
 
     def _project(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of length temperature, unit keys and values, each fp32 [H, B, T, D]: a score is then q . k."""
@@ -283,11 +284,13 @@ class LongTermRead(nn.Module):
         """Attention over the bank's hits, per token: value [H, B, T, D] and log-sum-exp [H, B, T], bias included."""
         H, B, T, D = query_HBTD.shape
         query_HND, namespace_N = self._queries(query_HBTD, window)
-        if tape.hits is None:
+        hits = tape.hits
+        if hits is None:
             document_N = (None if window.document_B is None else
                           per_query(window.of_tokens(window.document_B, T), self.stride).flatten())
-            tape.record(hits=retriever.search(query_HND.detach(), namespace_N, document_N))
-        value_HND, lse_HN = retriever.attend(query_HND, tape.hits)
+            hits = retriever.search(query_HND.detach(), namespace_N, document_N)
+            tape.record(hits=hits)
+        value_HND, lse_HN = retriever.attend(query_HND, hits)
         value_HBGD = value_HND.float().view(H, B, -1, D)
         lse_HBG = lse_HN.float().view(H, B, -1) + self.retrieved_bias_H.float()[:, None, None]
         if self.stride > 1:

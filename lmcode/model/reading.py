@@ -7,12 +7,14 @@ autocast reaches in here.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmcode.model.lm import IGNORED, MemoryLM, StreamState
+from lmcode.model.lm import IGNORED
 from lmcode.model.mode import in_eval_mode
 from lmcode.precision import without_autocast
 from lmcode.protocol import Candidates
@@ -22,7 +24,7 @@ STREAMS = 32  # texts that are read side by side
 
 @torch.no_grad()
 @without_autocast()
-def read_texts(model: MemoryLM, rows: Sequence[Sequence[int]]) -> list[dict[int, Candidates]]:
+def read_texts(model: Any, rows: Sequence[Sequence[int]]) -> list[dict[int, Candidates]]:
     """The valid candidates of each text, by memory layer, in the order of its tokens.
 
     Texts longer than the context are read window by window, with the short-term state carried on. The model runs in
@@ -30,6 +32,7 @@ def read_texts(model: MemoryLM, rows: Sequence[Sequence[int]]) -> list[dict[int,
     they are the writer's to choose.
 
     Args:
+        model: any `Backbone`.
         rows: token ids of each text, at least one each, all in the vocabulary.
     """
     offered: list[dict[int, Candidates]] = [{}] * len(rows)
@@ -42,11 +45,10 @@ def read_texts(model: MemoryLM, rows: Sequence[Sequence[int]]) -> list[dict[int,
     return offered
 
 
-def _read_side_by_side(model: MemoryLM, rows: list[Sequence[int]]) -> list[dict[int, Candidates]]:
-    device, window, count = model.embedding.weight.device, model.config.context_length, len(rows)
-    layers = model.config.memory_layer_indices
-    parts: list[dict[int, list[Candidates]]] = [{layer: [] for layer in layers} for _ in rows]
-    state: StreamState | None = None
+def _read_side_by_side(model: Any, rows: list[Sequence[int]]) -> list[dict[int, Candidates]]:
+    device, window, count = next(model.parameters()).device, model.config.context_length, len(rows)
+    parts: list[defaultdict[int, list[Candidates]]] = [defaultdict(list) for _ in rows]
+    state: Any = None
     for start in range(0, max(map(len, rows)), window):
         ids_BT, valid_BT = _padded([row[start:start + window] for row in rows], 0, device)
         length = ids_BT.shape[1]
@@ -54,8 +56,8 @@ def _read_side_by_side(model: MemoryLM, rows: list[Sequence[int]]) -> list[dict[
         output = model(ids_BT, targets_BT=targets_BT, state=state, valid_BT=valid_BT,
                        namespace_B=torch.zeros(count, dtype=torch.int64, device=device))
         state = output.state
-        for layer in layers:
-            for stream, candidates in enumerate(_by_stream(output.memory[layer].candidates, count)):
+        for layer, memory in output.memory.items():
+            for stream, candidates in enumerate(_by_stream(memory.candidates, count)):
                 parts[stream][layer].append(candidates)
     return [{layer: Candidates(*(_join(column) for column in zip(*some, strict=True))) for layer, some in part.items()}
             for part in parts]
@@ -74,8 +76,10 @@ def _by_stream(candidates: Candidates, count: int) -> list[Candidates]:
     """The valid candidates of each stream of a window."""
     tokens = candidates.valid_N.view(count, -1).sum(dim=1).tolist()
     valid_N = candidates.valid_N
+    if candidates.document_N is None:
+        candidates = candidates._replace(document_N=torch.full_like(candidates.namespace_N, -1))
     key_HND, value_HND = (part[:, valid_N].split(tokens, dim=1) for part in candidates[:2])
-    rest = (part[valid_N].split(tokens) for part in candidates[2:])
+    rest = (part[valid_N].split(tokens) for part in candidates[2:] if part is not None)
     return [Candidates(*columns) for columns in zip(key_HND, value_HND, *rest, strict=True)]
 
 

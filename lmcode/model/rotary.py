@@ -27,4 +27,5 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     between = (1,) * (x.dim() - 3)
     cos, sin = (table.view(*table.shape[:-2], *between, *table.shape[-2:]) for table in rotation)
     pair = x.float().unflatten(-1, (2, -1))
-    return (pair * cos + pair.flip(-2) * sin).flatten(-2).to(x.dtype)
+    turned: Tensor = (pair * cos + pair.flip(-2) * sin).flatten(-2).to(x.dtype)
+    return turned

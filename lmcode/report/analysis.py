@@ -6,7 +6,7 @@ same arguments. The model's banks are only read; what has to be written goes to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmcode.backbone import Backbone
+from lmcode.backbone import Backbone, forward_batch
 from lmcode.data.streams import StreamSampler
 from lmcode.data.tokenizer import Tokenizer
 from lmcode.memory.bank import LongTermMemory
@@ -100,7 +100,7 @@ def _bank_efficiency(bank: LongTermMemory, thresholds: Sequence[float]) -> dict[
             "namespaces": len(np.unique(columns["namespace"]))}
 
 
-def attention_received(columns: dict[str, np.ndarray]) -> np.ndarray:
+def attention_received(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     """Units of attention that each entry has received so far, fp64: 1 is the whole softmax of one token and head."""
     return columns["hit_mass"] / MASS_UNIT
 
@@ -149,8 +149,7 @@ def read_items(model: Backbone, sequences: list[list[int]]) -> dict[int, Items]:
     with quietly(model), model.reading_from(recorders):
         for step in range(sampler.num_steps or 0):
             batch = sampler.batch(step).to(device_of(model))
-            output = model(batch.input_ids_BT, targets_BT=batch.targets_BT, reset_B=batch.reset_B,
-                           namespace_B=batch.namespace_B, valid_BT=batch.valid_BT)
+            output = forward_batch(model, batch)
             for layer, recorder in recorders.items():
                 found[layer].append(_items(model, batch, output.memory[layer].candidates, recorder.query_HND, stride))
     return {layer: Items(*(torch.cat(part, dim=0 if part[0].ndim == 1 else 1) for part in zip(*parts, strict=True)))

@@ -136,7 +136,9 @@ def experience_facts(model: Backbone) -> ExperienceFacts | None:
 
 def bank_facts(model: Backbone, layer: int, efficiency: dict[str, Any], step: int | None, ranks: int) -> BankFacts:
     """The facts of one bank. A collective."""
-    bank, read = model.banks[layer], model.layers[layer].long_term_read
+    bank = model.banks[layer]
+    temperature_H, bias_H, null_H = (model.get_parameter(f"layers.{layer}.long_term_read.{name}").detach()
+                                     for name in ("log_temperature_H", "retrieved_bias_H", "null_logit_H"))
     columns, shards = entry_columns(bank), bank.config.virtual_shards
     names = {namespace_number(one): str(one) for one in model.experiences.namespaces()} if model.has_experiences else {}
     now = step if step is not None else int(columns["step"].max(initial=0))
@@ -146,8 +148,8 @@ def bank_facts(model: Backbone, layer: int, efficiency: dict[str, Any], step: in
         received_E=attention_received(columns), importance_E=columns["importance"], shard_live_S=live_S.tolist(),
         shard_slots_S=[capacity_of(shard, bank.slots, shards) for shard in range(shards)],
         shard_rank_S=rank_of(np.arange(shards), ranks).tolist(), namespaces=largest_namespaces(columns, names),
-        most_read=most_read(columns, now, names), temperature_H=read.log_temperature_H.detach().exp().tolist(),
-        bias_H=read.retrieved_bias_H.detach().tolist(), null_H=read.null_logit_H.detach().tolist())
+        most_read=most_read(columns, now, names), temperature_H=temperature_H.exp().tolist(),
+        bias_H=bias_H.tolist(), null_H=null_H.tolist())
 
 
 def largest_namespaces(columns: Mapping[str, np.ndarray], names: Mapping[int, str]) -> list[tuple[str, int]]:

@@ -13,12 +13,12 @@ from lmcode.backbone import Backbone
 from lmcode.data.tokenizer import Tokenizer
 from lmcode.memories.experiences import Namespace, namespace_number
 from lmcode.memory.bank import LongTermMemory
-from lmcode.protocol import Hits, NullRetriever, Retriever
+from lmcode.protocol import Hits, InTwoSteps, NullRetriever, Retriever
 from lmcode.report.analysis import quietly
 from lmcode.report.sequences import as_text, device_of, token_sequences, tokenizer_of
 
 
-class Everything:
+class Everything(InTwoSteps):
     """Reads a bank whatever its scope: all its entries can be found, of every namespace."""
 
     def __init__(self, bank: LongTermMemory) -> None:
@@ -76,8 +76,8 @@ def memory_flow(model: Backbone, input_sequence: Any, *, namespace: Namespace | 
     with quietly(model), model.reading_from(retrievers):
         output = model(torch.tensor([ids], device=device), namespace_B=torch.tensor([number], device=device))
     words = tuple(as_text(tokenizer_of(model, tokenizer), [one]) for one in ids)
-    bank_LT, null_LT = (_per_token([part(output.memory[layer]) for layer in layers], model.config.retrieval_stride, len(ids))
-                        for part in (lambda one: one.share_HN, lambda one: one.null_share_HN))
+    bank_LT, null_LT = (_per_token(share_LHN, model.config.retrieval_stride, len(ids)) for share_LHN in (
+        [output.memory[layer].share_HN for layer in layers], [output.memory[layer].null_share_HN for layer in layers]))
     gate_LT = np.stack([output.memory[layer].gate_BT[0].cpu().numpy() for layer in layers])
     return Flow(layers, words, gate_LT, 1.0 - bank_LT - null_LT, bank_LT, null_LT)
 

@@ -106,5 +106,5 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
         if isinstance(row, dict) and "step" in row:
-            rows.append({RENAMED.get(name, name): value for name, value in row.items()})
+            rows.append({RENAMED.get(str(name), str(name)): value for name, value in row.items()})
     return rows

@@ -15,7 +15,7 @@ import torch
 
 from lmcode.backbone import Backbone
 from lmcode.memory.bank import LongTermMemory
-from lmcode.model.lm import LayerMemory, LMCODEOutput
+from lmcode.protocol import LayerMemory, Output
 
 if TYPE_CHECKING:
     from lmcode.report.plots import Figure
@@ -52,7 +52,7 @@ class MemoryMonitor:
         self.history: dict[int, dict[str, list[float]]] = {
             layer: {name: [] for name in MEASURES} for layer in model.banks}
 
-    def record_step(self, step: int, outputs: LMCODEOutput) -> None:
+    def record_step(self, step: int, outputs: Output) -> None:
         """Records what one forward pass read, and how full the banks are. A collective.
 
         Raises:

@@ -20,7 +20,7 @@ from lmcode.report.history import Curves, curves_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Figure
 
     from lmcode.backbone import Backbone
     from lmcode.data.tokenizer import Tokenizer
@@ -35,6 +35,7 @@ PANELS = {  # of a monitor: measure -> title, label of the y axis
     "score_mean": ("Score of the hits", "logit, mean"), "evicted": ("Evicted so far", "entries"),
 }
 PERCENT = ("fill", "hit_share")
+Points = Sequence[float] | np.ndarray
 KNOWN = {  # of a training history, in the order of their panels: title, label of the y axis
     "loss": ("Loss", "nats per token"), "learning_rate": ("Learning rate", ""), "tokens_per_s": ("Speed", "tokens/s"),
     "grad_norm": ("Gradient norm", "before clipping"), "fill": ("How full the memory is", "share of the slots"),
@@ -73,13 +74,13 @@ def style(axes: Axes, *, title: str, y: str, x: str = "step") -> None:
     axes.set_ylabel(y, fontsize=9)
     axes.set_xlabel(x, fontsize=9)
     axes.tick_params(labelsize=8)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # typed as any Locator, and a MaxNLocator
     axes.yaxis.set_major_formatter("{x:,g}")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_lines(axes: Axes, lines: Iterable[tuple[str, Sequence[float], Sequence[float]]], *, legend: bool = True) -> None:
+def draw_lines(axes: Axes, lines: Iterable[tuple[str, Points, Points]], *, legend: bool = True) -> None:
     """Lines (name, x, y); few points are marked, so that a single one can be seen."""
     for number, (name, x, y) in enumerate(lines):
         axes.plot(x, y, label=name, color=COLOURS[number % len(COLOURS)], linewidth=1.6,

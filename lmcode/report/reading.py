@@ -14,16 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lmcode.backbone import Backbone
+from lmcode.backbone import Backbone, token_losses
 from lmcode.data.corpus import Documents
 from lmcode.data.streams import Batch, StreamSampler
 from lmcode.data.tokenizer import Tokenizer
-from lmcode.eval.held_out import apart
+from lmcode.eval import reading as eval_reading
 from lmcode.memory.bank import LongTermMemory
 from lmcode.memory.entry import choose
-from lmcode.model.lm import LayerMemory, LMCODEOutput
-from lmcode.protocol import Candidates
-from lmcode.report.analysis import quietly
+from lmcode.protocol import Candidates, LayerMemory, Output
 from lmcode.report.sequences import as_documents, as_text, device_of
 
 STREAMS = 4  # documents that are read side by side
@@ -126,9 +124,8 @@ def read_documents(model: Backbone, sequences: Sequence[Sequence[int]], *, names
     sampler = StreamSampler(documents, streams=min(STREAMS, len(documents)), seed=0, epochs=1, shuffle=False,
                             sequence_length=-(-length // stride) * stride)
     reader = _Reader(model, documents)
-    with quietly(model):
-        for step in range(min(windows, sampler.num_steps or 0)):
-            reader.read(sampler.batch(step).to(device_of(model)), step)
+    for step in range(min(windows, sampler.num_steps or 0)):
+        reader.read(sampler.batch(step).to(device_of(model)), step)
     return reader.result(tokenizer)
 
 
@@ -137,32 +134,23 @@ class _Reader:
 
     def __init__(self, model: Backbone, documents: Documents) -> None:
         self.model, self.documents = model, documents
-        self.forks = model.memories.fork()
-        self.state_on = self.state_off = None
+        self.on, self.off = eval_reading.Reading(model), eval_reading.Reading(model, mode="off")
         self.origin: dict[int, dict[int, Place]] = {layer: {} for layer in model.banks}
         self.seen: dict[int, list[Asked]] = {layer: [] for layer in model.banks}
         self.losses: dict[Place, tuple[float, float]] = {}
 
     def read(self, batch: Batch, step: int) -> None:
-        with self.model.reading_from(self.forks):
-            on = self._forward(batch, self.state_on)
-        with self.model.reading_from({}):
-            off = self._forward(batch, self.state_off)
-        self.state_on, self.state_off = on.state, off.state
+        on, off = (one.read(batch, batch.namespace_B.tolist()) for one in (self.on, self.off))
         place_BT = places(batch)
         self._keep_losses(batch, place_BT, on, off)
-        for layer, fork in self.forks.items():
+        for layer, fork in self.on.forks.items():
             self.seen[layer].append(asked(on.memory[layer], place_BT, batch.valid_BT.cpu().numpy(),
                                            self.model.config.retrieval_stride))
             self._commit(fork, on.memory[layer], place_BT, layer, step)
 
-    def _forward(self, batch: Batch, state: object) -> LMCODEOutput:
-        return self.model(batch.input_ids_BT, targets_BT=batch.targets_BT, state=state, reset_B=batch.reset_B,
-                          namespace_B=apart(batch.namespace_B), document_B=batch.document_B, valid_BT=batch.valid_BT)
-
-    def _keep_losses(self, batch: Batch, place_BT: np.ndarray, on: LMCODEOutput, off: LMCODEOutput) -> None:
+    def _keep_losses(self, batch: Batch, place_BT: np.ndarray, on: Output, off: Output) -> None:
         valid_BT = batch.valid_BT.cpu().numpy()
-        both = zip(on.token_loss.cpu().numpy()[valid_BT], off.token_loss.cpu().numpy()[valid_BT], strict=True)
+        both = zip(*(token_losses(one).cpu().numpy()[valid_BT] for one in (on, off)), strict=True)
         for (document, token), (loss_on, loss_off) in zip(place_BT[valid_BT].tolist(), both, strict=True):
             self.losses[Place(document, token)] = float(loss_on), float(loss_off)
 
@@ -221,9 +209,9 @@ def asked(memory: LayerMemory, place_BT: np.ndarray, valid_BT: np.ndarray, strid
     asks_G = np.arange(-(-T // stride)) * stride - int(stride > 1)  # -1 is before the first chunk: nobody asks
     place_NT = place_BT[:, asks_G].reshape(-1, 2)
     kept_N = (valid_BT[:, asks_G] & (asks_G >= 0)).reshape(-1)
-    arrays = [part.float().cpu().numpy() for part in (memory.share_HN, memory.null_share_HN)]
+    share_HQ, null_share_HQ = (part.float().cpu().numpy()[:, kept_N] for part in (memory.share_HN, memory.null_share_HN))
     return Asked(place_NT[kept_N], memory.hits.score_HNK.cpu().numpy()[:, kept_N],
-                 memory.hits.id_HNK.cpu().numpy()[:, kept_N], *(part[:, kept_N] for part in arrays),
+                 memory.hits.id_HNK.cpu().numpy()[:, kept_N], share_HQ, null_share_HQ,
                  memory.gate_BT.cpu().numpy()[valid_BT])
 
 
@@ -250,7 +238,8 @@ def softmax(one: Asked) -> np.ndarray:
     valid_HQK = one.id_HQK >= 0
     score_HQK = one.score_HQK.astype(np.float64)
     power_HQK = np.where(valid_HQK, np.exp(score_HQK - score_HQK.max(-1, keepdims=True)), 0.0)
-    return power_HQK / np.maximum(power_HQK.sum(-1, keepdims=True), 1.0)
+    weight_HQK: np.ndarray = power_HQK / np.maximum(power_HQK.sum(-1, keepdims=True), 1.0)
+    return weight_HQK
 
 
 def pick(one: Asked) -> list[tuple[int, int, bool]]:

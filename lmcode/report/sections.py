@@ -155,7 +155,7 @@ def training_section(facts: ReportFacts) -> Markup:
         ("eval/loss_memory_shuffled", "held out, memory of another document")) if key in curves]
     missing = [name for key, name in (("eval/loss_memory_off", "off"), ("eval/loss_memory_shuffled", "of another document"))
                if key not in curves and "eval/loss" in curves]
-    charts = [figure(line_chart(losses, x="step", y="loss (nats per token)"), title="Loss",
+    charts: list[Markup | None] = [figure(line_chart(losses, x="step", y="loss (nats per token)"), title="Loss",
                      legend=[line.name for line in losses],
                      caption="Held-out loss with the memory should lie below that without it, and below that with the "
                              "memory of another document: then it is the content that helps."

@@ -35,8 +35,9 @@ def token_sequences(model: Backbone, data: Iterable[Any], *, tokenizer: Tokenize
     """
     if isinstance(data, (str, bytes, Mapping)) or not (hasattr(data, "__len__") or hasattr(data, "__iter__")):
         raise ValueError(f"expected a list, tensor or dataset of texts or id sequences: got {type(data).__name__}")
+    source: Any = data  # a dataset need not be a Sequence
     sized = hasattr(data, "__len__") and hasattr(data, "__getitem__")
-    items = [data[place] for place in range(len(data))] if sized else list(data)  # type: ignore[index]
+    items = [source[place] for place in range(len(source))] if sized else list(data)
     if not items:
         raise ValueError("expected at least one text or id sequence: got none")
     return [_ids(model, item, place, tokenizer_of(model, tokenizer), shortest) for place, item in enumerate(items)]
@@ -62,7 +63,8 @@ def _ids(model: Backbone, item: Any, place: int, tokenizer: Tokenizer | None, sh
     if array.min() < 0 or array.max() >= model.config.vocab_size:
         raise ValueError(f"token ids must lie in 0..{model.config.vocab_size - 1}: item {place} has "
                          f"{array.min()}..{array.max()}")
-    return array.tolist()
+    ids: list[int] = array.tolist()
+    return ids
 
 
 def as_documents(sequences: Sequence[Sequence[int]], names: Sequence[str] | None = None) -> Documents:

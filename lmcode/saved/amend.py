@@ -106,7 +106,7 @@ def amend(folder: Path, model: Backbone, change: Callable[[Draft], Any]) -> Amen
 
 def _commit(final: Path, draft: Draft, manifest: durable.Manifest) -> None:
     """Writes the memory and the parts of a draft anew, and links all else."""
-    with durable.commit(final, draft.facts) as place:
+    with durable.commit(final, draft.facts or manifest.facts) as place:
         for name in manifest.files:
             if name not in draft.parts and name.split("/")[0] not in (BANKS, EXPERIENCES):
                 (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +142,8 @@ def load_spans(folder: Path) -> replay.Replay | None:
     if not (folder / replay.FILE).exists():
         return None
     kept = replay.make_replay(load_run_config(folder / "config.yaml"))
+    if kept is None:
+        raise ConfigError(f"'{folder}' holds spans for replay, and its config.yaml replays nothing")
     replay.load_replay(folder / replay.FILE, kept)
     return kept
 
@@ -169,7 +171,8 @@ def reshard(draft: Draft, virtual_shards: int, *, slots: int | None = None,
     text = to_yaml(new)
     draft.parts["config.yaml"] = partial(Path.write_text, data=text, encoding="utf-8")
     draft.parts["trainer.json"] = partial(write_json, value={**trainer, "resharded": former})
-    draft.facts = dataclasses.replace(draft.facts, virtual_shards=virtual_shards,
+    facts = draft.facts or durable.read_manifest(draft.folder).facts
+    draft.facts = dataclasses.replace(facts, virtual_shards=virtual_shards,
                                       config=hashlib.blake2b(text.encode(), digest_size=32).hexdigest())
     return {"count": count, "former": old.memory.virtual_shards, "virtual_shards": virtual_shards,
             "slots": new.model.long_term_memory_slots, "experience_slots": new.memory.experience_slots}

@@ -25,7 +25,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,8 +88,11 @@ def replacing(place: Path) -> Iterator[None]:
         _give_back(place, made)
 
 
-def put_in_place(place: Path, card: str | None) -> None:
+def put_in_place(place: Path, card: str | None, rewritten: Collection[str] = ()) -> None:
     """Makes the files in `draft`, and this model card (None: leave it), the model saved at `place`.
+
+    Args:
+        rewritten: files of the last save that are replaced even if somebody has changed them since.
 
     Raises:
         ConfigError: if that would replace or remove a file that is not ours; nothing has changed then.
@@ -100,7 +103,7 @@ def put_in_place(place: Path, card: str | None) -> None:
         durable.write_text(new / CARD, card)
     seals = durable.seal(new, sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file()))
     former = read_record(place)
-    plan = _plan(place, seals, former)
+    plan = _plan(place, seals, former, rewritten)
     ours = {name: seal for name, seal in seals.items() if name in plan.put or former.get(name) == seal}
     ours.pop(CONFIG)
     durable.write_text(new / RECORD, json.dumps({"schema": SCHEMA, "files": ours}, indent=1, sort_keys=True) + "\n")
@@ -157,7 +160,7 @@ def _not_ours(path: Path) -> ConfigError:
                        "move it away or give another folder")
 
 
-def _plan(place: Path, seals: Seals, former: Seals) -> Plan:
+def _plan(place: Path, seals: Seals, former: Seals, rewritten: Collection[str]) -> Plan:
     """What has to change so that the files of `seals` are in place.
 
     Raises:
@@ -170,7 +173,8 @@ def _plan(place: Path, seals: Seals, former: Seals) -> Plan:
         found = _seal_of(path)
         if name == CONFIG or found == seal:
             continue
-        if not os.path.lexists(path) or found is not None and found == former.get(name):
+        expected = found if name in rewritten and name in former else former.get(name)
+        if not os.path.lexists(path) or found is not None and found == expected:
             plan.put[name] = found
         elif name == CARD and path.is_file():
             log.warning("kept '%s', which somebody has written or edited: what it says of the memory may be old", path)

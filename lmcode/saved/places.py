@@ -59,10 +59,13 @@ def place_of(path: str | Path) -> Place:
         names = [one.name for one in real.parent.iterdir()] if real.parent.is_dir() else []
         raise ConfigError(f"there is no run folder or checkpoint '{path}', nor a saved model."
                           f"{near_match(real.name, names)}")
+    saved = (whole(folder) / CONFIG).is_file()
+    if saved and _is_ours(whole(folder) / CONFIG):  # whatever else lies there
+        return Place(Kind.SAVED_MODEL, real, whole(folder))
     if (folder / durable.MANIFEST).exists() or durable.STEP_NAME.fullmatch(real.name) is not None:
         return Place(Kind.CHECKPOINT if real.parent.name == "checkpoints" else Kind.LONE_CHECKPOINT, real, folder)
-    if (whole(folder) / CONFIG).is_file():
-        return Place(Kind.SAVED_MODEL if _is_ours(whole(folder) / CONFIG) else Kind.HUGGING_FACE, real, whole(folder))
+    if saved:
+        return Place(Kind.HUGGING_FACE, real, whole(folder))
     return Place(Kind.RUN, real, folder)
 
 

@@ -102,11 +102,18 @@ def upload(folder: Path, repo_id: str, *, private: bool | None, token: str | Non
     return str(api.upload_folder(repo_id=target, folder_path=folder, commit_message=commit_message))
 
 
-def write(model: Backbone, place: Path, *, include_memory: bool) -> None:
-    """See `LMCODE.save_pretrained`."""
+def write(model: Backbone, place: Path, *, include_memory: bool, weights: Mapping[str, Tensor] | None = None,
+          replace_tokenizer: bool = False) -> None:
+    """See `LMCODE.save_pretrained`.
+
+    Args:
+        weights: those to save in place of the model's; rank 0's count.
+        replace_tokenizer: also if another program has rewritten the one that the last save left there.
+    """
     from safetensors import SafetensorError
 
-    weights = exact_weights(model)
+    if weights is None:
+        weights = exact_weights(model)
     with ExitStack() as stack:  # on rank 0 it holds the right to change the folder
         on_rank_0(model.group, lambda: _begin(stack, model, weights, place, include_memory))
         problem = None
@@ -117,7 +124,8 @@ def write(model: Backbone, place: Path, *, include_memory: bool) -> None:
             problem = f"'{place}' was not written: {error}"
         raise_together(model.group, problem)
         text = card(model, include_memory)
-        on_rank_0(model.group, lambda: _finish(stack, place, text))
+        rewritten = (TOKENIZER_FILE, CONFIG_FILE) if replace_tokenizer else ()
+        on_rank_0(model.group, lambda: _finish(stack, place, text, rewritten))
 
 
 def rewrite_memory(model: Backbone, place: Path, change: Callable[[], Any]) -> Any:
@@ -176,8 +184,8 @@ def _begin(stack: ExitStack, model: Backbone, weights: Mapping[str, Tensor], pla
                                  encoding="utf-8")
 
 
-def _finish(stack: ExitStack, place: Path, text: str) -> None:
-    files.put_in_place(place, text)
+def _finish(stack: ExitStack, place: Path, text: str, rewritten: Sequence[str]) -> None:
+    files.put_in_place(place, text, rewritten)
     stack.close()  # before any rank goes on
 
 
@@ -258,11 +266,11 @@ def settings(folder: Path) -> tuple[LMCODEConfig, MemoryConfig, bool]:
     if not isinstance(content, dict) or content.get("model_type") != MODEL_TYPE:
         kind = content.get("model_type") if isinstance(content, dict) else type(content).__name__
         raise ConfigError(f"'{file}' must have the model_type '{MODEL_TYPE}': got {kind!r:.80}")
-    sections = content.get("lmcode_model"), content.get("lmcode_memory", {})
-    if not all(isinstance(section, dict) for section in sections):
+    model, memory = content.get("lmcode_model"), content.get("lmcode_memory", {})
+    if not isinstance(model, dict) or not isinstance(memory, dict):
         raise ConfigError(f"'{file}' must hold the objects lmcode_model and lmcode_memory")
     try:
-        return build(LMCODEConfig, sections[0]), build(MemoryConfig, sections[1]), content.get("lmcode_holds_memory") is True
+        return build(LMCODEConfig, model), build(MemoryConfig, memory), content.get("lmcode_holds_memory") is True
     except ConfigError as error:
         raise ConfigError(f"'{file}': {error}") from None
 
@@ -277,7 +285,7 @@ def read(folder: Path, make: Callable[..., Made], *, include_memory: bool, group
          device: torch.device | str) -> Made:
     """A model of the class `make` from a saved model's folder. A collective of `group`: see `LMCODE.from_pretrained`."""
 
-    model, problem, with_memory = None, None, False
+    problem, with_memory = None, False
     if strays := sorted(name for part in (BANKS, EXPERIENCES) for path in (folder / part).rglob("*")
                            if is_stray(name := path.relative_to(folder).as_posix())):
         log.warning("'%s': passed over what is no part of the model: %s", folder, ", ".join(strays))

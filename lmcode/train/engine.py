@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmcode.backbone import Backbone
 from lmcode.config import RunConfig
 from lmcode.train.ds_config import resolve
 
@@ -26,7 +27,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of torch's AdamW
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; vectors, scalars and embeddings do not (the usual rule, e.g. GPT-3's training code)."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decay, keep = [], []
+    decay: list[nn.Parameter] = []
+    keep: list[nn.Parameter] = []
     for parameter in model.parameters():
         (keep if parameter.ndim < 2 or id(parameter) in embeddings else decay).append(parameter)
     return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
@@ -52,7 +54,7 @@ class Masters:
 class Engine:
     """DeepSpeed's engine for one run. Make it on every rank, after `dist.start`. The model keeps it alive."""
 
-    def __init__(self, model: nn.Module, config: RunConfig, *, world_size: int) -> None:
+    def __init__(self, model: Backbone, config: RunConfig, *, world_size: int) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         import deepspeed
 
@@ -78,9 +80,10 @@ class Engine:
         model.masters = Masters(self)
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Backbone:
         """The model; call it directly for evaluation (ZeRO-3 gathers weights around each submodule)."""
-        return self._engine.module
+        model: Backbone = self._engine.module
+        return model
 
     @property
     def device(self) -> torch.device:
@@ -149,7 +152,8 @@ class Engine:
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
         """torch's own, inside whatever DeepSpeed has put around it."""
-        return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        inner: torch.optim.Optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        return inner
 
     def parameters(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Name and whole state of each parameter: fp32 "weight" (the master weight in bf16) and, after the first update,
@@ -183,7 +187,7 @@ class Engine:
 
         if self.stage == 0:
             return self._master(parameter).detach().float().cpu().clone()
-        whole = deepspeed.utils.safe_get_full_fp32_param(parameter)
+        whole: Tensor | None = deepspeed.utils.safe_get_full_fp32_param(parameter)
         if whole is None:  # a frozen parameter
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
                 return parameter.detach().float().cpu().clone()
@@ -193,8 +197,10 @@ class Engine:
         import deepspeed
 
         if self.stage == 0:
-            return self._optimizer.state[self._master(parameter)][moment].cpu().clone()
-        return deepspeed.utils.safe_get_full_optimizer_state(parameter, moment).cpu()
+            own: Tensor = self._optimizer.state[self._master(parameter)][moment]
+            return own.cpu().clone()
+        whole: Tensor = deepspeed.utils.safe_get_full_optimizer_state(parameter, moment)
+        return whole.cpu()
 
     def load(self, updates: int, read: Callable[[str], dict[str, Tensor]]) -> None:
         """Sets all weights and the optimizer to a state of `parameters`, saved by any stage on any number of ranks.
@@ -231,7 +237,7 @@ class Engine:
         """The tensor that the optimizer updates where nothing is sharded: the parameter, or in bf16 its fp32 copy."""
         outer = self._engine.optimizer
         pairs = zip(getattr(outer, "fp16_groups", ()), getattr(outer, "fp32_groups", ()), strict=True)
-        copies = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+        copies: dict[int, Tensor] = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
         return copies.get(id(parameter), parameter)
 
     @torch.no_grad()
@@ -264,7 +270,8 @@ class Engine:
         if self.stage < 3:
             set_full(parameter, whole)
             return
-        size = parameter.ds_tensor.numel()
+        part: Tensor = getattr(parameter, "ds_tensor")  # noqa: B009  (DeepSpeed puts it there, unknown to torch's types)
+        size = part.numel()
         flat = nn.functional.pad(whole.flatten(), (0, size * self._engine.dp_world_size - whole.numel()))
         set_local(parameter, flat.narrow(0, size * self._engine.global_rank, size))
 

@@ -48,7 +48,7 @@ def check(session: Session, result: StepResult) -> None:
 def dump(session: Session, result: StepResult) -> Path | None:
     """Writes what this rank read in the last step; the folder, or None if the file system refuses."""
     group, micros = session.group, session.config.train.gradient_accumulation_steps
-    folder = session.run_folder / f"dump-step-{session.step:08d}"
+    folder = session.folder / f"dump-step-{session.step:08d}"
     tensors: dict[str, Tensor] = {}
     for micro in range(micros):
         batch = session.sampler.batch(session.step - 1, rank=group.rank, world_size=group.size, micro=micro,

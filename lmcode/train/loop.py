@@ -1,7 +1,7 @@
 """The training job from top to bottom: batch -> forward -> backward -> step -> commit -> log, then a summary.
 
 Every rank runs these lines in the same order, so every collective inside them is issued by all. The banks are written in
-one place only, in `train_step`, once per optimizer step, after the update was applied.
+one place only, in `update`, once per optimizer step, after the update was applied.
 """
 
 from __future__ import annotations
@@ -13,21 +13,24 @@ from pathlib import Path
 import torch
 
 from lmcode import dist
+from lmcode.backbone import forward_batch, token_losses
 from lmcode.config import RunConfig, flatten
 from lmcode.data.replay import ReplaySampler, keep_paused
 from lmcode.data.streams import Batch
 from lmcode.dist import Group, Rank
-from lmcode.eval.held_out import MODES, EvalResult, evaluate, void_controls
+from lmcode.eval.held_out import EvalResult, evaluate, void_controls
+from lmcode.eval.reading import MODES
 from lmcode.files import durable
 from lmcode.jobs import network, preempt
 from lmcode.jobs.clock import Clock
 from lmcode.jobs.preempt import Preempted, Request, agreed, noticing
 from lmcode.jobs.watch import NullWatch, digest_of, watching
 from lmcode.memory.entry import COUNTERS
-from lmcode.model.lm import LayerMemory, StreamState
+from lmcode.protocol import LayerMemory, State
 from lmcode.train import health, observe, resuming, saving, summary
 from lmcode.train.ds_config import resolve
 from lmcode.train.engine import synchronise
+from lmcode.train.profiling import Profile
 from lmcode.train.progress import Progress
 from lmcode.train.schedule import learning_rate
 from lmcode.train.session import Session, StepResult
@@ -60,7 +63,7 @@ def _run(config: RunConfig, me: Rank, watch: NullWatch, request: Request, resume
     clock, start = watch.clock, open_run(config, watch.group, resume)
     watch.stacks = dist.log_into(start.run_folder / "logs", me, step=lambda: clock.step)
     network.announce(watch.group)
-    if start.finished:
+    if start.finished and start.checkpoint is not None:
         log.info("'%s' has already finished (%s): nothing to do", start.run_folder, start.checkpoint.name)
         start.close()
         return 0
@@ -93,21 +96,19 @@ def fit(session: Session) -> None:
     config, clock = session.config, session.clock
     seconds_before, began = session.training_seconds, time.perf_counter()
     last_step = session.last_step
+    profile = Profile(config.train.profile_steps, session.run_folder, rank=session.me.rank)
     progress = Progress(total=last_step, start=session.step, enabled=session.me.rank == 0)
     clock.step = session.step
     if session.owes_evaluation:
         evaluate_midway(session)
     while session.step < last_step:
+        profile.before(session.step + 1)
         started = time.perf_counter()
-        result = session.last = train_step(session)
-        session.step += 1
-        clock.step = session.step
-        health.check(session, result)
-        if result.applied:  # a refused step leaves no trace
-            consolidate(session)
+        result = train_step(session)
         synchronise(session.engine.device)
         seconds = time.perf_counter() - started
         clock.add("step", seconds)
+        profile.after(session.step, ends=result.asked or session.step == last_step)
         log_now = session.step % config.train.log_every == 0 or session.step == last_step
         progress.step(session.step, loss=result.loss, tokens_per_s=result.tokens / seconds, log_line=log_now)
         if log_now:
@@ -134,12 +135,28 @@ def is_due(interval: int, step: int) -> bool:
 
 
 def train_step(session: Session) -> StepResult:
-    """One optimizer step over the whole global batch, and the commit of what it read and offers to write."""
+    """One whole step: update, commit, the step counted, and what is due after it. A collective.
+
+    Raises:
+        Diverged: on every rank, if too many updates in a row were refused; the step is counted then, too.
+    """
+    result = session.last = update(session)
+    session.step += 1
+    session.clock.step = session.step
+    health.check(session, result)
+    if result.applied:  # a refused step leaves no trace
+        consolidate(session)
+    return result
+
+
+def update(session: Session) -> StepResult:
+    """The update of the weights over the whole global batch, and the commit of what was read and what that offers to
+    write. Counts nothing: only `train_step` calls it."""
     config, engine, group, clock = session.config, session.engine, session.group, session.clock
     accumulation = config.train.gradient_accumulation_steps
     engine.set_learning_rate(learning_rate(config.train, session.step))
     reads: dict[int, list[LayerMemory]] = {layer: [] for layer in session.model.banks}
-    states: dict[int, StreamState] = {}
+    states: dict[int, State] = {}
     losses_BP: list[torch.Tensor] = []
     by_source_2S = torch.zeros(2, max(1, len(config.data.sources)), dtype=torch.float64, device=engine.device)
     loss_sum, applied = torch.zeros((), dtype=torch.float64, device=engine.device), False
@@ -150,17 +167,17 @@ def train_step(session: Session) -> StepResult:
                                           num_micro=accumulation).to(engine.device)
         with clock("forward"):
             state, reset_B = carried(session, micro, batch)
-            output = engine.forward(batch.input_ids_BT, targets_BT=batch.targets_BT, state=state, reset_B=reset_B,
-                                    valid_BT=batch.valid_BT, **batch.reading())
-        local_sum = output.token_loss.sum()
+            output = forward_batch(engine.forward, batch._replace(reset_B=reset_B), state)
+        loss_BT = token_losses(output)
+        local_sum = loss_BT.sum()
         with clock("backward"):
             # DeepSpeed averages over ranks and accumulation steps; the loss is a mean over the tokens of the whole batch.
             engine.backward(local_sum * (group.size * accumulation / max(1, tokens)))
         with clock("optimizer"):
             applied = engine.step()
-        states[micro] = (output.state if session.replay is None
+        states[micro] = (output.state if session.replay is None or state is None
                          else keep_paused(state, output.state, batch.replayed_B))
-        losses_BP.append(batch.by_piece(output.token_loss.detach()))
+        losses_BP.append(batch.by_piece(loss_BT.detach()))
         by_source_2S += sums_by_source(batch, losses_BP[-1], sources=by_source_2S.shape[1])
         loss_sum += local_sum.detach().double()
         for layer, layer_reads in reads.items():
@@ -177,8 +194,8 @@ def train_step(session: Session) -> StepResult:
 
 
 def sums_by_source(batch: Batch, loss_BP: torch.Tensor, *, sources: int) -> torch.Tensor:
-    """Sums of token losses and numbers of tokens of what each source gave to a micro-batch, [2, S]; replay left out."""
-    both_2BP = torch.stack([loss_BP, batch.by_piece(batch.valid_BT)])
+    """Sums of token losses and numbers of targets of what each source gave to a micro-batch, [2, S]; replay left out."""
+    both_2BP = torch.stack([loss_BP, batch.by_piece(batch.counted_BT)])
     of_S = [(batch.source_BP == source).double() for source in range(sources)]
     return torch.stack([(both_2BP * of_BP).sum((1, 2)) for of_BP in of_S], dim=1)
 
@@ -189,7 +206,7 @@ def source_losses(config: RunConfig, sums: list[float]) -> dict[str, float]:
     return {name: loss / tokens for name, loss, tokens in zip(names, sums, sums[len(names):], strict=False) if tokens}
 
 
-def carried(session: Session, micro: int, batch: Batch) -> tuple[StreamState | None, torch.Tensor]:
+def carried(session: Session, micro: int, batch: Batch) -> tuple[State | None, torch.Tensor]:
     """The state that a micro-batch starts from, and which of its streams start afresh.
 
     A stream that has read a token since it started has something pending. One that has not, though it is within a
@@ -225,7 +242,7 @@ def held_out_loss(session: Session, mode: str, windows: int) -> EvalResult:
         Preempted: on every rank, if any was asked to save and end.
     """
     with session.clock("evaluation"):
-        return evaluate(session.engine.module, session.held_out, banks=session.model.banks, group=session.group, mode=mode,
+        return evaluate(session.engine.module, session.examined, banks=session.model.banks, group=session.group, mode=mode,
                         windows=windows, slots=session.config.eval.slots,
                         between=lambda: agreed(session.request, session.group))
 
@@ -266,7 +283,7 @@ def finish(session: Session, training_seconds: float) -> None:
             saving.save(session)
     windows, void = session.config.eval.final_windows, {}
     if session.model.banks:
-        void = void_controls(session.held_out, scope=session.config.memory.scope, windows=windows)
+        void = void_controls(session.examined, scope=session.config.memory.scope, windows=windows)
     modes = [mode for mode in MODES if mode not in void] if session.model.banks else ["on"]
     results = {mode: held_out_loss(session, mode, windows) for mode in modes}
     observe.log_evaluation(session, results)
@@ -275,6 +292,6 @@ def finish(session: Session, training_seconds: float) -> None:
         session.metrics.hyperparameters(flatten(session.config.model_dump(mode="json")), observe.result_tags(results))
         session.metrics.text(session.step, "sample", facts.sample)
         text = summary.render(facts)
-        durable.replace_text(session.run_folder / "summary.txt", text)
+        durable.replace_text(session.folder / "summary.txt", text)
         log.info("done\n%s", text)
     session.close()

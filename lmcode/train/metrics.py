@@ -1,4 +1,5 @@
-"""Where a run's numbers go: metrics.jsonl and TensorBoard, under the same words. The one importer of tensorboard.
+"""Where a run's numbers go: metrics.jsonl, and TensorBoard or other writers, under the same words. The one importer of
+tensorboard.
 
 Only rank 0 writes; every other rank holds a `NullMetrics` with the same methods, so callers never ask who they are.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,42 +17,33 @@ from typing import Any
 from torch import Tensor
 
 from lmcode.files.durable import replace_text
+from lmcode.train.writers import WRITERS, NullMetrics
 
 log = logging.getLogger("lmcode")
 
 
-class NullMetrics:
-    """Takes everything and keeps nothing."""
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def histogram(self, step: int, tag: str, values: Tensor) -> None: ...
-
-    def text(self, step: int, tag: str, value: str) -> None: ...
-
-    def hyperparameters(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class Metrics(NullMetrics):
-    """Writes `metrics.jsonl` (one object per call of `scalars`) and `tensorboard/` in the run folder.
+    """Writes `metrics.jsonl` (one object per call of `scalars`) in the run folder, and to the writers of `log_to`.
 
-    A non-finite number becomes null in the JSON and is left out of TensorBoard. What the file system refuses (a full
-    disk) is lost with a warning; training goes on.
+    A non-finite number becomes null in the JSON and is left out elsewhere. What the file system (a full disk) or a service
+    refuses is lost with a warning; training goes on.
 
     Args:
         resumed_step: a run that goes on behind this step drops what an earlier process recorded beyond it.
+        log_to: "tensorboard" (a folder of this name in the run folder) and the names of `WRITERS`.
+
+    Raises:
+        ConfigError: for a writer that is not installed, or cannot begin.
     """
 
-    def __init__(self, run_folder: Path, *, resumed_step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, run_folder: Path, *, resumed_step: int = 0, log_to: Sequence[str] = ("tensorboard",)) -> None:
         again = (run_folder / "metrics.jsonl").exists()
         if again:
             drop_rows_beyond(run_folder / "metrics.jsonl", resumed_step)
+        purge_step = resumed_step + 1 if again else None
+        self._writers = [_TensorBoard(run_folder / "tensorboard", purge_step) if name == "tensorboard"
+                         else WRITERS[name](run_folder) for name in dict.fromkeys(log_to)]
         self._lines = (run_folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_folder / "tensorboard"), purge_step=resumed_step + 1 if again else None)
         self.lost = 0
 
     @contextmanager
@@ -67,29 +59,59 @@ class Metrics(NullMetrics):
         with self._tolerant():
             self._lines.write(json.dumps(row) + "\n")
             self._lines.flush()
-        with self._tolerant():
-            for tag, value in values.items():
-                if math.isfinite(value):
-                    self._board.add_scalar(tag, value, step)
+        for writer in self._writers:
+            with self._tolerant():
+                writer.scalars(step, values)
 
     def histogram(self, step: int, tag: str, values: Tensor) -> None:
-        if values.numel():
+        for writer in self._writers:
             with self._tolerant():
-                self._board.add_histogram(tag, values.detach().float().cpu(), step)
+                writer.histogram(step, tag, values)
 
     def text(self, step: int, tag: str, value: str) -> None:
-        with self._tolerant():  # indented: Markdown keeps it verbatim
-            self._board.add_text(tag, "    " + value.replace("\n", "\n    "), step)
+        for writer in self._writers:
+            with self._tolerant():
+                writer.text(step, tag, value)
 
     def hyperparameters(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
         flat = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()}
-        with self._tolerant():
-            self._board.add_hparams(flat, dict(results), run_name="hparams")
+        for writer in self._writers:
+            with self._tolerant():
+                writer.hyperparameters(flat, results)
 
     def close(self) -> None:
-        for writer in (self._lines, self._board):
+        with self._tolerant():
+            self._lines.close()
+        for writer in self._writers:
             with self._tolerant():
                 writer.close()
+
+
+class _TensorBoard(NullMetrics):
+    """A folder of TensorBoard's."""
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for tag, value in values.items():
+            if math.isfinite(value):
+                self._board.add_scalar(tag, value, step)
+
+    def histogram(self, step: int, tag: str, values: Tensor) -> None:
+        if values.numel():
+            self._board.add_histogram(tag, values.detach().float().cpu(), step)
+
+    def text(self, step: int, tag: str, value: str) -> None:
+        self._board.add_text(tag, "    " + value.replace("\n", "\n    "), step)  # indented: Markdown keeps it verbatim
+
+    def hyperparameters(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
+        self._board.add_hparams(dict(settings), dict(results), run_name="hparams")
+
+    def close(self) -> None:
+        self._board.close()
 
 
 def drop_rows_beyond(path: Path, step: int) -> None:

@@ -18,6 +18,7 @@ from lmcode.data.replay import ReplaySampler
 from lmcode.dist import Rank
 from lmcode.eval.held_out import EvalResult
 from lmcode.jobs.clock import PHASES
+from lmcode.train import flops
 from lmcode.train.engine import count_parameters
 from lmcode.train.session import Session, StepResult
 from lmcode.version import __version__
@@ -51,16 +52,27 @@ def log_step(session: Session, result: StepResult) -> None:
         "train/skipped_steps": float(session.engine.skipped_steps),
         "perf/tokens_per_s": result.tokens / max(timings["step"] / steps, 1e-9),
     }
+    if session.config.train.peak_tflops is not None:
+        values["perf/mfu"] = flops_share(session, values["perf/tokens_per_s"], session.config.train.peak_tflops)
     values.update({f"train/loss/{name}": loss for name, loss in result.by_source.items()})
     times = phase_times(session, timings, steps)
     session.costs.add(times, steps)
     values.update(times)
+    peak = torch.tensor([flops.peak_memory_mib(session.engine.device)], device=session.engine.device)
+    values["perf/peak_memory_mib"] = float(session.group.all_gather(peak, phase="metrics").max())
     if isinstance(session.sampler, ReplaySampler):
         values.update(session.sampler.take())
     for layer in session.model.banks:
         values.update(layer_metrics(session, result, layer))
     session.metrics.scalars(session.step, values)
     forget_costs(session)
+
+
+def flops_share(session: Session, tokens_per_s: float, peak_tflops: float) -> float:
+    """Share of the operations that all ranks could do which the model needs for its targets ("model FLOPs utilisation")."""
+    needed = flops.flops_per_token(count_parameters(session.model.parameters()), session.config.model,
+                                   session.config.train.sequence_length)
+    return needed * tokens_per_s / (peak_tflops * 1e12 * session.group.size)
 
 
 def forget_costs(session: Session) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lmcode.config import ConfigError
+from lmcode.config import ConfigError, RunConfig
 from lmcode.data import replay
 from lmcode.data.streams import Pass
 from lmcode.dist import on_rank_0
@@ -36,7 +36,7 @@ def place_of(session: Session) -> Path:
     """The folder of the checkpoint of the current step."""
     if session.saved is not None and durable.step_of(session.saved)[0] == session.step:
         return session.saved  # perhaps a later revision of the step
-    return durable.step_folder(session.run_folder / "checkpoints", session.step)
+    return durable.step_folder(session.folder / "checkpoints", session.step)
 
 
 def rng_file(rank: int) -> str:
@@ -64,8 +64,9 @@ def load_into(session: Session, folder: Path, trainer: Mapping[str, Any]) -> Non
     weights = load_file(folder / "model.safetensors")
     session.engine.load(trainer["updates"], optimizer_files.reader(folder, weights, MOMENTS))
     load_memory(folder, session.model.memories)
-    session.states = load_streams(folder / "streams", rank=rank, world_size=session.group.size,
-                                  num_micro=config.train.gradient_accumulation_steps, device=session.engine.device)
+    session.states = load_streams(folder / "streams", type(session.model.blank_state(1)), rank=rank,
+                                  world_size=session.group.size, device=session.engine.device,
+                                  num_micro=config.train.gradient_accumulation_steps)
     session.step, session.training_seconds = trainer["step"], trainer["training_seconds"]
     session.engine.skipped_steps, session.failed_saves = trainer["skipped_steps"], trainer["failed_saves"]
     session.skipped_in_a_row = trainer.get("skipped_in_a_row", 0)  # older checkpoints do not say
@@ -77,10 +78,15 @@ def load_into(session: Session, folder: Path, trainer: Mapping[str, Any]) -> Non
     _set_random_state(session, folder / rng_file(rank))
 
 
+def seed_rank(config: RunConfig, *, step: int, rank: int) -> None:
+    """Seeds this rank's generators, so that no two ranks drop the same places."""
+    torch.manual_seed(hash((config.train.seed, step, rank)))
+
+
 def _set_random_state(session: Session, file: Path) -> None:
     """Sets this rank's generators; those of a rank that did not exist start from seed, step and rank."""
     if not file.exists():
-        torch.manual_seed(hash((session.config.train.seed, session.step, session.group.rank)))
+        seed_rank(session.config, step=session.step, rank=session.group.rank)
         return
     random = load_file(file)
     torch.set_rng_state(random["cpu"])
@@ -90,8 +96,8 @@ def _set_random_state(session: Session, file: Path) -> None:
 
 def set_the_future_aside(session: Session) -> None:
     """Sets checkpoints beyond the current step aside: this run is about to write its own, and 'auto' must not mix them."""
-    for path in durable.steps(session.run_folder / "checkpoints"):
-        beyond = durable.step_of(path) > max(durable.step_of(session.saved), (session.step, 0))
-        if beyond and (path / durable.MANIFEST).is_file():  # else somebody has made it by hand
+    kept = max(durable.step_of(session.saved), (session.step, 0)) if session.saved is not None else (session.step, 0)
+    for path in durable.steps(session.folder / "checkpoints"):
+        if durable.step_of(path) > kept and (path / durable.MANIFEST).is_file():  # else somebody has made it by hand
             log.warning("%s is beyond the step to resume from: kept as %s", path, durable.set_aside(path).name)
-    (session.run_folder / "summary.txt").unlink(missing_ok=True)
+    (session.folder / "summary.txt").unlink(missing_ok=True)

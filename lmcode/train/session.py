@@ -16,9 +16,9 @@ from lmcode.files.commit import Commit
 from lmcode.files.durable import Lock
 from lmcode.jobs.clock import Clock, Costs
 from lmcode.jobs.preempt import Request
-from lmcode.model.lm import LayerMemory, StreamState
+from lmcode.protocol import LayerMemory, State
 from lmcode.train.engine import Engine
-from lmcode.train.metrics import NullMetrics
+from lmcode.train.writers import NullMetrics
 
 
 def nothing(*_values: object) -> None:
@@ -46,7 +46,7 @@ class Session:
     metrics: NullMetrics
     replay: Replay | None = None
     data_pass: Pass = Pass()
-    states: dict[int, StreamState] = field(default_factory=dict)  # by micro-batch
+    states: dict[int, State] = field(default_factory=dict)  # by micro-batch
     step: int = 0  # optimizer steps behind us, skipped ones included
     clock: Clock = field(default_factory=Clock)
     last: StepResult | None = None
@@ -61,6 +61,28 @@ class Session:
     owes_evaluation: bool = False  # of the current step: there was no time for it
     resharded: dict[str, list[int]] = field(default_factory=dict)  # former numbers of settings that a reshard has changed
     training_seconds: float = 0.0  # in `fit`, over all the processes that the run has had
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, for what is done only where there is one.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.run_folder is None:
+            raise ValueError("this job keeps no record on disk: it has no run folder")
+        return self.run_folder
+
+    @property
+    def examined(self) -> StreamSampler:
+        """The held-out documents, for what is done only where there are any.
+
+        Raises:
+            ValueError: if nothing was given to evaluate on.
+        """
+        if self.held_out is None:
+            raise ValueError("this job has nothing to evaluate on")
+        return self.held_out
 
     @property
     def last_step(self) -> int:

@@ -34,8 +34,9 @@ from lmcode.processor import BF16_IS_SLOW, has_bf16
 from lmcode.saved import checkpoint
 from lmcode.train import observe, resuming
 from lmcode.train.engine import Engine
-from lmcode.train.metrics import Metrics, NullMetrics
+from lmcode.train.metrics import Metrics
 from lmcode.train.session import Session
+from lmcode.train.writers import NullMetrics
 
 log = logging.getLogger("lmcode")
 
@@ -75,7 +76,8 @@ def open_run(config: RunConfig, group: Group, resume: str | None = None) -> Star
         for lock in held:
             lock.withdraw()
         raise
-    return Start(*found, lock=held[0] if held else None)
+    run, chosen, finished, resharded = found
+    return Start(run, chosen, finished, resharded, lock=held[0] if held else None)
 
 
 def _open(config: RunConfig, world_size: int, resume: str | None, held: list[Lock]
@@ -172,6 +174,8 @@ def set_up(config: RunConfig, me: Rank, *, start: Start | None = None, watch: Nu
     model.activation_checkpointing = config.train.activation_checkpointing
     model.tokenizer = corpus.tokenizer
     engine = Engine(model, config, world_size=me.world_size)
+    if config.model.dropout:
+        resuming.seed_rank(config, step=0, rank=me.rank)
     agreed(request, group)
     replay, data_pass = make_replay(config), Pass(first_namespace=model.memories.free_visit())
     session = Session(config=config, me=me, group=group, run_folder=start.run_folder, corpus=corpus, model=model,
@@ -187,14 +191,14 @@ def set_up(config: RunConfig, me: Rank, *, start: Start | None = None, watch: Nu
 
 
 def _record(session: Session) -> None:
-    session.metrics = record_in(session.run_folder, session)
+    session.metrics = record_in(session.folder, session)
 
 
 def record_in(run_folder: Path, session: Session) -> Metrics:
     """Leaves a job's resolved settings in its run folder and opens its metrics; rank 0 only."""
     durable.replace_text(run_folder / "config.yaml", to_yaml(session.config))
     durable.write_json(run_folder / "ds_config.json", session.engine.ds_config)
-    return Metrics(run_folder, resumed_step=session.step)
+    return Metrics(run_folder, resumed_step=session.step, log_to=session.config.train.log_to)
 
 
 def announce(session: Session) -> None:

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lmcode.model.lm import StreamState
+from lmcode.protocol import State
 
 FOLDER = "streams"
 
 
-def stream_parts(states: Mapping[int, StreamState], *, first: int) -> dict[str, Callable[[Path], None]]:
+def stream_parts(states: Mapping[int, State], *, first: int) -> dict[str, Callable[[Path], None]]:
     """The file of one rank by its path, if it has states; with a copy of what is to be written.
 
     Args:
@@ -30,9 +30,12 @@ def stream_parts(states: Mapping[int, StreamState], *, first: int) -> dict[str, 
     return {f"{FOLDER}/from-{first:08d}.safetensors": partial(save_file, whole)}
 
 
-def load_streams(folder: Path, *, rank: int, world_size: int, num_micro: int,
-                 device: torch.device | str = "cpu") -> dict[int, StreamState]:
+def load_streams(folder: Path, kind: type[State], *, rank: int, world_size: int, num_micro: int,
+                 device: torch.device | str = "cpu") -> dict[int, State]:
     """The states of this rank's streams by micro-batch, whatever number of ranks and micro-batches saved them.
+
+    Args:
+        kind: the named tuple that the model's states are.
 
     Raises:
         ValueError: if the saved streams do not divide over ranks and micro-batches.
@@ -46,11 +49,11 @@ def load_streams(folder: Path, *, rank: int, world_size: int, num_micro: int,
     if rest:
         raise ValueError(f"{count} saved streams do not divide over {world_size} ranks x {num_micro} micro-batches")
     starts = [(rank * num_micro + micro) * size for micro in range(num_micro)]
-    return {micro: _state_of({name: rows[first:first + size].clone().to(device) for name, rows in whole.items()})
+    return {micro: _state_of(kind, {name: rows[first:first + size].clone().to(device) for name, rows in whole.items()})
             for micro, first in enumerate(starts)}
 
 
-def named_tensors(state: StreamState) -> dict[str, Tensor]:
+def named_tensors(state: State) -> dict[str, Tensor]:
     """The tensors of a state under names of one level."""
     named: dict[str, Tensor] = {}
     for name, value in state._asdict().items():
@@ -58,9 +61,10 @@ def named_tensors(state: StreamState) -> dict[str, Tensor]:
     return named
 
 
-def _state_of(named: dict[str, Tensor]) -> StreamState:
+def _state_of(kind: Any, named: dict[str, Tensor]) -> State:
     def of(field: str) -> Any:
         count = sum(name.startswith(f"{field}.") for name in named)
         return named[field] if field in named else tuple(named[f"{field}.{i}"] for i in range(count))
 
-    return StreamState(**{field: of(field) for field in StreamState._fields})
+    state: State = kind(**{field: of(field) for field in kind._fields})
+    return state

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from lmcode.eval.held_out import NOTHING_FAR, EvalResult
-from lmcode.model.generation.generate import generate
 from lmcode.model.generation.sampling import Decoding
+from lmcode.protocol import Output
 from lmcode.train.session import Session
 
 SHOWN = ("forward", "backward", "search", "exchange", "optimizer", "commit")  # phases of a step, as a person reads them
@@ -116,7 +116,7 @@ def collect(session: Session, results: dict[str, EvalResult], void: dict[str, st
         recall_by_layer={layer: bank.recall() for layer, bank in banks.items()},
         hits_by_rank=group.all_gather_object(counts.tolist()), phase_ms=phase_ms,
         bytes_per_step=bytes_per_step, prompt_tail=prompt_tail, sample=sample, checkpoint=checkpoint,
-        run_folder=session.run_folder)
+        run_folder=session.folder)
 
 
 def continue_document(session: Session) -> tuple[str, str]:
@@ -132,7 +132,7 @@ def continue_document(session: Session) -> tuple[str, str]:
     forks = session.model.memories.fork(slots=session.config.eval.slots)
     steps = itertools.count()
 
-    def commit(output: object) -> None:
+    def commit(output: Output) -> None:
         step = next(steps)
         for layer, fork in forks.items():
             candidates = output.memory[layer].candidates
@@ -143,9 +143,9 @@ def continue_document(session: Session) -> tuple[str, str]:
         return session.group.all_gather(token_B, phase="tokens")[:1]
 
     decoding = Decoding(max_new_tokens=SAMPLE_TOKENS, no_repeat_ngram_size=4, seed=session.config.train.seed)
-    with session.engine.module.reading_from(forks):
-        written = generate(session.engine.module, prompt, decoding, commit=commit, agree=agree,
-                           window=session.config.train.sequence_length)
+    with session.model.reading_from(forks):
+        written = session.model.write_on(prompt, decoding, commit=commit, agree=agree,
+                                         window=session.config.train.sequence_length)
     ids = written.tokens_BT[0].tolist()
     tail = tokenizer.decode(ids[:prompt.shape[1]]).splitlines()[-6:]
     return "\n".join(tail), tokenizer.decode(ids[prompt.shape[1]:])

@@ -33,8 +33,8 @@ from lmcode.saved import checkpoint
 from lmcode.saved.places import place_of
 from lmcode.train import loop, observe, path_checkpoint, resuming, start
 from lmcode.train.engine import Engine
-from lmcode.train.metrics import NullMetrics
 from lmcode.train.session import Session
+from lmcode.train.writers import NullMetrics
 
 log = logging.getLogger("lmcode")
 
@@ -136,7 +136,7 @@ class MemoryAwareTrainer:
         data = self._dataset(dataset)
         held_out = None if eval_dataset is None else self._dataset(eval_dataset)
         config = self._run_config(data, batch_size)
-        session = self._next_session(config, data, num_epochs, held_out)
+        session, history = self._next_session(config, data, num_epochs, held_out)
         with keeping_mode(self.model):
             if session.step >= session.last_step:
                 log.warning("nothing to train: %d of %d steps are behind", session.step, session.last_step)
@@ -145,7 +145,7 @@ class MemoryAwareTrainer:
                 self._evaluate_last(session)
         over = session.step >= session.data_pass.first_step + (session.sampler.num_steps or 0)
         session.data_pass = dataclasses.replace(session.data_pass, over=over)
-        return session.metrics.lists
+        return history.lists
 
     def evaluate(self, dataset: Any, batch_size: int = 32) -> dict[str, float]:
         """Held-out loss over all of `dataset`, in banks of its own: nothing is changed.
@@ -267,8 +267,9 @@ class MemoryAwareTrainer:
                              sequence_length=length, seed=0, epochs=1, shuffle=False)
 
     def _next_session(self, config: RunConfig, data: MemoryDataset, num_epochs: int,
-                      held_out: MemoryDataset | None) -> Session:
-        """The session of this call: it goes on where the last one was, with new data or with the rest of the same."""
+                      held_out: MemoryDataset | None) -> tuple[Session, History]:
+        """The session of this call, and what it records: it goes on where the last one was, with new data or with the rest
+        of the same."""
         former, train = self._session, config.train
         tokenizer = data.tokenizer or getattr(self.model, "tokenizer", None) or ByteTokenizer()
         documents = data.as_documents()
@@ -281,7 +282,8 @@ class MemoryAwareTrainer:
             goes_on = not former.data_pass.over and former.corpus.meta["digest"] == data.digest() and all(
                 getattr(former.config.train, name) == getattr(train, name)
                 for name in ("streams", "sequence_length", "memory_sample_ratio"))
-        session = self._make_session(config, corpus, replay, former.data_pass if goes_on else data_pass, num_epochs)
+            data_pass = former.data_pass if goes_on else data_pass
+        session = self._make_session(config, corpus, replay, data_pass, num_epochs)
         if former is not None:
             session = dataclasses.replace(session, step=former.step, states=former.states if goes_on else {},
                                           training_seconds=former.training_seconds, failed_saves=former.failed_saves,
@@ -291,10 +293,10 @@ class MemoryAwareTrainer:
             every = max(1, (session.sampler.num_steps or 0) // num_epochs)
             evaluation = config.eval.model_copy(update={"every": every, "windows": session.held_out.num_steps})
             session.config = config.model_copy(update={"eval": evaluation})
-        session.metrics = History(self._record(session))
+        session.metrics = history = History(self._record(session))
         start.announce(session)
         self._session, self.model.replay = session, session.replay
-        return session
+        return session, history
 
     def _make_session(self, config: RunConfig, corpus: Corpus, replay: Replay | None, data_pass: Pass,
                       num_epochs: int | None) -> Session:
@@ -303,6 +305,8 @@ class MemoryAwareTrainer:
             torch.manual_seed(config.train.seed)
             self.model.activation_checkpointing = config.train.activation_checkpointing
             self._engine = Engine(self.model, config, world_size=self.group.size)
+            if config.model.dropout:
+                resuming.seed_rank(config, step=0, rank=self.group.rank)
         if self._start is None and config.train.run_dir is not None:
             self._start = start.open_run(config, self.group, self._resume)
         folder = None if self._start is None else self._start.run_folder

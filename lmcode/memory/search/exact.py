@@ -5,14 +5,12 @@ bits wherever the entry sits and however many ranks share the bank. `torch.topk`
 ties at the k-th place as it likes; here every row that reaches the k-th score is kept and then put in total order.
 Letters: E = D + 1, the width of a stored key; Q queries and P rows of a block.
 
-What a search must not show is hidden pair by pair, in scores that were computed all the same: every other score keeps its
-bits. `Hidden` says which queries do not see which rows: positions of queries, each in at most one item, and of rows, both
-int64 and ascending.
+What is hidden is taken away pair by pair from scores that were computed all the same: every other score keeps its bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lmcode.memory.merge import order_hits
+from lmcode.memory.search.tier import Found, Hidden, Rows, Tier
 from lmcode.protocol import NO_SCORE
 
 QUERY_BLOCK = 256
@@ -30,9 +29,16 @@ CHUNK = 4096  # rows whose scores are held at once
 _REAL = NO_SCORE / 2  # scores below come from empty slots
 ROUNDING = 4e-6  # more than fp32 products over a few hundred components are off, relative to the lengths
 
-Found = tuple[Tensor, Tensor, Tensor]  # score fp32, id int64, slot int64; (NO_SCORE, -1, -1) where invalid
-Hidden = Sequence[tuple[Tensor, Tensor]]
-Search = Callable[..., Found]  # (query_HNE, key_HME, id_M, k, *, hidden): see `search_exact`
+
+class ExactTier(Tier):
+    """`search_exact`; it keeps nothing."""
+
+    def search(self, query_HQE: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
+        return search_exact(query_HQE, rows.key_HPE, rows.id_P, k, hidden=hidden)
+
+    def search_alike(self, query_HQE: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
+        """In products of one shape only."""
+        return search_exact(query_HQE, rows.key_HPE, rows.id_P, k, hidden=hidden, least_queries=QUERY_BLOCK)
 
 
 def search_exact(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, *, hidden: Hidden = (),
@@ -223,11 +229,13 @@ def _search_block(query_HQE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, hidd
         score_QP = score_HQP.flatten(0, 1)  # of one head no copy
         bound_Q1 = kth_largest(score_QP, k) if start == 0 else found[0][:, -1:]
         score_QL, id_QL, slot_QL = candidates_above(score_QP, bound_Q1, id_M[chunk])
-        more = (score_QL, id_QL, slot_QL + start)
+        slot_QL = slot_QL + start
         if start:
-            more = tuple(torch.cat([old, new], dim=1) for old, new in zip(found, more, strict=True))
-        found = in_order(*more, k)
-    return tuple(part.view(H, Q, -1) for part in found)
+            more = (score_QL, id_QL, slot_QL)
+            score_QL, id_QL, slot_QL = (torch.cat([old, new], dim=1) for old, new in zip(found, more, strict=True))
+        found = in_order(score_QL, id_QL, slot_QL, k)
+    score_HQK, id_HQK, slot_HQK = (part.view(H, Q, -1) for part in found)
+    return score_HQK, id_HQK, slot_HQK
 
 
 def _scores(query_HQE: Tensor, key_HPE: Tensor) -> Tensor:

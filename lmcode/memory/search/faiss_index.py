@@ -21,15 +21,12 @@ from torch import Tensor
 from lmcode.config import FAISS_GPU_MAX_K, ConfigError, MemoryConfig
 from lmcode.memory.search.exact import (
     ROUNDING,
-    Found,
-    Hidden,
-    Search,
     candidates_above,
     in_order,
     kth_largest,
     no_hits,
-    search_exact,
 )
+from lmcode.memory.search.tier import Found, Hidden, Rows, Tier, tier_of
 from lmcode.protocol import NO_SCORE
 
 log = logging.getLogger("lmcode")
@@ -137,26 +134,35 @@ def _score_pairs(query_NE: Tensor, key_ME: Tensor, slot_NL: Tensor) -> Tensor:
     N, L = slot_NL.shape
     score_NL = np.empty((N, L), dtype=np.float32)
     arrays = score_NL, query_NE.numpy(), key_ME.numpy(), np.ascontiguousarray(slot_NL.numpy())
-    faiss.fvec_inner_products_by_idx(*(faiss.swig_ptr(array) for array in arrays), key_ME.shape[1], N, L)
+    faiss.fvec_inner_products_by_idx(*(  # type: ignore[attr-defined]  # faiss adds it when it is loaded
+        faiss.swig_ptr(array) for array in arrays), key_ME.shape[1], N, L)
     return torch.from_numpy(score_NL)
 
 
-TIERS: dict[str, Search] = {"exact": search_exact, "faiss-flat": search_flat}
+class FlatTier(Tier):
+    """`search_flat`, which keeps nothing."""
+
+    @staticmethod
+    def check(device: torch.device) -> None:
+        if not available(device):
+            raise ConfigError(f"memory.tier = faiss-flat needs a FAISS build for {device.type}: found none")
+
+    def search(self, query_HQE: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
+        return search_flat(query_HQE, rows.key_HPE, rows.id_P, k, hidden=hidden)
 
 
 def choose_tier(config: MemoryConfig, scope: str, slots: int, device: torch.device) -> str:
     """The tier of searches with this scope. `auto` looks at settings only, so that every number of ranks decides alike.
 
     Raises:
-        ConfigError: if FAISS is asked for and cannot search on `device`.
+        ConfigError: if the tier that is asked for cannot search on `device`.
     """
-    usable = available(device)
-    if config.tier == "faiss-flat" and not usable:
-        raise ConfigError(f"memory.tier = faiss-flat needs a FAISS build for {device.type}: found none")
     if config.tier != "auto":
+        tier_of(config.tier).check(device)
         return config.tier
     if scope != "global" or slots < AUTO_FAISS_SLOTS:
         return "exact"
+    usable = available(device)
     if not usable and config.scope == "global":
         log.warning("memory.tier = auto: no FAISS build for %s, so torch searches %d slots", device.type, slots)
     return "faiss-flat" if usable else "exact"

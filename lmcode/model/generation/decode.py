@@ -26,7 +26,7 @@ from lmcode.model.long_term import BEFORE_OWN, FOUND, LongTermRead
 from lmcode.model.rotary import rotary_table
 from lmcode.model.short_term import ShortTermMemory
 from lmcode.precision import without_autocast
-from lmcode.protocol import NO_SCORE, look_up
+from lmcode.protocol import NO_SCORE
 
 LEAST_LENGTH = 1e-12  # of what is divided by its length: F.normalize's
 PLAIN = {nn.ModuleList, nn.Linear, nn.Embedding, nn.RMSNorm, nn.Dropout, MemoryAugmentedLayer, SelfAttention, FeedForward,
@@ -56,7 +56,7 @@ class Decoder:
     def __init__(self, model: MemoryLM, *, rows: int, copies: bool, best: int | None = None) -> None:
         config = model.config
         self._model, self._rows = model, rows
-        self._layers = [LayerDecoder(layer, model, rows, copies) for layer in model.layers]
+        self._layers = [LayerDecoder(model.layer(index), model, rows, copies) for index in range(len(model.layers))]
         self._best, self._shortlist = best, None
         if copies and best is not None and worthwhile(model.head.weight, rows):
             self._shortlist = Shortlist(model.head.weight)
@@ -88,7 +88,8 @@ class Decoder:
         x_BC = model.embedding(token_B)
         rotation = None
         if self._rotation is not None:
-            rotation = tuple(table[step.index_B if step.place is None else step.place] for table in self._rotation)
+            (cos, sin), at = self._rotation, step.index_B if step.place is None else step.place
+            rotation = cos[at], sin[at]
         elif model.positions is not None:
             x_BC = x_BC + model.positions(step.index_B)
         for decoder, layer_cache in zip(self._layers, cache.layers, strict=True):
@@ -96,7 +97,7 @@ class Decoder:
             x_BC = decoder.use_short_term(x_BC, layer_cache, step)
             x_BC = decoder.use_long_term(x_BC, layer_cache, step, namespace_B)
             x_BC = decoder.feed_forward(x_BC)
-        if self._shortlist is not None:
+        if self._shortlist is not None and self._best is not None:
             return self._shortlist(self._head.normed(x_BC), self._best)
         return self._head(x_BC)
 
@@ -156,7 +157,8 @@ class LayerDecoder:
         token_BO = self._short_term_in(x_BC)
         segment_B1LP = cache.put("segment", token_BO[:, None, E:], step.index_B % module.segment, place)
         if cache.slots_read is None:
-            cache.slots_read = tuple(part_BSE.float() for part_BSE in module.slots_to_read(cache.slots_BSE))
+            key_BSE, value_BSE = module.slots_to_read(cache.slots_BSE)
+            cache.slots_read = key_BSE.float(), value_BSE.float()
         key_BSE, value_BSE = cache.slots_read
         score_B1S = torch.bmm(token_BO[:, None, :E].float(), key_BSE.transpose(1, 2))
         read_B1E = torch.bmm(score_B1S.softmax(dim=-1), value_BSE)
@@ -187,7 +189,7 @@ class LayerDecoder:
         value_row = BEFORE_OWN - read.successor_values
         value_HB1TD = cache.put("own_value", value_HBD.unsqueeze(2), step.index_B + value_row,
                                 None if step.place is None else step.place + value_row)
-        found_HBD, found_lse_HB = self._found(query_HBD, cache, step, namespace_B)
+        found_HBD, found_lse_HB = self._found(read.stride, query_HBD, cache, step, namespace_B)
         value_HB1TD[:, :, 0, FOUND] = found_HBD
 
         n = step.num_seen - 1
@@ -200,18 +202,19 @@ class LayerDecoder:
         recalled_BP = mixed_X1D.view(H, B, D).transpose(0, 1).reshape(B, H * D).to(x_BC.dtype)
         return self._long_term_out.added(x_BC, recalled_BP * torch.sigmoid(token_BO[:, -1:]))
 
-    def _found(self, query_HBD: Tensor, cache: LayerCache, step: Step, namespace_B: Tensor) -> tuple[Tensor, Tensor]:
+    def _found(self, stride: int, query_HBD: Tensor, cache: LayerCache, step: Step,
+               namespace_B: Tensor) -> tuple[Tensor, Tensor]:
         """The bank's answer to each token: to its own query or, with a stride, to that of its chunk.
 
         A chunk's later tokens ask again, so that every pass makes the same calls wherever the streams stand.
         """
-        stride, bank = self._layer.long_term_read.stride, self._layer.long_term_memory
+        bank = self._layer.long_term_memory
         if stride == 1:
-            return look_up(bank, query_HBD, namespace_B)
+            return bank.look_up(query_HBD, namespace_B)
         cache.put("own_query", query_HBD.unsqueeze(2), step.index_B, step.place)
         asks_B = step.index_B // stride * stride - 1
         query_HB1D = cache.get("own_query", asks_B.clamp(min=0))
-        return look_up(bank, query_HB1D[:, :, 0], namespace_B.where(asks_B >= 0, -1))
+        return bank.look_up(query_HB1D[:, :, 0], namespace_B.where(asks_B >= 0, -1))
 
     def feed_forward(self, x_BC: Tensor) -> Tensor:
         """The feed-forward part."""

@@ -138,12 +138,12 @@ class Reader:
     def logits(self) -> Tensor:
         """Logits [B, V] of each stream's next token, of which the best are right; of ended streams, any numbers."""
         self._close_full()
-        if self._cache is not None and self._cache.lengths:
+        if self._decoder is not None and self._cache is not None and self._cache.lengths:
             last_B = torch.tensor([row[-1] for row in self.rows], device=self._device)
             return self._decoder(last_B, self._cache, namespace_B=self._namespace_B, valid=self.live)
         ids_BT, valid_BT = self._padded([row[start:] for row, start in zip(self.rows, self._starts, strict=True)])
-        output = self._model(ids_BT, state=self._state, reset_B=self._fresh_B, namespace_B=self._namespace_B,
-                             valid_BT=valid_BT, cache=self._cache)
+        output: LMCODEOutput = self._model(ids_BT, state=self._state, reset_B=self._fresh_B, namespace_B=self._namespace_B,
+                                           valid_BT=valid_BT, cache=self._cache)
         if valid_BT is None:
             return output.logits[:, -1]
         return output.logits[torch.arange(len(ids_BT), device=self._device), valid_BT.sum(dim=1) - 1]

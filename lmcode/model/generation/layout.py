@@ -32,11 +32,12 @@ class Product:
         if norm is not None:
             # x / sqrt(|x|^2 / I + eps) = sqrt(I) x / hypot(|x|, sqrt(I eps)): three operations instead of ten.
             self._factor_I = norm.weight.float() * math.sqrt(norm.weight.numel())
-            self._floor = torch.tensor(math.sqrt(norm.weight.numel() * norm.eps), device=weight_OI.device)
+            epsilon = torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
+            self._floor = torch.tensor(math.sqrt(norm.weight.numel() * epsilon), device=weight_OI.device)
         if not copy or weight_OI.device.type != "cpu" or weight_OI.dtype != torch.float32:
             self._weight = weight_OI.t()
             return
-        if norm is not None:
+        if self._factor_I is not None:
             weight_OI, self._factor_I = weight_OI * self._factor_I, None
         self._packed = rows > FEW_ROWS and weight_OI.numel() > SMALL and torch.backends.mkldnn.is_available()
         self._weight = (torch.ops.mkldnn._reorder_linear_weight(weight_OI, rows) if self._packed
@@ -54,11 +55,13 @@ class Product:
         """The product, [B, O] in the dtype of x."""
         x_BI = self.normed(x_BI)
         if self._packed:
-            return torch.ops.mkldnn._linear_pointwise(x_BI, self._weight, self._bias_O, "none", [], "")
+            product_BO: Tensor = torch.ops.mkldnn._linear_pointwise(x_BI, self._weight, self._bias_O, "none", [], "")
+            return product_BO
         return x_BI @ self._weight if self._bias_O is None else torch.addmm(self._bias_O, x_BI, self._weight)
 
     def added(self, to_BO: Tensor, x_BI: Tensor) -> Tensor:
         """`to_BO` plus the product, of maps without bias and norm."""
         if self._packed:
-            return torch.ops.mkldnn._linear_pointwise.binary(x_BI, to_BO, self._weight, None, "add")
+            sum_BO: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x_BI, to_BO, self._weight, None, "add")
+            return sum_BO
         return torch.addmm(to_BO, x_BI, self._weight)

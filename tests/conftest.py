@@ -1,0 +1,29 @@
+"""What each test finds as it was: the environment, the program's log, and this worker's group of one.
+
+Commands run in the test's own process set RANK and MASTER_PORT, turn the log and end the process group; DeepSpeed keeps
+the group it saw first, so a second command in the same process would speak to one that is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from lmcode import dist
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Puts back os.environ and the log after the test; a group of one stays until the process ends."""
+    environment = dict(os.environ)
+    log = logging.getLogger("lmcode")
+    handlers, propagate, level = list(log.handlers), log.propagate, log.level
+    monkeypatch.setattr(dist, "stop", lambda: None)
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    log.handlers[:], log.propagate = handlers, propagate
+    log.setLevel(level)
