@@ -103,6 +103,7 @@ def start(timeout_s: float = 1800.0) -> Rank:
 
     me = discover()
     if td.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", str(me.local_rank))  # DeepSpeed asks for it, whoever made the group
         return me
     if me.launcher == "mpirun":
         _rendezvous_over_mpi(me)
