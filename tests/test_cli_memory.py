@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kills import growing, is_killed
 from ranks import run_on_ranks
 from safetensors.numpy import load_file
 from test_loop import settings, write_corpus
@@ -302,38 +302,20 @@ def test_a_saved_model_is_looked_at_and_resharded_into_another_folder(run: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "new", "old", "run", "without"]
 
 
-class Killed(BaseException):
-    """Passes every handler, as a kill does."""
-
-
 def broken_off(source: Path, *argv: str) -> Iterator[tuple[Path, int | None]]:
     """Copies of a folder after a command of which every call that changes the file system was in turn the last one; its
     exit code, which is None but for the last copy."""
-    code, last = None, 0
-    while code is None:
-        copy, calls = source.with_name(f"killed-{last}"), 0
+    codes: list[int] = []
+    for last in growing():
+        copy = source.with_name(f"killed-{last}")
         shutil.copytree(source, copy)
-
-        def counted(real: Callable[..., Any], last: int = last) -> Callable[..., Any]:
-            def call(*args: Any, **more: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                if calls > last:
-                    raise Killed
-                return real(*args, **more)
-            return call
-
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("rename", "link", "mkdir", "fsync", "open"):
-                patch.setattr(os, name, counted(getattr(os, name)))
-            try:
-                code = cli.main(["memory", argv[0], str(copy), *argv[1:]])
-            except Killed:
-                code = None
-        yield copy, code
+        killed = is_killed(lambda copy=copy: codes.append(cli.main(["memory", argv[0], str(copy), *argv[1:]])), last,
+                           ("rename", "link", "mkdir", "fsync", "open"))
+        yield copy, None if killed else codes[0]
         shutil.rmtree(copy, ignore_errors=True)
-        last += 1 + last // 8
-    assert last > 20 and code == 0
+        if not killed:
+            break
+    assert last > 20 and codes == [0]
 
 
 def test_a_change_that_breaks_off_leaves_the_old_memory_or_the_new(run: Path) -> None:

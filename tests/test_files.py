@@ -6,12 +6,11 @@ import itertools
 import json
 import os
 import random
-import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kills import kills
 
 from lmcode.config import ConfigError
 from lmcode.saved import files
@@ -26,10 +25,6 @@ MINE = {".git/HEAD": "ref", "banks/mine": "gold", "thesis/ch1.tex": "years of wo
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
-class Killed(BaseException):
-    """Passes every handler, as a kill does."""
 
 
 def lay_out(folder: Path, content: dict[str, str]) -> None:
@@ -57,37 +52,6 @@ def everything(folder: Path) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-def killed_everywhere(place: Path, action: Callable[[], Any], every: int) -> Iterator[bool]:
-    """Performs an action again and again, from the same state on, each time with another call that changes the file system
-    as the last one (every N-th); yields after each whether it was killed, until it was not."""
-    start, killed = place.with_name("start"), True
-    shutil.copytree(place, start)
-    for last in itertools.count(step=every):
-        shutil.rmtree(place)
-        shutil.copytree(start, place)
-        calls = itertools.count()
-
-        def counted(real: Callable[..., Any], calls: Iterator[int] = calls, last: int = last) -> Callable[..., Any]:
-            def call(*args: Any, **more: Any) -> Any:
-                if next(calls) > last:
-                    raise Killed
-                return real(*args, **more)
-            return call
-
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("open", "mkdir", "link", "rename", "unlink", "rmdir", "write", "fsync"):
-                patch.setattr(os, name, counted(getattr(os, name)))
-            try:
-                action()
-                killed = False
-            except Killed:
-                pass
-        yield killed
-        if not killed:
-            return
-    raise AssertionError
-
-
 @pytest.mark.parametrize("links", [True, False])
 def test_a_kill_at_any_call_leaves_the_old_state_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                             links: bool) -> None:
@@ -98,7 +62,7 @@ def test_a_kill_at_any_call_leaves_the_old_state_or_the_new(tmp_path: Path, monk
     lay_out(place, MINE)
     save(place, OLD)
     found = set()
-    for killed in killed_everywhere(place, lambda: save(place, NEW, "new card"), every=1 if links else 4):
+    for _, killed in kills(place, lambda: save(place, NEW, "new card"), itertools.count(1, 1 if links else 4)):
         read = content_of(files.whole(place))
         state = next(number for number, state in enumerate((OLD, NEW)) if state.items() <= read.items())
         seen = {name: text for name, text in content_of(place).items() if not name.startswith(files.WORK)}

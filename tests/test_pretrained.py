@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kills import growing, kills
 from safetensors.torch import load_file, save_file
 
 from lmcode import LMCODE, BPETokenizer, ByteTokenizer, ConfigError, LMCODEConfig, MemoryConfig
@@ -180,40 +180,6 @@ def test_no_file_is_a_pickle(original: Path) -> None:
 # --- whole or not at all -------------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """Passes every handler, as a kill does."""
-
-
-def kills(place: Path, action: Callable[[], Any]) -> Iterator[bool]:
-    """Performs an action on `place` again and again, from the same state on, with every call that changes the file system in
-    turn as the last one; yields after each whether it was killed, until it was not."""
-    start, killed, last = place.with_name("start"), True, 0
-    shutil.copytree(place, start, symlinks=True)
-    while killed:
-        shutil.rmtree(place)
-        shutil.copytree(start, place, symlinks=True)
-        calls = itertools.count()
-
-        def counted(real: Callable[..., Any], calls: Iterator[int] = calls, last: int = last) -> Callable[..., Any]:
-            def call(*args: Any, **more: Any) -> Any:
-                if next(calls) > last:
-                    raise Killed
-                return real(*args, **more)
-            return call
-
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("open", "mkdir", "link", "rename", "unlink", "rmdir", "fsync"):
-                patch.setattr(os, name, counted(getattr(os, name)))
-            try:
-                action()
-                killed = False
-            except Killed:
-                killed = True
-        yield killed
-        last += 4 + last // 8
-    assert last > 30
-
-
 def test_wherever_saving_stops_there_is_the_old_model_or_the_new(told: LMCODE, tmp_path: Path,
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     """Other files stay; nobody finds a config.json among files of two models; the next save leaves nothing of the last."""
@@ -228,12 +194,13 @@ def test_wherever_saving_stops_there_is_the_old_model_or_the_new(told: LMCODE, t
     told.save_pretrained(tmp_path / "new")
     wanted = {**hashes(tmp_path / "new"), **{name: former[name] for name in mine}}
     states, found = (facts_of(LMCODE.from_pretrained(place)), facts_of(told)), set()
-    for killed in kills(place, lambda: told.save_pretrained(place)):
+    for after, killed in kills(place, lambda: told.save_pretrained(place), growing(4)):
         seen = {name: value for name, value in hashes(place).items() if not name.startswith(files.WORK)}
         ours = {name: value for name, value in seen.items() if name not in mine and name != files.RECORD}
         assert {name: seen[name] for name in mine} == {name: former[name] for name in mine}
         assert "config.json" not in ours or any(ours.items() <= state.items() for state in (former, wanted))
         facts = facts_of(LMCODE.from_pretrained(place))
+        assert killed or after > 30
         found.add((states.index(facts), killed, "config.json" in ours))
         told.save_pretrained(place)
         assert {name: value for name, value in hashes(place).items() if name != files.RECORD} == {
