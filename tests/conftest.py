@@ -1,4 +1,4 @@
-"""What each test finds as it was: the environment, the program's log, and this worker's group of one.
+"""What each test finds as it was: no launcher around it, the environment, the program's log, and this worker's group of one.
 
 Commands run in the test's own process set RANK and MASTER_PORT, turn the log and end the process group; DeepSpeed keeps
 the group it saw first, so a second command in the same process would speak to one that is gone.
@@ -14,6 +14,9 @@ import pytest
 
 from lmcode import dist
 
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_RANK",
+             "OMPI_COMM_WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+
 
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -22,6 +25,8 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     log = logging.getLogger("lmcode")
     handlers, propagate, level = list(log.handlers), log.propagate, log.level
     monkeypatch.setattr(dist, "stop", lambda: None)
+    for name in LAUNCHERS:
+        os.environ.pop(name, None)
     yield
     os.environ.clear()
     os.environ.update(environment)

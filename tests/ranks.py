@@ -21,6 +21,7 @@ from typing import Any
 
 from patience import PATIENCE_S
 
+from lmcode import dist
 from lmcode.dist import free_port
 
 
@@ -117,9 +118,11 @@ def _child(rank: int, world_size: int, port: int, pipe: Connection, folder: str,
 
 
 def _join(rank: int, world_size: int, port: int) -> Callable[[], None]:
-    """Enters the group; returns how to leave it."""
+    """Enters the group, which commands that the test runs do not end; returns how to leave it."""
     import torch
     import torch.distributed as td
+
+    dist.stop = lambda: None
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size),
                       LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")

@@ -231,7 +231,6 @@ def test_any_number_of_ranks_and_any_stage_goes_on_from_any_other(folder: Path) 
 
 
 def job(values: dict, resume: str | None = None) -> int:
-    dist.stop = lambda: None  # the process group is that of the test
     return loop.run(build(RunConfig, values), resume=resume)
 
 

@@ -23,15 +23,6 @@ from lmcode.presets import load_run_config
 
 COMMANDS = (["train"], ["eval"], ["generate"], ["submit"], ["estimate"], ["doctor"],
             ["config", "show"], ["config", "check"], ["config", "schema"])
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
-                      "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No launcher around the test."""
-    for name in LAUNCHER_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

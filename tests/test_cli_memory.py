@@ -39,15 +39,8 @@ KINDS = ("add", "search", "stats", "inspect", "export", "import", "delete", "exp
 TEXTS = ["The key is under the mat", "Call me Ishmael, some years ago", "A whale is no fish\nsays nobody"]
 
 
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-
-
 def train(values: dict[str, Any], *resumes: str | None) -> list[int]:
     """Exit codes of jobs one after the other."""
-    dist.stop = lambda: None  # the process group is that of the test
     return [loop.run(build(RunConfig, values), resume=resume) for resume in resumes]
 
 

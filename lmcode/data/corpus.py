@@ -40,6 +40,7 @@ from lmcode.data.instructions import parts_of
 from lmcode.data.sources import Source, open_held_out, open_source
 from lmcode.data.text_files import PassedOver
 from lmcode.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, check_vocab, load_tokenizer
+from lmcode.files import durable
 
 log = logging.getLogger("lmcode")
 
@@ -460,9 +461,7 @@ class _SideWriter:
 def _move_into_place(draft: Path, home: Path) -> None:
     """Makes `draft` durable and renames it to `home`; if another process was faster, its corpus stays."""
     for path in (*(file for file in draft.rglob("*") if file.is_file()), draft):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        durable.sync(path)
     try:
         draft.rename(home)
     except OSError:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from lmcode.config import RunConfig
 from lmcode.doctor.row import Row, State
+from lmcode.files import durable
 
 GIB = 2**30
 SCRATCH = ".lmcode-doctor-"  # what the names of the doctor's own files begin with
@@ -74,11 +75,7 @@ def commit_folder(scratch: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(final)
-    parent = os.open(scratch, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+    durable.sync(scratch)
     if (final / "data").read_bytes() != b"lmcode":
         raise OSError(f"a file in {scratch} reads back other bytes than were written")
 

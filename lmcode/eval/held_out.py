@@ -82,9 +82,9 @@ def evaluate(model: Backbone, sampler: StreamSampler, *, banks: Mapping[int, Lon
             between()
         batch = sampler.batch(step, rank=group.rank, world_size=group.size).to(device)
         output = reading.read(batch, sampler.batch(step).namespace_B.tolist())
-        for layer, fork in reading.forks.items():
-            reading.write(layer, output)
-            if upkeep is not None:
+        reading.write(output)
+        if upkeep is not None:
+            for fork in reading.forks.values():
                 upkeep(step, fork)
         loss_B = token_losses(output).double().sum(1).cpu()
         count_B = (batch.targets_BT >= 0).sum(1).cpu()

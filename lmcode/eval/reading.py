@@ -94,10 +94,11 @@ class Reading:
         self._windows += 1
         return output
 
-    def write(self, layer: int, output: Output) -> None:
-        """Writes into the fork of a layer what the window that was just read offers, and books its hits. A collective."""
-        read = output.memory[layer]
-        self.forks[layer].commit([read.candidates], [read.hits], step=self._windows - 1)
+    def write(self, output: Output) -> None:
+        """Writes into every fork what the window that was just read offers, and books its hits. A collective."""
+        for layer, fork in self.forks.items():
+            read = output.memory[layer]
+            fork.commit([read.candidates], [read.hits], step=self._windows - 1)
 
 
 def apart(batch: Batch) -> Batch:

@@ -1,9 +1,6 @@
 """Checkpoints of a run: found, verified before use, resumed exactly. `saving` writes them.
 
-A checkpoint holds, all of the same step: the weights, the optimizer's state (whole parameters, spread over one file per
-rank), every bank (one file per virtual shard), the streams' short-term state (one file per rank, by stream), the spans
-kept for replay, the random number generators of each rank, the tokenizer and the resolved config. Nothing in it depends
-on the number of ranks or the ZeRO stage but the generators, and nothing is a pickle. `durable` makes it a commit.
+What lies in one, `train.resuming` says. `durable` makes it a commit.
 """
 
 from __future__ import annotations

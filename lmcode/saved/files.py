@@ -216,7 +216,7 @@ def _finish(place: Path) -> None:
     for name, expected in {**plan.put, **plan.remove}.items():
         _check_parents(place, name)
         found = _seal_of(place / name)
-        if os.path.lexists(place / name) and (found is None or found not in (expected, _seal_of(new / name))):
+        if os.path.lexists(place / name) and (found is None or found != expected and found != _seal_of(new / name)):
             raise _not_ours(place / name)
     (place / CONFIG).unlink(missing_ok=True)
     durable.sync(place)

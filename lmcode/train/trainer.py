@@ -274,12 +274,13 @@ class MemoryAwareTrainer:
         tokenizer = data.tokenizer or getattr(self.model, "tokenizer", None) or ByteTokenizer()
         documents = data.as_documents()
         corpus = Corpus(documents, documents, tokenizer, Path(), {"digest": data.digest()})
-        replay, data_pass, goes_on = make_replay(config), Pass(first_namespace=self.model.memories.free_visit()), False
+        replay, free, goes_on = make_replay(config), self.model.memories.free_visit(), False
+        data_pass = Pass(first_namespace=free)
         if former is not None:
             replay = _kept(former.replay, replay)
-            data_pass = Pass(first_step=former.step, first_namespace=self.model.memories.free_visit(),
+            data_pass = Pass(first_step=former.step, first_namespace=free,
                              first_pause=1 if replay is None or not len(replay) else 0)
-            goes_on = not former.data_pass.over and former.corpus.meta["digest"] == data.digest() and all(
+            goes_on = not former.data_pass.over and former.corpus.meta["digest"] == corpus.meta["digest"] and all(
                 getattr(former.config.train, name) == getattr(train, name)
                 for name in ("streams", "sequence_length", "memory_sample_ratio"))
             data_pass = former.data_pass if goes_on else data_pass

@@ -79,8 +79,7 @@ def run_task(model: Backbone, task: Task, *, seed: int = 0, mode: str = "on", st
     for step in range(sampler.num_steps or 0):
         batch = sampler.batch(step, rank=group.rank, world_size=group.size).to(device)
         output = reading.read(batch, sampler.batch(step).namespace_B.tolist())
-        for layer in reading.forks:
-            reading.write(layer, output)
+        reading.write(output)
         said += predictions(batch, output, cases)
     by_case: dict[int, list[tuple[int, int, float]]] = {number: [] for number in range(len(cases))}
     for number, *rest in sorted(one for part in group.all_gather_object(said) for one in part):
