@@ -75,7 +75,7 @@ def test_sbatch_on_two_hosts_is_the_same_run(tmp_path: Path, settings: list[str]
     assert "4 ranks on n0 n1" in said and "4 rank(s) by slurm" in said
     assert "n0: GLOO_SOCKET_IFNAME=left0" in said and "n1: GLOO_SOCKET_IFNAME=right0" in said, "each its own interface"
     assert "ranks listen: n0 left0 10.77.0.10, n1 right0 10.77.0.11" in said and "ranks differ" not in said
-    assert (run / "hostfile").read_text() == "n0 slots=2\nn1 slots=2\n"
+    assert (run / "hostfile").read_text() == "# Written by lmcode: the hosts of the job.\nn0 slots=2\nn1 slots=2\n"
     print(f"4 ranks, losses on one host by mpirun {single_host}, on 2 x 2 by sbatch {losses(run)}")
     assert losses(run) == pytest.approx(single_host, abs=1e-4)
     assert nothing_is_left("n0") and nothing_is_left("n1")
