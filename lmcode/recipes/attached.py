@@ -228,10 +228,7 @@ class Attached(Backbone):
         """The logits of the backbone over a window at the places behind the carried row."""
         if self._recomputes != self.activation_checkpointing:
             self._recomputes = self.activation_checkpointing
-            if self._recomputes:
-                self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-            else:
-                self.backbone.gradient_checkpointing_disable()
+            foreign.recompute(self.backbone, self._recomputes)
         begin_B = current.state.count_B if current.state is not None and not self._at_once else current.namespace_B * 0
         place_BT = begin_B[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
         self._pass = current

@@ -64,6 +64,16 @@ def is_model(model: Any) -> bool:
     return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
 
 
+def recompute(model: Any, on: bool) -> None:
+    """Switches the recomputation of layers in the backward pass on or off, by the name that this version has for it."""
+    if on:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    else:
+        disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+        disable()
+
+
 def cache_in(values: Iterable[Any]) -> Cache | None:
     """The cache among the arguments of a layer, whatever it is called there."""
     return next((one for one in values if isinstance(one, Cache)), None)
