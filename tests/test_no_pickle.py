@@ -9,7 +9,8 @@ from __future__ import annotations
 import ast
 
 import pytest
-from test_layers import FILES, imported_names, tree
+
+from tests.helpers.sources import FILES, imported_names, tree
 
 MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "copyreg", "runpy", "code"}
 CALLS = {"torch.load", "torch.save", "torch.jit.load", "torch.hub.load", "torch.package",

@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from patience import PATIENCE_S
 
 from lmcode.cli import command as cli
 from lmcode.dist import free_port
+from tests.helpers.patience import PATIENCE_S
+from tests.helpers.sources import CHECKOUT
 
-CHECKOUT = Path(__file__).parents[1]
 READMES = {folder: (CHECKOUT / folder / "README.md").read_text(encoding="utf-8")
            for folder in (".", "lmcode", "lmcode/memory", "launch", "tools", "tests")}
 PROGRAM = READMES["."] + READMES["lmcode"]  # the second goes on where the first ends
