@@ -128,7 +128,7 @@ def imports_of(file: str) -> set[str]:
     return {f"tools.{name}" if name.split(".")[0] in bare else name for name in names}
 
 
-def tests_among(names: set[str]) -> list[str]:
+def of_tests(names: set[str]) -> list[str]:
     """The names among these that are a test module or lie in one."""
     return sorted(name for name in names if any(part.startswith("test_") for part in name.split(".")))
 
@@ -136,10 +136,10 @@ def tests_among(names: set[str]) -> list[str]:
 def test_no_test_module_imports_another() -> None:
     """What two of them need is in tests/helpers/."""
     for file in [*TESTS, *TOOLS]:
-        wrong = tests_among(imports_of(file))
+        wrong = of_tests(imports_of(file))
         assert not wrong, f"{file} imports {wrong}"
-    source = "from tests.memory.test_bank import x\nfrom tests.memory import test_merge\nfrom test_loop import y\nimport torch\n"
-    assert len(tests_among({*imported_names(ast.parse(source), "tests/test_x.py")})) == 3, "the walk sees every spelling"
+    source = "from tests.memory.test_bank import x\nfrom tests.memory import test_merge\nfrom test_loop import y\n"
+    assert len(of_tests({*imported_names(ast.parse(source), "tests/test_x.py")})) == 3, "the walk sees every spelling"
 
 
 def test_tools_and_tests_share_the_helpers_alone() -> None:
