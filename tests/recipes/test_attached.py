@@ -1,4 +1,4 @@
-"""What every recipe must do in every family: nothing while its memory is empty, no look ahead, the same however it is called."""
+"""What every recipe must do in every family: nothing while its memory is empty, no look ahead, the same however called."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_on_ranks
-from recipe_models import FAMILIES, OPTIONS, attached, plain, read, tokens
 
 import lmcode
 from lmcode import ConfigError
@@ -18,7 +16,8 @@ from lmcode.dist import Group
 from lmcode.opening import open_model
 from lmcode.recipes import foreign
 from lmcode.recipes.attached import Attached
-from lmcode.recipes.carried import moves
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.recipe_models import FAMILIES, OPTIONS, attached, plain, read, tokens
 
 EVERY = [(family, recipe) for family in FAMILIES for recipe in RECIPES]
 
@@ -184,60 +183,6 @@ def test_other_models_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**content, "model_type": "bert"}))
     with pytest.raises(ConfigError, match="got 'bert'"):
         open_model(tmp_path, ["model.recipe=camelot"])
-
-
-def test_who_stays_and_who_leaves_a_row() -> None:
-    """Against a list that is kept by hand, for many lengths."""
-    generator = torch.Generator().manual_seed(0)
-    for sinks, places, window in ((2, 5, 3), (0, 4, 6), (3, 3, 4), (0, 0, 4), (1, 6, 2)):
-        held: list[list[int]] = [[], []]
-        number = 0
-        for _ in range(6):
-            length_B = torch.randint(0, window + 1, (2,), generator=generator)
-            count_B = torch.tensor([len(row) for row in held])
-            moved = moves(count_B, length_B, sinks=sinks, places=places, window=window)
-            for stream, row in enumerate(held):
-                new = list(range(number, number + int(length_B[stream])))
-                number += window
-                laid = [*row, *[-1] * (places - len(row)), *new, *[-1] * (window - len(new))]
-                both = [*row, *new]
-                gone = both[sinks:len(both) - places + sinks] if len(both) > places else []
-                kept = [one for one in both if one not in gone]
-                at = [laid[place] for place in moved.kept_BR[stream][:int(moved.kept_B[stream])].tolist()]
-                left = [laid[place] for place, good in zip(moved.left_BT[stream].tolist(), moved.left_valid_BT[stream].tolist(),
-                                                           strict=True) if good]
-                assert (at, left) == (kept, gone)
-                held[stream] = kept
-
-
-def test_slots_join_the_softmax_of_the_layer() -> None:
-    """Against a softmax over all keys at once: slots at the constant distance, with the bias."""
-    model = attached("llama", "camelot", memory_layers=(1,), memory_bias=-0.5, sinks=0, cache=0, distance=9, memory_top_k=256,
-                     memory={"virtual_shards": 1, "importance_weight": 0.0})
-    backbone, seen = model.lmcode, {}
-    read(model, tokens(1, 12, seed=4), window=12)
-    state = backbone.banks[1].state(0)
-    live = state["id"] >= 0
-    key_HMD, value_HMD = state["key"][:, live], state["value"][:, live]
-    attend = backbone._attend
-
-    def spied(current: Any, module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
-        result = attend(current, module, query, key, value, mask, **settings)
-        if module.layer_idx == 1:
-            seen.update(query=query, key=key, value=value, result=result, tables=current.tables)
-        return result
-
-    backbone._attend = spied
-    model(tokens(1, 7))
-    query, key, value = (seen[name][0] for name in ("query", "key", "value"))
-    unrotated = backbone.anatomy.rotate(seen["query"], seen["tables"], back=True)
-    placed = backbone.recipe._placed(unrotated)[0]
-    for head in range(4):
-        own_TT = (query[head] @ key[head // 2].T * 8 ** -0.5).masked_fill(~torch.ones(7, 7, dtype=torch.bool).tril(), -1e30)
-        slot_TM = placed[head] @ key_HMD[head // 2].T - 0.5
-        weight = torch.cat([own_TT, slot_TM], dim=1).softmax(dim=1)
-        expected = weight @ torch.cat([value[head // 2], value_HMD[head // 2]])
-        torch.testing.assert_close(seen["result"][0, :, head], expected, rtol=0, atol=1e-5)
 
 
 def _read_together(recipe: str, group: Group) -> tuple[list[float], torch.Tensor]:
