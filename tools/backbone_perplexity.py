@@ -4,9 +4,10 @@
     python tools/backbone_perplexity.py models/smollm2 book.txt [book.txt ...] --windows 128 512 --marks 2048 8192
 
 A book is read window by window up to the last mark, with sinks and a cache of 128 and no memory; what leaves the cache
-goes into the memory of every setting. At each mark a copy of each setting's memory reads on and the next tokens are scored;
-all settings have the same past and are scored on the same tokens. "equal bytes" gives the memory's bytes to a longer sliding
-cache in all layers; "full" reads all before it, as far as the model has positions. Lines are printed as soon as they are known.
+goes into the memory of every setting. At each mark a copy of each setting's memory reads on and the next tokens are
+scored; all settings have the same past and are scored on the same tokens. "equal bytes" gives the memory's bytes to a
+longer sliding cache in all layers; "full" reads all before it, as far as the model has positions. Lines are printed as
+soon as they are known.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A layer's hidden states are normalised and read as in `model.long_term`: queries, keys and values of the read's own, one
 softmax over the window's own past, the bank's hits and a null slot, a gate; what is recalled is added to what the layer
-hands on. As the output's weights are zero at first, step 0 is the plain model. The read is trained, the backbone need not be.
+hands on. As the output's weights are zero at first, step 0 is the plain model. The read is trained, the backbone if one
+wants.
 """
 
 from __future__ import annotations
