@@ -114,7 +114,8 @@ def resolved(values: dict[str, Any]) -> dict[str, Any]:
     The corpus is then tokenized by the backbone's tokenizer, and documents do not share a window.
     """
     model = values.get("model")
-    if not isinstance(model, dict) or model.get("backbone", "lmcode") == "lmcode":
+    name = model.get("backbone", "lmcode") if isinstance(model, dict) else "lmcode"
+    if name == "lmcode" or not (model.get("recipe") or (Path(name).expanduser() / "config.json").is_file()):
         return values
     data = {**(values.get("data") or {})}
     if data.get("packing") is True:

@@ -100,9 +100,9 @@ class LMCODEConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> LMCODEConfig:
-        if (self.backbone == "lmcode") != (self.recipe is None):
-            raise ValueError("model.recipe belongs to model.backbone, the folder of a transformers model, one of "
-                             f"{', '.join(RECIPES)}: got backbone '{self.backbone}' and recipe {self.recipe!r}")
+        if self.recipe is not None and self.backbone == "lmcode":
+            raise ValueError("model.recipe belongs to a model.backbone that is the folder of a transformers model: got "
+                             f"'{self.recipe}' and no backbone")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size must be a multiple of num_heads: {self.hidden_size} % {self.num_heads} != 0")
         if self.positions == "rotary" and (self.hidden_size // self.num_heads) % 2:
