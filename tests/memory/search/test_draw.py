@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ranks import run_on_ranks
 
 from lmcode.config import MemoryConfig
 from lmcode.dist import Group
 from lmcode.eval.reading import RandomRetriever
 from lmcode.memory import LongTermMemory
 from lmcode.memory.search.draw import drawn, lots
+from tests.helpers.ranks import run_on_ranks
 
 H, D, K, ENTRIES = 2, 8, 5, 120
 NAMES, DOCUMENTS = torch.arange(ENTRIES) % 4, torch.arange(ENTRIES) // 4 % 3
