@@ -93,6 +93,9 @@ def described(values: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, 
     """
     options = options_of(values.get("recipe"), values.get("recipe_options") or {})
     kind = recipe_of(values["recipe"])
+    if values.get("cache_windows"):
+        raise ConfigError("model.cache_windows is of our own model: with a recipe say model.recipe_options.cache=, in tokens: "
+                          f"got {values['cache_windows']}")
     room = sizes["positions"] - getattr(options, "sinks", 0) - getattr(options, "cache", 0)
     if room < 2:
         raise ConfigError(f"sinks and cache must leave room for a window: the backbone has {sizes['positions']} positions, "
@@ -113,7 +116,7 @@ def resolved(values: dict[str, Any]) -> dict[str, Any]:
 
     The corpus is then tokenized by the backbone's tokenizer, and documents do not share a window.
     """
-    model = values.get("model")
+    model = values.get("model") or {}
     name = model.get("backbone", "lmcode") if isinstance(model, dict) else "lmcode"
     if name == "lmcode" or not (model.get("recipe") or (Path(name).expanduser() / "config.json").is_file()):
         return values

@@ -44,6 +44,9 @@ class Window(NamedTuple):
     seen_BTT: bool, which tokens (last dim) each token may attend to; None: itself and all before it.
     with_past: puts keys and values [H, B, N, D] of the window's tokens that were read before in front of these ones, where a
         window is read in parts; `seen_BTT` then has a column for each of them.
+    past_BLC: this layer's cache of the tokens before the window; None where there is none. See `past.py`.
+    past_length_B: int64, how many of its last tokens are of the document that each stream is in.
+    seen_past_BTL: bool, which of them (last dim) each token may attend to, [B, T or 1, L].
     """
 
     namespace_B: Tensor
@@ -58,6 +61,9 @@ class Window(NamedTuple):
     piece_BT: Tensor | None = None
     seen_BTT: Tensor | None = None
     with_past: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    past_BLC: Tensor | None = None
+    past_length_B: Tensor | None = None
+    seen_past_BTL: Tensor | None = None
 
     def of_tokens(self, of_B: Tensor, length: int) -> Tensor:
         """A property of streams, or of their documents, for each token: [B, length]."""
@@ -80,6 +86,7 @@ class ReadTape:
     credit_HN: Tensor | None = None
     pending_key_BHD: Tensor | None = None
     slots_BSE: Tensor | None = None
+    past_BLC: Tensor | None = None
 
     def record(self, **products: Any) -> None:
         """Stores what was not recorded before; the first execution wins."""
