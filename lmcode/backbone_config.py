@@ -18,18 +18,20 @@ from lmcode.config import RECIPES, ConfigError, Section, build, near_match
 class Family(NamedTuple):
     """Names of the parts of an architecture of transformers, from the inner model (`base_model`) down.
 
-    layers, attention: the list of decoder layers; the attention module in each.
+    layers, attention, norm: the list of decoder layers; the attention module in each; the norm behind the last one.
     rotates: whether positions enter by rotating queries and keys; otherwise they are in the hidden states already.
     """
 
     layers: str
     attention: str
+    norm: str = "norm"
     rotates: bool = True
 
 
 FAMILIES = {"llama": Family("layers", "self_attn"), "mistral": Family("layers", "self_attn"),
             "qwen2": Family("layers", "self_attn"), "qwen3": Family("layers", "self_attn"),
-            "gpt2": Family("h", "attn", rotates=False), "gpt_neox": Family("layers", "attention")}
+            "gpt2": Family("h", "attn", "ln_f", rotates=False),
+            "gpt_neox": Family("layers", "attention", "final_layer_norm")}
 NAMES = {  # what config.json calls a size, and what GPT-2's does
     "vocab_size": ("vocab_size",), "hidden_size": ("hidden_size", "n_embd"), "num_layers": ("num_hidden_layers", "n_layer"),
     "num_heads": ("num_attention_heads", "n_head"), "positions": ("max_position_embeddings", "n_positions"),

@@ -108,6 +108,9 @@ class Listed:
     def attend(self, query_HND: torch.Tensor, hits: Hits) -> tuple[torch.Tensor, torch.Tensor]:
         return self._bank.attend(query_HND, hits)
 
+    def fetch(self, hits: Hits) -> tuple[torch.Tensor, ...]:
+        return self._bank.fetch(hits)
+
 
 def make_model(*, stride: int = 1, group: Group | None = None, **memory: Any) -> LMCODE:
     torch.manual_seed(0)

@@ -150,7 +150,7 @@ class LongTermMemory:
     def fetch(self, hits: Hits) -> tuple[Tensor, ...]:
         """Keys and values of the hits, fp32 [H, N, K, D] each, zero where invalid. Collective.
 
-        Meant for inspection: all of [G, H, K, 2D] exists at once, padded, whichever rank holds what.
+        All of [G, H, K, 2D] exists at once, padded, whichever rank holds what.
         """
         parts = self._reader.fetch(self._reader.ticket_of(hits), hits.id_HNK.transpose(0, 1))
         return tuple(part_NHKD.transpose(0, 1) for part_NHKD in parts)

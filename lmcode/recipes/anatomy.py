@@ -23,7 +23,7 @@ class Anatomy:
     """The parts of one transformers model.
 
     Attributes:
-        base: the model without its head. layers: its decoder layers.
+        base: the model without its head. layers: its decoder layers. norm: what normalises the last one's output.
         sizes: those of `backbone_config.NAMES`.
     """
 
@@ -31,6 +31,7 @@ class Anatomy:
         self.family = family_of(model.config.model_type)
         self.base: nn.Module = model.base_model
         self.layers: list[nn.Module] = list(getattr(self.base, self.family.layers))
+        self.norm: nn.Module = getattr(self.base, self.family.norm)
         self.sizes = sizes_of(model.config.to_dict())
 
     def attention(self, layer: int) -> nn.Module:
@@ -61,6 +62,11 @@ class Anatomy:
         if back and scale != 1.0:  # some ways to extend a context scale the tables, too
             turned = torch.cat([turned[..., :part] / scale**2, turned[..., part:]], dim=-1)
         return turned
+
+    def at_distance(self, query_BQTD: Tensor, distance: int) -> Tensor:
+        """Queries, given as they are before their rotation, turned so that keys before theirs lie `distance` positions
+        behind them; which is as good as turning every key back by it."""
+        return self.rotate(query_BQTD, self.tables(torch.full((1, 1), distance, device=query_BQTD.device), query_BQTD))
 
 
 def hash_of(model: nn.Module) -> str:

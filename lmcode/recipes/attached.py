@@ -115,6 +115,9 @@ class Attached(Backbone):
             for layer in self.config.memory_layer_indices:
                 self.anatomy.layers[layer].register_forward_hook(functools.partial(self._after_layer, layer),
                                                                  with_kwargs=True)
+        if recipe.watches:
+            for number, module in enumerate(self.anatomy.layers):
+                module.register_forward_hook(functools.partial(self._watched, number), with_kwargs=True)
         if recipe.changes_model:
             base.register_forward_hook(self._after_model)
 
@@ -150,6 +153,10 @@ class Attached(Backbone):
         seen = seen_of(mask, rows=B, queries=T, keys=keys, device=hidden_BTC.device)
         return self.recipe.after_layer(layer, hidden_BTC, kwargs[foreign.PASS], LayerCall(seen, cache))
 
+    def _watched(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+                 hidden_BTC: Tensor) -> None:
+        self.recipe.watched(layer, args, kwargs, hidden_BTC, kwargs[foreign.PASS])
+
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
         output.last_hidden_state = self.recipe.after_model(output.last_hidden_state, self._running)
         return output
@@ -159,6 +166,8 @@ class Attached(Backbone):
         """One layer's attention: over the window, the carried row and what the memory holds. [B, T, heads, D]."""
         layer, (B, _, T, _) = module.layer_idx, query.shape
         dropout = dropout if self.config.train_backbone else 0.0
+        if mask is not None:  # a room in a cache holds all keys, also where the model's own layers keep a sliding window
+            key, value = key[:, :, -mask.shape[-1]:], value[:, :, -mask.shape[-1]:]
         seen = seen_of(mask, rows=B, queries=T, keys=key.shape[2], device=query.device)
         if current.state is not None:
             own = self.anatomy.rotate(key, current.tables, back=True).detach()
@@ -172,7 +181,12 @@ class Attached(Backbone):
             unrotated = self.anatomy.rotate(query, current.tables, back=True)
             found = self.recipe.recall(layer, unrotated, current, scaling=scaling)
         if found is None:
-            return foreign.plain(module, query, key, value, seen, scaling=scaling, dropout=dropout)[0]
+            mixed = foreign.plain(module, query, key, value, seen, scaling=scaling, dropout=dropout)[0]
+            if layer < self.anatomy.sizes["num_layers"]:
+                return mixed
+            unrotated = self.anatomy.rotate(query, current.tables, back=True)
+            mixed = self.recipe.after_attention(layer, unrotated, mixed.transpose(1, 2), current)
+            return mixed.transpose(1, 2)
         with torch.autocast(query.device.type, enabled=False):
             own_value, own_lse = attend_own(query, key, value, seen, scaling=scaling, dropout=dropout)
             merged, share = merge_partials([own_value, found[0]], [own_lse, found[1]])
@@ -211,7 +225,7 @@ class Attached(Backbone):
                                    pending_valid_B=state.pending_valid_B & ~reset_B)
         namespace_B = torch.arange(B, device=device) if namespace_B is None else namespace_B
         seen_BT = torch.ones_like(input_ids, dtype=torch.bool) if valid_BT is None else valid_BT
-        current = Pass(self._retrievers, namespace_B, document_B, seen_BT, reset_B, state)
+        current = Pass(self._retrievers, namespace_B, document_B, seen_BT, reset_B, state, at_once=self._at_once)
         logits_BTV = self._run(current, input_ids)
         loss = token_loss_BT = None
         target_BT = aligned_targets(labels, targets_BT, valid_BT)
@@ -253,7 +267,7 @@ class Attached(Backbone):
         both_BX = torch.cat([row_BR, surprise_BT], dim=1)
         memory: dict[int, LayerMemory] = {}
         keys, values = [], []
-        for layer in range(self.anatomy.sizes["num_layers"]):
+        for layer in range(self.rows):
             key_BHTD, value_BHTD = current.own[layer]
             row = (state.key[layer], state.value[layer]) if places else (key_BHTD[:, :, :0], value_BHTD[:, :, :0])
             if places:
@@ -286,10 +300,15 @@ class Attached(Backbone):
         """R, the tokens that a stream carries."""
         return int(self.options.sinks + self.options.cache)
 
+    @property
+    def rows(self) -> int:
+        """The layers that a stream carries tokens of: the backbone's, then the recipe's own."""
+        return self.anatomy.sizes["num_layers"] + self.recipe.own_layers
+
     def blank_state(self, num_streams: int, *, device: torch.device | None = None) -> Carried:
         B, sizes, R = num_streams, self.anatomy.sizes, self.places
         row_BHRD = torch.zeros(B, sizes["kv_heads"], R, sizes["head_dim"], device=device)
-        rows = (row_BHRD,) * (sizes["num_layers"] if R else 0)
+        rows = (row_BHRD,) * (self.rows if R else 0)
         return Carried(rows, rows, torch.zeros(B, dtype=torch.int64, device=device), torch.zeros(B, R, device=device),
                        self.recipe.blank_state(B, device), torch.zeros(B, dtype=torch.bool, device=device),
                        torch.zeros(B, device=device))

@@ -52,9 +52,8 @@ class Camelot(recipe.Recipe):
         """The slots nearest to each query, under a softmax of their own, with its log-sum-exp."""
         tape, retriever = current.tape(layer), current.retrievers[layer]
         heads, (B, Q, T, _) = self.config.memory_heads, query_BQTD.shape
-        group = Q // heads
-        namespace_N = per_query(current.namespace_B[:, None].expand(B, T).where(current.valid_BT, -1), group)
-        query_HND = queries_of(self._placed(query_BQTD), heads).float()
+        namespace_N, document_N = current.asking(Q // heads)
+        query_HND = queries_of(self.anatomy.at_distance(query_BQTD, self.options.distance), heads).float()
         if isinstance(retriever, NullRetriever):
             tape.record(hits=retriever.search(query_HND, namespace_N))
             self.joined(layer, query_HND.new_zeros(B, Q, T), current)
@@ -63,19 +62,12 @@ class Camelot(recipe.Recipe):
             value_HND, lse_HN = (retriever.look_up(query_HND, namespace_N) if not query_HND.requires_grad
                                  else retriever.attend(query_HND, retriever.search(query_HND.detach(), namespace_N)))
         else:
-            document_N = None if current.document_B is None else per_query(
-                current.document_B[:, None].expand(B, T), group)
             if tape.hits is None:
                 tape.record(hits=retriever.search(query_HND.detach(), namespace_N, document_N))
             assert tape.hits is not None
             value_HND, lse_HN = retriever.attend(query_HND, tape.hits)
         lse_HN = torch.where(lse_HN > NO_SCORE / 2, lse_HN + self.config.memory_bias, lse_HN)
         return (answers_of(value_HND.float(), query_BQTD), answers_of(lse_HN.unsqueeze(-1), query_BQTD).squeeze(-1))
-
-    def _placed(self, query_BQTD: Tensor) -> Tensor:
-        """Queries turned by the constant distance, which is as good as turning every stored key back by it."""
-        distance = torch.full((1, 1), self.options.distance, device=query_BQTD.device)
-        return self.anatomy.rotate(query_BQTD, self.anatomy.tables(distance, query_BQTD))
 
     def joined(self, layer: int, share_BQT: Tensor, current: Pass) -> None:
         share_HN = share_per_query(share_BQT.float(), self.config.memory_heads)

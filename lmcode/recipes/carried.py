@@ -17,7 +17,8 @@ from torch import Tensor
 class Carried(NamedTuple):
     """The state of a batch of streams; all detached.
 
-    key, value: of each layer of the backbone, [B, H, R, D]; empty tuples where nothing is carried (R = 0).
+    key, value: of each layer of the backbone, then of the recipe's own ones, [B, H, R, D]; empty tuples where nothing is
+        carried (R = 0).
     count_B: int64, places that are filled.
     surprise_BR: fp32, the loss of predicting each token in the row, nats.
     recipe: what the recipe carries, tensors [B, ...].
@@ -61,12 +62,12 @@ def moves(count_B: Tensor, length_B: Tensor, *, sinks: int, places: int, window:
     order_BR = torch.where(place_R < sinks, place_R, place_R + leaving_B[:, None])
     order_BT = sinks + torch.arange(window, device=count_B.device).expand(len(count_B), -1)
     gone_BT = order_BT - sinks < leaving_B[:, None]
-    return Moves(_place(order_BR, count_B, places, window), total_B.clamp(max=places),
-                 _place(order_BT, count_B, places, window), gone_BT)
+    return Moves(place_of(order_BR, count_B, places, window), total_B.clamp(max=places),
+                 place_of(order_BT, count_B, places, window), gone_BT)
 
 
-def _place(order_BX: Tensor, count_B: Tensor, places: int, window: int) -> Tensor:
-    """From the n-th token of a stream to its place in row and window side by side."""
+def place_of(order_BX: Tensor, count_B: Tensor, places: int, window: int) -> Tensor:
+    """From the n-th token of a stream to its place in row and window side by side: those of the row come first."""
     at_BX = torch.where(order_BX < count_B[:, None], order_BX, order_BX - count_B[:, None] + places)
     return at_BX.clamp(max=places + window - 1)
 

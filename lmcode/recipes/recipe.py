@@ -2,8 +2,9 @@
 
 A recipe is one class in one file, and a line in `config.RECIPES`. It says which layers have a memory and what their entries
 are (`settings`), how what was found enters the model (`recall` joins the softmax of a layer's attention, `after_layer`
-changes what a layer hands on, `after_model` what the head is given), and what is offered for writing (`offered`). All else,
-searching over ranks, commits, checkpoints, deletion, is the product's. A recipe reads and never writes.
+changes what a layer hands on, `after_model` what the head is given; `watched` sees all layers), and what is offered for
+writing (`offered`). All else, searching over ranks, commits, checkpoints, deletion, is the product's. A recipe reads and
+never writes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lmcode.model.long_term import ReadTape
 from lmcode.protocol import Candidates, Retriever
 from lmcode.recipes.anatomy import Anatomy, Tables
 from lmcode.recipes.carried import Carried
+from lmcode.recipes.joint import per_query
 
 
 class Options(Section):
@@ -45,6 +47,7 @@ class Pass:
         tables, row_tables: of rotation, for the tokens of this window and for the row that was carried here.
         own: by layer, keys before their rotation and values of this window's tokens, detached: [B, H, T, D].
         tapes: by layer, as in our own model.
+        at_once: whether texts are being stored: whole windows are then offered, and no row is carried.
         notes: whatever the recipe keeps for the length of the pass.
     """
 
@@ -59,11 +62,23 @@ class Pass:
     own: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     tapes: dict[int, ReadTape] = field(default_factory=dict)
     notes: dict[Any, Any] = field(default_factory=dict)
+    at_once: bool = False
     attend: Any = None  # what `foreign.attend` calls
 
     def tape(self, layer: int) -> ReadTape:
         """The tape of a layer."""
         return self.tapes.setdefault(layer, ReadTape())
+
+    def asking(self, group: int) -> tuple[Tensor, Tensor | None]:
+        """Namespace and document of each query, [N] as in `joint.queries_of`: -1 at padding, None where unknown.
+
+        Args:
+            group: heads of the attention that share a head of the bank.
+        """
+        namespace_N = per_query(self.namespace_B[:, None].where(self.valid_BT, -1), group)
+        if self.document_B is None:
+            return namespace_N, None
+        return namespace_N, per_query(self.document_B[:, None].expand_as(self.valid_BT), group)
 
 
 @dataclass(frozen=True)
@@ -87,12 +102,19 @@ class Recipe(nn.Module, ABC):
         joins_attention: whether `recall` is asked in the memory layers.
         changes_layers: whether `after_layer` is.
         changes_model: whether `after_model` is.
+        watches: whether `watched` is told of all layers.
+
+    Attributes:
+        own_layers: how many layers of its own it has that attend as the backbone's do. Their attention modules are numbered
+            on from the backbone's (`layer_idx`); streams carry rows for them, too, and `after_attention` is asked in them.
     """
 
     Options: ClassVar[type[Options]] = Options
     joins_attention: ClassVar[bool] = False
     changes_layers: ClassVar[bool] = False
     changes_model: ClassVar[bool] = False
+    watches: ClassVar[bool] = False
+    own_layers: int = 0
 
     def __init__(self, anatomy: Anatomy, config: LMCODEConfig, options: Any) -> None:
         super().__init__()
@@ -122,6 +144,13 @@ class Recipe(nn.Module, ABC):
     def after_layer(self, layer: int, hidden_BTC: Tensor, current: Pass, call: LayerCall) -> Tensor:
         """What a layer hands on."""
         return hidden_BTC
+
+    def watched(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], hidden_BTC: Tensor, current: Pass) -> None:
+        """Told of every call of every layer: its arguments, hidden states first, and what it hands on."""
+
+    def after_attention(self, layer: int, query_BQTD: Tensor, mixed_BQTD: Tensor, current: Pass) -> Tensor:
+        """What the attention of a layer of its own hands on to its output projection. Queries are those before rotation."""
+        return mixed_BQTD
 
     def after_model(self, hidden_BTC: Tensor, current: Pass) -> Tensor:
         """What the head is given: the last hidden states, normalised."""

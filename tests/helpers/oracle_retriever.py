@@ -58,6 +58,11 @@ class OracleRetriever(InTwoSteps):
         value_HND = torch.einsum("hnk,hnkd->hnd", weight_HNK, self.value_HMD[head_H11, id_HNK])
         return value_HND, score_HNK.logsumexp(dim=2).where(valid_HNK.any(dim=2), NO_SCORE)
 
+    def fetch(self, hits: Hits) -> tuple[Tensor, ...]:
+        head_H11 = torch.arange(len(self.key_HMD))[:, None, None]
+        rows = (part_HMD[head_H11, hits.id_HNK.clamp(min=0)] for part_HMD in (self.key_HMD, self.value_HMD))
+        return tuple(part_HNKD * hits.valid_HNK[..., None] for part_HNKD in rows)
+
 
 def random_retriever(config: LMCODEConfig, *, num_entries: int, num_namespaces: int, seed: int = 0,
                      value_scale: float = 1.0) -> OracleRetriever:

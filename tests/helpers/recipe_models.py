@@ -33,7 +33,8 @@ FAMILIES: dict[str, functools.partial[PretrainedConfig]] = {
     "gpt_neox": functools.partial(GPTNeoXConfig, **SIZES),
 }
 # What differs between recipes in a test: a new recipe joins by a line.
-OPTIONS: dict[str, dict[str, Any]] = {"camelot": {"memory_bias": 0.0}, "lmcode": {"memory_bias": 0.0}}
+OPTIONS: dict[str, dict[str, Any]] = {"camelot": {"memory_bias": 0.0}, "lmcode": {"memory_bias": 0.0},
+                                     "longmem": {}}
 assert set(OPTIONS) == set(RECIPES)
 
 
@@ -57,7 +58,7 @@ def attached(family: str, recipe: str, *, seed: int = 0, opened: bool = True, **
         torch.manual_seed(seed + 1)
         with torch.no_grad():
             for parameter in model.lmcode.recipe.parameters():
-                if parameter.dim() > 1:
+                if parameter.dim() > 1 or not bool(parameter.any()):
                     parameter.normal_(std=0.2)
     return model
 

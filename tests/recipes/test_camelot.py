@@ -30,7 +30,7 @@ def test_slots_join_the_softmax_of_the_layer() -> None:
     model(tokens(1, 7))
     query, key, value = (seen[name][0] for name in ("query", "key", "value"))
     unrotated = backbone.anatomy.rotate(seen["query"], seen["tables"], back=True)
-    placed = backbone.recipe._placed(unrotated)[0]
+    placed = backbone.anatomy.at_distance(unrotated, 9)[0]
     for head in range(4):
         own_TT = query[head] @ key[head // 2].T * 8 ** -0.5
         own_TT = own_TT.masked_fill(torch.ones(7, 7, dtype=torch.bool).triu(1), -1e30)

@@ -1,0 +1,188 @@
+"""Recipe `longmem`: a residual side network beside a frozen backbone, of half its layers, one of which reads the memory.
+
+After LongMem (Wang et al., "Augmenting Language Models with Long-Term Memory", NeurIPS 2023, arXiv 2306.07174). The backbone
+makes the keys and values that are stored, so they never grow stale; the side network, the only part that is trained, learns
+to read them. The one thing to know: side layers are copies of the backbone's own modules, called with the arguments that the
+backbone's layer was called with, so their attention takes the same way as that of any layer; README.md says where this
+differs from the paper.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from lmcode.config import ConfigError, LMCODEConfig
+from lmcode.precision import without_autocast
+from lmcode.protocol import Candidates, NullRetriever
+from lmcode.recipes import foreign, recipe
+from lmcode.recipes.anatomy import Anatomy
+from lmcode.recipes.chunks import Waiting, attend_chunks, chunk_query, in_chunks
+from lmcode.recipes.joint import answers_of, per_query, queries_of, share_per_query
+from lmcode.recipes.recipe import Left, Pass
+
+RETRIEVED = 64  # tokens that a query finds, in the paper
+REMEMBERED = 65536  # tokens that its memory holds
+ENTERED, STAYED = "longmem entered", "longmem stayed"  # notes of a pass: what the first layer was given, and who waits
+
+
+class Options(recipe.Options):
+    """Settings of this recipe beside `sinks` and `cache`."""
+
+    chunk: int = Field(4, ge=1, description="tokens that are stored and found together")
+    distance: int = Field(256, ge=0, description="positions that every stored token lies before the query that reads it")
+
+
+class Called(NamedTuple):
+    """One call of a layer: its arguments behind the hidden states, and what it handed on."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden_BTC: Tensor
+
+
+def sources_of(num_layers: int) -> list[int]:
+    """The layer that each side layer is made from: the second of every two, and the last one where it has no pair."""
+    return [min(first + 1, num_layers - 1) for first in range(0, num_layers, 2)]
+
+
+def side_layer(anatomy: Anatomy, source: int, *, number: int) -> nn.Module:
+    """A trainable copy of a layer, whose attention has another number."""
+    layer, config = anatomy.layers[source], anatomy.base.config
+    made = copy.deepcopy(layer, {id(config): config})  # one config: it says whose attention is called
+    attention: Any = getattr(made, anatomy.family.attention)
+    attention.layer_idx = number
+    return made
+
+
+class LongMem(recipe.Recipe):
+    """Side layers, their norm, a gate between attention and memory for each head, and one between both networks."""
+
+    Options = Options
+    watches = changes_model = True
+
+    def __init__(self, anatomy: Anatomy, config: LMCODEConfig, options: Any) -> None:
+        super().__init__(anatomy, config, options)
+        self.sources = sources_of(anatomy.sizes["num_layers"])
+        self.own_layers, self.memory_layer = len(self.sources), config.memory_layer_indices[0]
+        self.layers = nn.ModuleList(side_layer(anatomy, source, number=anatomy.sizes["num_layers"] + place)
+                                    for place, source in enumerate(self.sources))
+        self.norm = copy.deepcopy(anatomy.norm)
+        self.memory_gate_Q = nn.Parameter(torch.full((anatomy.sizes["num_heads"],), config.memory_bias))
+        self.opening_C = nn.Parameter(torch.zeros(config.hidden_size))
+        self.requires_grad_(True)
+
+    @staticmethod
+    def settings(sizes: Mapping[str, int], options: Any) -> dict[str, Any]:
+        """The paper's: the memory at three quarters of the depth (its 18th layer of 24), 64 tokens found, 65,536 kept, and
+        gates that begin half open."""
+        return {"memory_layers": (max(0, 3 * sizes["num_layers"] // 4 - 1),), "memory_heads": sizes["kv_heads"],
+                "memory_head_dim": options.chunk * sizes["head_dim"], "memory_top_k": max(1, RETRIEVED // options.chunk),
+                "long_term_memory_slots": max(1, REMEMBERED // options.chunk), "memory_bias": 0.0,
+                "successor_values": False}
+
+    @staticmethod
+    def check(model: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+        width = model["recipe_options"]["chunk"] * sizes["head_dim"]
+        for name, wanted in (("memory_heads", sizes["kv_heads"]), ("memory_head_dim", width), ("retrieval_stride", 1),
+                             ("successor_values", False)):
+            if model.get(name, wanted) != wanted:
+                raise ConfigError(f"with the recipe longmem model.{name} must be {wanted!r} for this backbone: got "
+                                  f"{model[name]!r}")
+        layers = model["memory_layers"]
+        if layers == "all" or len(layers) != 1:
+            raise ConfigError("with the recipe longmem model.memory_layers must be one layer, whose keys and values are "
+                              f"stored: got {layers!r}")
+
+    # The side network
+
+    def watched(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], hidden_BTC: Tensor, current: Pass) -> None:
+        if layer == 0:
+            current.notes[ENTERED] = args[0]
+        if layer in self.sources:
+            current.notes[layer] = Called(args[1:], kwargs, hidden_BTC)
+
+    def after_model(self, hidden_BTC: Tensor, current: Pass) -> Tensor:
+        """Equation 2 of the paper, H_side[l] = f(H_side[l-1]) + H[2l] - H[2l-2]; then the way over from the backbone."""
+        before_BTC: Tensor = current.notes.pop(ENTERED)
+        side_BTC = before_BTC
+        for place, (source, layer) in enumerate(zip(self.sources, self.layers, strict=True)):
+            called = current.notes.pop(source)
+            cache = foreign.cache_in([*called.args, *called.kwargs.values()])
+            if cache is not None:
+                foreign.room(cache, place)
+            side_BTC = layer(side_BTC, *called.args, **called.kwargs) + (called.hidden_BTC - before_BTC)
+            before_BTC = called.hidden_BTC
+        side_BTC = self.norm(side_BTC)
+        return hidden_BTC + self.opening_C.to(hidden_BTC.dtype) * (side_BTC - hidden_BTC)
+
+    def after_attention(self, layer: int, query_BQTD: Tensor, mixed_BQTD: Tensor, current: Pass) -> Tensor:
+        """In the layer that reads: sigmoid(gate) of the memory's answer, the rest of the attention's own; where nothing was
+        found, all of it."""
+        if layer - self.anatomy.sizes["num_layers"] != self.memory_layer // 2:
+            return mixed_BQTD
+        found_BQTD, found_BQT = self._found(query_BQTD, current)
+        share_BQT = torch.sigmoid(self.memory_gate_Q.float())[:, None] * found_BQT
+        self._record(share_BQT.detach(), current)
+        mixed_fp32 = mixed_BQTD.float()
+        return (mixed_fp32 + share_BQT.unsqueeze(-1) * (found_BQTD - mixed_fp32)).to(mixed_BQTD.dtype)
+
+    @without_autocast()
+    def _found(self, query_BQTD: Tensor, current: Pass) -> tuple[Tensor, Tensor]:
+        """Attention over the tokens that each query finds, fp32 [B, Q, T, D], and where it finds any, 0 or 1 [B, Q, T]."""
+        tape, retriever = current.tape(self.memory_layer), current.retrievers[self.memory_layer]
+        heads, chunk = self.config.memory_heads, self.options.chunk
+        query_HND = queries_of(self.anatomy.at_distance(query_BQTD, self.options.distance), heads).float()
+        if tape.hits is None:
+            namespace_N, document_N = current.asking(query_BQTD.shape[1] // heads)
+            tape.record(hits=retriever.search(chunk_query(query_HND.detach(), chunk), namespace_N, document_N))
+        hits: Any = tape.hits
+        if isinstance(retriever, NullRetriever):
+            value_HND = torch.zeros_like(query_HND)
+        else:
+            key_HNKX, value_HNKX = retriever.fetch(hits)
+            value_HND = attend_chunks(query_HND, key_HNKX, value_HNKX, hits.valid_HNK, chunk=chunk)
+        found_HN1 = hits.valid_HNK[..., :1].float()
+        return answers_of(value_HND, query_BQTD), answers_of(found_HN1, query_BQTD).squeeze(-1)
+
+    def _record(self, share_BQT: Tensor, current: Pass) -> None:
+        share_HN = share_per_query(share_BQT, self.config.memory_heads)
+        valid_N = per_query(current.valid_BT, share_HN.shape[1] // current.valid_BT.numel())
+        gate = torch.sigmoid(self.memory_gate_Q.detach().float()).mean()
+        current.tape(self.memory_layer).record(
+            share_HN=share_HN, credit_HN=share_HN.where(valid_N, 0.0), null_share_HN=torch.zeros_like(share_HN),
+            gate_BT=gate.expand_as(current.valid_BT))
+
+    # What is stored
+
+    def offered(self, layer: int, current: Pass, left: Left, known_BT: Tensor) -> Candidates:
+        """Chunks of what has left the row, keys scaled as the attention scales its logits. The tokens behind the last whole
+        chunk wait for those that leave in the next window."""
+        state: Any = current.state
+        scaling: Any = self.anatomy.attention(layer).scaling
+        waiting = Waiting(*state.recipe)
+        if current.reset_B is not None:
+            waiting = waiting._replace(count_B=waiting.count_B.masked_fill(current.reset_B, 0))
+        made, current.notes[STAYED] = in_chunks(waiting, replace(left, key_BHTD=left.key_BHTD * scaling),
+                                                chunk=self.options.chunk, fill_up=current.at_once)
+        B, N = made.valid_BN.shape
+        namespace_BN = current.namespace_B[:, None].expand(B, N)
+        document_B = torch.full_like(current.namespace_B, -1) if current.document_B is None else current.document_B
+        return Candidates(made.key_BHNX.transpose(0, 1).flatten(1, 2), made.value_BHNX.transpose(0, 1).flatten(1, 2),
+                          namespace_BN.flatten(), made.surprise_BN.flatten(),
+                          (made.valid_BN & (namespace_BN >= 0)).flatten(), document_B[:, None].expand(B, N).flatten())
+
+    def blank_state(self, num_streams: int, device: torch.device | None) -> tuple[Tensor, ...]:
+        B, H, P, D = num_streams, self.anatomy.sizes["kv_heads"], self.options.chunk - 1, self.anatomy.sizes["head_dim"]
+        row_BHPD = torch.zeros(B, H, P, D, device=device)
+        return Waiting(row_BHPD, row_BHPD, torch.zeros(B, P, device=device),
+                       torch.zeros(B, dtype=torch.int64, device=device))
+
+    def next_state(self, current: Pass) -> tuple[Tensor, ...]:
+        return tuple(current.notes.pop(STAYED))
