@@ -120,7 +120,8 @@ class LongMem(recipe.Recipe):
             side_BTC = layer(side_BTC, *called.args, **called.kwargs) + (called.hidden_BTC - before_BTC)
             before_BTC = called.hidden_BTC
         side_BTC = self.norm(side_BTC)
-        return hidden_BTC + self.opening_C.to(hidden_BTC.dtype) * (side_BTC - hidden_BTC)
+        mixed_BTC: Tensor = hidden_BTC + self.opening_C.to(hidden_BTC.dtype) * (side_BTC - hidden_BTC)
+        return mixed_BTC
 
     def after_attention(self, layer: int, query_BQTD: Tensor, mixed_BQTD: Tensor, current: Pass) -> Tensor:
         """In the layer that reads: sigmoid(gate) of the memory's answer, the rest of the attention's own; where nothing was
