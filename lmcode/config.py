@@ -132,14 +132,14 @@ class MemoryConfig(Section):
     write: Literal["all", "every_nth", "surprise"] = Field("all", description="which tokens become entries")
     write_every: int = Field(4, ge=1, description="n of write=every_nth")
     write_share: float = Field(0.25, gt=0.0, le=1.0, description="share of tokens that write=surprise keeps")
-    value_store: Literal["device", "host", "mmap"] = Field("device", description="where values lie: beside the keys, in host "
-                                                           "memory, or in a working file on disk")
-    value_folder: str | None = Field(None, description="folder for the working files of value_store=mmap; that for temporary "
-                                     "files when None")
+    value_store: Literal["device", "host", "mmap"] = Field("device", description="where values lie: beside the keys, in "
+                                                           "host memory, or in a working file on disk")
+    value_folder: str | None = Field(None, description="folder for the working files of value_store=mmap; that for "
+                                     "temporary files when None")
     eviction: Annotated[str, name_in(EVICTIONS)] = Field("clock", json_schema_extra={"enum": [*EVICTIONS]},
                                                          description="who makes room for newcomers: the first in, with a "
-                                                         "second chance for the important (clock) or without (fifo), the least "
-                                                         "recently hit or written, the least important, or anybody")
+                                                         "second chance for the important (clock) or without (fifo), the "
+                                                         "least recently hit or written, the least important, or anybody")
     second_chance_importance: float = Field(1.5, gt=0.0, description="from here on the clock passes an entry over once; "
                                             "surprise alone does not reach 1.5")
     importance_weight: float = Field(0.25, ge=0.0, description="factor on log-importance in an entry's score")

@@ -2,8 +2,8 @@
 
 What a step costs one bank beside searching, as the bank grows: 2,048 writes in 16 namespaces, 65,536 hits that are credited,
 the rows of the 16 namespaces looked up, and the counts of a log line. One process, one head of width 16 (the width decides
-what a vector costs, not what is kept beside it), every slot taken. Medians over the steps, milliseconds of processor time; the last column is the
-whole step beside that of the smallest bank.
+what a vector costs, not what is kept beside it), every slot taken. Medians over the steps, milliseconds of processor time;
+"ratio" is the whole step beside that of the smallest bank, "worst" the slowest step.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def stack_candidates(candidates: Sequence[Candidates], *, heads: int, head_dim: 
     facts = [torch.empty(0, 3, dtype=torch.int64, device=device)]
     for one in candidates:
         vector_2EHD = torch.stack([one.key_HND, one.value_HND]).transpose(1, 2)[:, one.valid_N].to(device, dtype)
-        checked = inspect(*vector_2EHD, max_norm)
+        checked = inspect(vector_2EHD[0], vector_2EHD[1], max_norm)
         vectors.append(torch.stack([checked.key_EHD, checked.value_EHD], dim=1).to(dtype))
         bits_N = one.surprise_N.float().contiguous().view(torch.int32).long() & _LOW
         document_N = torch.full_like(bits_N, UNKNOWN) if one.document_N is None else one.document_N

@@ -11,8 +11,8 @@ first, in ring order from the hand.
     oldest      whose writing is longest ago, be it by `step` (who merges into an entry may renew that)
     importance  the least important, unless the newcomer is even less so: then it is refused
     random      the slot that a hash of the newcomer's id names
-Of equals the smaller id goes first. What these cost per batch of n: fifo and random O(n); clock O(n) and what it passes over,
-which costs each entry its chance; the others as `Ring.lowest` does.
+Of equals the smaller id goes first. What these cost per batch of n: fifo and random O(n); clock O(n) and what it passes
+over, which costs each entry its chance; the others as `Ring.lowest` does.
 Letters: C slots of the virtual shard, n newcomers, m of them that are stored.
 """
 

@@ -1,9 +1,9 @@
 """What a rank knows of its entries beside their vectors: the columns, and whatever follows from them.
 
-Everything that changes a column goes through here, with the slots that it changes; so counts, lists and blocks are kept up to
-date in time that depends on what changed and not on the bank. What follows from the columns is never saved: `forget` makes
-it anew. The columns are views of one table with 64 bytes a slot, a cache line: in a large bank every slot that is touched
-costs one miss, and not one for each column.
+Everything that changes a column goes through here, with the slots that it changes; so counts, lists and blocks are kept up
+to date in time that depends on what changed and not on the bank. What follows from the columns is never saved: `forget`
+makes it anew. The columns are views of one table with 64 bytes a slot, a cache line: in a large bank every slot that is
+touched costs one miss, and not one for each column.
 Letters: M slots of this rank, V of its virtual shards; E slots that change; W winners.
 """
 
@@ -21,7 +21,7 @@ from lmcode.memory.ring import Blocks, Ring
 LINE = 64  # bytes of a slot's row
 _WIDEST_FIRST = sorted(METADATA, key=lambda name: -np.dtype(METADATA[name]).itemsize)
 _SIZES = [np.dtype(METADATA[name]).itemsize for name in _WIDEST_FIRST]
-ROW = np.dtype({"names": _WIDEST_FIRST, "formats": [METADATA[name] for name in _WIDEST_FIRST],  # type: ignore[call-overload]
+ROW = np.dtype({"names": _WIDEST_FIRST, "formats": [METADATA[name] for name in _WIDEST_FIRST],
                 "offsets": [sum(_SIZES[:at]) for at in range(len(_SIZES))], "itemsize": LINE})
 
 

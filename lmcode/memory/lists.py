@@ -1,8 +1,8 @@
 """Which slots hold the entries of a namespace, or those of some ids: kept up to date by what changed.
 
-Ids are given out in ascending order and never again. So a list of (id, slot) that is only ever appended to stays in id order,
-and whether an item still holds can be seen from the column of ids: it is stale once its slot has another one. Nothing is
-taken out of a list when an entry goes; it is swept when it has grown too stale. A change costs time in proportion to what
+Ids are given out in ascending order and never again. So a list of (id, slot) that is only ever appended to stays in id
+order, and whether an item still holds can be seen from the column of ids: it is stale once its slot has another one. Nothing
+is taken out of a list when an entry goes; it is swept when it has grown too stale. A change costs time in proportion to what
 changed (a sweep included, on average), a look-up to what it finds.
 Letters: M slots of a rank; E entries that change; P items of a list.
 """
@@ -39,7 +39,8 @@ class SlotList:
     def slots(self, id_M: np.ndarray) -> np.ndarray:
         """The slots of those items that hold, given the column of ids."""
         id_P, slot_P = self._item_2P[:, :self._length]
-        return slot_P[id_M[slot_P] == id_P]
+        live: np.ndarray = slot_P[id_M[slot_P] == id_P]
+        return live
 
     def find(self, id_E: np.ndarray, id_M: np.ndarray) -> np.ndarray:
         """The slot of each id, -1 where it is not here, given the column of ids."""

@@ -106,7 +106,8 @@ class Ring:
     @property
     def live_C(self) -> np.ndarray:
         """bool, slots that hold an entry; takes time in proportion to C."""
-        return self.columns["id"] >= 0
+        live_C: np.ndarray = self.columns["id"] >= 0
+        return live_C
 
     def free(self, n: int) -> np.ndarray:
         """The first n free slots, or all if there are fewer, in ring order from the hand."""

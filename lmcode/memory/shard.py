@@ -28,6 +28,7 @@ from lmcode.memory.placement import capacity_of, virtual_shard_of
 from lmcode.memory.search.exact import Stack, attend_best, no_hits, stack_rows
 from lmcode.memory.search.tier import Found, Hidden, Rows, Tier, tier_of
 from lmcode.memory.ticket import Ticket
+from lmcode.memory.values import copy_of, value_table
 from lmcode.protocol import NO_SCORE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,14 +49,14 @@ class Shard:
 
     def __init__(self, *, heads: int, head_dim: int, slots: int, owned: Sequence[int], config: MemoryConfig,
                  device: torch.device) -> None:
-        self.config, self.slots, self.owned = config, slots, tuple(owned)
+        self.config, self.slots, self.owned, self.device = config, slots, tuple(owned), device
         capacities = [capacity_of(shard, slots, config.virtual_shards) for shard in self.owned]
         self.ledger = Ledger(self.owned, capacities, favoured_from=config.second_chance_importance)
         self.columns, self.range_of = self.ledger.columns, self.ledger.range_of
         self.num_slots = M = self.ledger.num_slots
         self.key_HME = torch.zeros(heads, M, head_dim + 1, dtype=DTYPES[config.dtype], device=device)
         self.key_HME[..., -1] = NO_SCORE
-        self.value_HMD = torch.zeros(heads, M, head_dim, dtype=DTYPES[config.dtype], device=device)
+        self.value_HMD = value_table((heads, M, head_dim), DTYPES[config.dtype], config, device)
         self.hand, self.evicted = self.ledger.hand, self.ledger.evicted
         self._policy = policy_of(config.eviction)
         self.version = next(_VERSIONS)
@@ -94,7 +95,7 @@ class Shard:
     def _put(self, slot_E: np.ndarray, entries: Entries) -> None:
         slots = self._on_device(slot_E)
         self.key_HME[:, slots, :-1] = entries.key_EHD.transpose(0, 1).to(self.key_HME.dtype)
-        self.value_HMD[:, slots] = entries.value_EHD.transpose(0, 1).to(self.value_HMD.dtype)
+        self.value_HMD[:, slots.to(self.value_HMD.device)] = entries.value_EHD.transpose(0, 1).to(self.value_HMD)
         self.ledger.put(slot_E, {**entries.metadata(),
                                  "chance": entries.importance_E >= self.config.second_chance_importance})
         self._refresh_scores(slot_E)
@@ -117,7 +118,8 @@ class Shard:
 
     def matching(self, *, ids: Sequence[int] | None, namespace: int | None, before_step: int | None,
                  predicate: Predicate | None) -> np.ndarray:
-        """Slots of the entries that meet all given conditions, int64; ValueError without any. See `LongTermMemory.delete`."""
+        """Slots of the entries that meet all given conditions, int64; ValueError without any. See `LongTermMemory.delete`.
+        """
         if (ids, namespace, before_step, predicate) == (None, None, None, None):
             raise ValueError("delete needs at least one of ids, namespace, before_step, predicate: got none")
         if ids is not None:
@@ -141,7 +143,7 @@ class Shard:
         self.ledger.clear(slot_E)
         slots = self._on_device(slot_E)
         self.key_HME[:, slots] = 0
-        self.value_HMD[:, slots] = 0
+        self.value_HMD[:, slots.to(self.value_HMD.device)] = 0
         self._refresh_scores(slot_E)
         self._texts = None
         return len(slot_E)
@@ -172,7 +174,8 @@ class Shard:
         """What another rank needs of these entries to merge them: fp32 vector_E2HD and int64 `pack_columns` [E, 5]."""
         slot_E = self.slots_of_ids(id_E)
         slots = self._on_device(slot_E)
-        vector_2HED = torch.stack([self.key_HME[:, slots, :-1], self.value_HMD[:, slots]]).float()
+        value_HED = self.value_HMD[:, slots.to(self.value_HMD.device)].to(slots.device)
+        vector_2HED = torch.stack([self.key_HME[:, slots, :-1], value_HED]).float()
         return vector_2HED.permute(2, 0, 1, 3), self._on_device(pack_columns(self.columns, slot_E))
 
     def absorb(self, id_E: np.ndarray, other_E2HD: Tensor, other_E5: Tensor) -> None:
@@ -182,7 +185,7 @@ class Shard:
         key_HED, value_HED = merged_E2HD.permute(1, 2, 0, 3)
         slots = self._on_device(slot_E)
         self.key_HME[:, slots, :-1] = key_HED.to(self.key_HME.dtype)
-        self.value_HMD[:, slots] = value_HED.to(self.value_HMD.dtype)
+        self.value_HMD[:, slots.to(self.value_HMD.device)] = value_HED.to(self.value_HMD)
         self.ledger.update(slot_E, merge_columns(mine_E5.cpu().numpy(), other_E5.cpu().numpy()))
         self._refresh_scores(slot_E)
 
@@ -254,6 +257,8 @@ class Shard:
         Args:
             longest: length of the longest query, finite.
         """
+        if self.value_HMD.device != self.device:
+            return None
         (N, H, E), names = query_NHE.shape, namespace_N.tolist()
         if scope == "document":
             groups: Groups = tuple((name,) for name in (names if len(set(names)) > 1 else names[:1]))
@@ -374,7 +379,8 @@ class Shard:
         columns = {name: torch.from_numpy(column[place].copy()) for name, column in self.columns.items()}
         numbers = {"shard": shard, "virtual_shards": self.config.virtual_shards, "slots": self.slots,
                    "hand": self.hand[shard], "evicted": self.evicted[shard]}
-        return {"key": self.key_HME[:, place, :-1].cpu().clone(), "value": self.value_HMD[:, place].cpu().clone(),
+        return {"key": copy_of(self.key_HME[:, place, :-1], self.config),
+                "value": copy_of(self.value_HMD[:, place], self.config),
                 **columns, **{name: torch.tensor(number) for name, number in numbers.items()}}
 
     def load(self, shard: int, state: Mapping[str, Tensor]) -> None:
@@ -397,16 +403,21 @@ class Shard:
 
     def check(self, shard: int, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError where a state, bank-wide counters included, is not one of this virtual shard."""
-        mine = {**self.state(shard), **dict.fromkeys(COUNTERS, torch.tensor(0))}
+        place = self._place_of(shard)
+        (H, _, D), C = self.value_HMD.shape, place.stop - place.start
+        numbers = {"shard": shard, "virtual_shards": self.config.virtual_shards, "slots": self.slots}
+        mine: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            **dict.fromkeys(("key", "value"), ((H, C, D), self.value_HMD.dtype)),
+            **{name: ((C,), torch.from_numpy(column[:0].copy()).dtype) for name, column in self.columns.items()},
+            **dict.fromkeys((*numbers, "hand", "evicted", *COUNTERS), ((), torch.int64))}
         if {*mine} != {*state}:
             raise ValueError(f"virtual shard {shard}: a state holds {sorted(mine)}: got {sorted(state)}")
-        for name, tensor in mine.items():
-            expected, came = ((tuple(one.shape), one.dtype) for one in (tensor, state[name]))
-            if expected != came:
+        for name, expected in mine.items():
+            if expected != (came := (tuple(state[name].shape), state[name].dtype)):
                 raise ValueError(f"virtual shard {shard}: '{name}' must be {expected}: got {came}")
-        for name in ("shard", "virtual_shards", "slots"):
-            if int(state[name]) != int(mine[name]):
-                raise ValueError(f"virtual shard {shard}: '{name}' must be {int(mine[name])}: got {int(state[name])}")
+        for name, number in numbers.items():
+            if int(state[name]) != number:
+                raise ValueError(f"virtual shard {shard}: '{name}' must be {number}: got {int(state[name])}")
         check_content(state, self.config.virtual_shards)
 
     def _place_of(self, shard: int) -> slice:

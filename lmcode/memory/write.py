@@ -41,7 +41,7 @@ def count_hits(hits: Sequence[Hits], tickets: Sequence[Ticket], shard: Shard, in
     counted = shard.count_hits(tickets, gather_credits(hits, tickets, inside))
     if between.size == 1:
         return counted
-    counted_E2 = torch.from_numpy(np.stack(counted, axis=1)).to(shard.value_HMD.device)
+    counted_E2 = torch.from_numpy(np.stack(counted, axis=1)).to(shard.device)
     counts = between.all_gather_int(len(counted_E2), phase="writes", device=counted_E2.device)
     return shard.ledger.add_up(*between.all_gather_rows(counted_E2, counts, phase="writes").cpu().numpy().T)
 
@@ -64,7 +64,7 @@ def gather_candidates(candidates: Sequence[Candidates], shard: Shard, group: Gro
     will hold them, one in each memory group.
     """
     heads, _, head_dim = shard.value_HMD.shape
-    config, device = shard.config, shard.value_HMD.device
+    config, device = shard.config, shard.device
     vector_X2HD, facts_X3 = entry.stack_candidates(candidates, heads=heads, head_dim=head_dim, dtype=shard.value_HMD.dtype,
                                                    device=device, max_norm=config.max_norm)
     counts = group.all_gather_int(len(facts_X3), phase="writes", device=device)
@@ -94,7 +94,7 @@ def batch_of(key_HED: Tensor, value_HED: Tensor, namespace_E: Tensor, importance
     importance_E = torch.ones(E) if importance_E is None else importance_E
     document_E = torch.full((E,), entry.UNKNOWN) if document_E is None else document_E
     entry.check_batch(key_HED, value_HED, namespace_E, document_E, importance_E, heads=heads, head_dim=head_dim)
-    key_EHD, value_EHD = (part.detach().transpose(0, 1).to(shard.value_HMD.device) for part in (key_HED, value_HED))
+    key_EHD, value_EHD = (part.detach().transpose(0, 1).to(shard.device) for part in (key_HED, value_HED))
     names_E, documents_E = (column_E.cpu().long().numpy() for column_E in (namespace_E, document_E))
     entries, accepted_E, clipped = entry.admit(key_EHD, value_EHD, names_E, importance_E.cpu().float().numpy(),
                                                document_E=documents_E, step=step, first_id=first_id,

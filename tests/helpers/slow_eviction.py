@@ -11,7 +11,7 @@ Placed = tuple[list[int], int, set[int], list[int]]  # slots in order, the hand,
 
 
 def choose_slots_slowly(hand: int, live: list[bool], chance: list[bool], n: int) -> tuple[list[int], int, set[int]]:
-    """A clock that moves its hand one slot at a time: victims in order, the new hand, and the slots that lost their chance."""
+    """A clock that moves its hand slot by slot: victims in order, the new hand, and the slots that lost their chance."""
     C, live, taken, spent = len(live), list(live), [], set()
     for _ in range(n):
         around = [(hand + offset) % C for offset in range(C)]
