@@ -42,6 +42,9 @@ class Window(NamedTuple):
     piece_BT: int64, the document within the window that each token belongs to, ascending from 0; None: there is one, and
         else `namespace_B` and `document_B` are [B, P], of each such document.
     seen_BTT: bool, which tokens (last dim) each token may attend to; None: itself and all before it.
+    past_BLC: this layer's cache of the tokens before the window; None where there is none. See `past.py`.
+    past_length_B: int64, how many of its last tokens are of the document that each stream is in.
+    seen_past_BTL: bool, which of them (last dim) each token may attend to, [B, T or 1, L].
     """
 
     namespace_B: Tensor
@@ -55,6 +58,9 @@ class Window(NamedTuple):
     document_B: Tensor | None = None
     piece_BT: Tensor | None = None
     seen_BTT: Tensor | None = None
+    past_BLC: Tensor | None = None
+    past_length_B: Tensor | None = None
+    seen_past_BTL: Tensor | None = None
 
     def of_tokens(self, of_B: Tensor, length: int) -> Tensor:
         """A property of streams, or of their documents, for each token: [B, length]."""
@@ -77,6 +83,7 @@ class ReadTape:
     credit_HN: Tensor | None = None
     pending_key_BHD: Tensor | None = None
     slots_BSE: Tensor | None = None
+    past_BLC: Tensor | None = None
 
     def record(self, **products: Any) -> None:
         """Stores what was not recorded before; the first execution wins."""
