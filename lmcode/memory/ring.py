@@ -119,7 +119,8 @@ class Ring:
         slot_X = self._slots(order[:enough]).ravel()
         slot_X = slot_X[(slot_X < C)]
         slot_X = slot_X[self.columns["id"][slot_X] < 0]
-        return slot_X[np.argsort((slot_X - self.hand) % C)][:n]
+        slot_n: np.ndarray = slot_X[np.argsort((slot_X - self.hand) % C)][:n]
+        return slot_n
 
     def lowest(self, name: str, n: int) -> np.ndarray:
         """The n entries, or all if there are fewer, that come first by (value of this column, id)."""
