@@ -46,7 +46,8 @@ NODE = Machine(flat=20e12, hit=10e-9, entry=0.2e-6, network=25e9, call=5e-6)  # 
 CALLS = 8  # collectives of one layer in a step
 
 
-def seconds(machine: Machine, *, ranks: int, entries: float, tokens: int, probed: float = 1.0, lists: int = 0) -> dict[str, float]:
+def seconds(machine: Machine, *, ranks: int, entries: float, tokens: int, probed: float = 1.0,
+            lists: int = 0) -> dict[str, float]:
     """One layer's step on each of `ranks` ranks of a memory group.
 
     Args:
@@ -54,7 +55,8 @@ def seconds(machine: Machine, *, ranks: int, entries: float, tokens: int, probed
     """
     n, others = tokens * HEADS, ranks - 1
     rows = entries / ranks * probed
-    received = others * n * (2 * D * BYTES + 12 * K + 16 + (2 * D + 2) * BYTES) + others * tokens * (24 + 2 * HEADS * D * BYTES / ranks)
+    read = n * (2 * D * BYTES + 12 * K + 16 + (2 * D + 2) * BYTES)  # queries and values, hits, gradients
+    received = others * (read + tokens * (24 + 2 * HEADS * D * BYTES / ranks))
     return {"search": (ranks * n * rows + n * lists) * 2 * D / machine.flat, "hits": n * K * machine.hit,
             "writes": tokens * machine.entry, "network": received / machine.network, "calls": CALLS * others * machine.call}
 
@@ -91,8 +93,8 @@ def one_step(slots: int, queries: int) -> dict[str, float]:
         value, lse = bank.attend(query, hits)
         (value.sum() + lse.sum()).backward()
         times.append(time.process_time())
-        bank.commit([Candidates(query.detach(), query.detach(), names, torch.ones(tokens), torch.ones(tokens).bool())], [hits],
-                    step=step)
+        offered = Candidates(query.detach(), query.detach(), names, torch.ones(tokens), torch.ones(tokens).bool())
+        bank.commit([offered], [hits], step=step)
         times.append(time.process_time())
         rows.append({"search": times[1] - times[0], "attend": times[2] - times[1], "commit": times[3] - times[2],
                      "bytes": float(sum(group.take()[1].values()))})
@@ -106,11 +108,11 @@ def check(slots: int, queries: int) -> None:
         found = run_on_ranks(one_step, ranks, slots, queries)
         mean = {name: sum(one[name] for one in found) / ranks for name in found[0]}
         alone = alone or mean
-        machine = replace(HERE, flat=queries * slots * 2 * D / alone["search"], hit=(alone["attend"] + alone["commit"]) / queries / K,
-                          entry=0.0)
+        machine = replace(HERE, flat=queries * slots * 2 * D / alone["search"], entry=0.0,
+                          hit=(alone["attend"] + alone["commit"]) / queries / K)
         said = seconds(machine, ranks=ranks, entries=slots, tokens=queries // HEADS)
-        print(f"{ranks} rank(s): search {1e3 * mean['search']:,.0f} ms (formula {1e3 * said['search']:,.0f}), attend and commit "
-              f"{1e3 * (mean['attend'] + mean['commit']):,.0f} ms ({1e3 * said['hits']:,.0f}), "
+        print(f"{ranks} rank(s): search {1e3 * mean['search']:,.0f} ms (formula {1e3 * said['search']:,.0f}), "
+              f"attend and commit {1e3 * (mean['attend'] + mean['commit']):,.0f} ms ({1e3 * said['hits']:,.0f}), "
               f"received {mean['bytes'] / 1e6:,.2f} MB ({said['network'] * machine.network / 1e6:,.2f})")
     print(f"here: {machine.flat / 1e9:.0f} GFLOP/s, {machine.hit * 1e6:.2f} microseconds per hit")
 
@@ -123,7 +125,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.check:
         check(arguments.slots, arguments.queries)
-    for name, machine, tokens in (("this machine, 1,024 tokens a rank", HERE, 1024), ("a GPU by its data sheet, 8,192", NODE, 8192)):
+    for name, machine, tokens in (("this machine, 1,024 tokens a rank", HERE, 1024),
+                                  ("a GPU by its data sheet, 8,192", NODE, 8192)):
         print(f"\nmilliseconds a step and layer: {name}")
         table(machine, tokens)
 
