@@ -339,7 +339,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if arguments.suite is not None:
         return run_suite(arguments)
     if arguments.path is None:
-        raise ConfigError("give a run to evaluate, or --suite")
+        raise ConfigError("give a RUN to evaluate, or --suite NAME")
     windows = [] if arguments.windows is None else [f"eval.final_windows={arguments.windows}"]
     settings = [*_recipe(arguments), *arguments.overrides]
     with dist.running() as me:

@@ -101,7 +101,7 @@ def test_what_cannot_be_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
         run_suite("smok")
     with pytest.raises(ConfigError, match=r"has the trials recall, shared: got 'recal'. Did you mean 'recall'\?"):
         run_suite("smoke", only=["recal"])
-    assert command.main(["eval"]) == 2 and "give a run to evaluate, or --suite" in capsys.readouterr().err
+    assert command.main(["eval"]) == 2 and "give a RUN to evaluate, or --suite NAME" in capsys.readouterr().err
     assert command.main(["eval", "runs/x", "--suite", "smoke"]) == 2
     assert "a suite trains its own models" in capsys.readouterr().err
 
