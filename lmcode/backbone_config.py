@@ -96,7 +96,7 @@ def described(values: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, 
     options = options_of(values.get("recipe"), values.get("recipe_options") or {})
     kind = recipe_of(values["recipe"])
     if values.get("cache_windows"):
-        raise ConfigError("model.cache_windows is of our own model: with a recipe say model.recipe_options.cache=, in tokens: "
+        raise ConfigError("model.cache_windows is of our own model: here it is model.recipe_options.cache=, in tokens: "
                           f"got {values['cache_windows']}")
     room = sizes["positions"] - getattr(options, "sinks", 0) - getattr(options, "cache", 0)
     if room < 2:

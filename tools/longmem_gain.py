@@ -1,6 +1,6 @@
 """Whether a side network (recipe longmem) learns to read its memory: a tiny backbone, texts that repeat themselves far away.
 
-    python tools/longmem_gain.py [--seeds 0 1 2] [--backbone-steps 1000] [--steps 300]
+    python tools/longmem_gain.py [--seeds 0 1 2] [--backbone-steps 300] [--steps 300]
 
 A backbone of four layers is trained on windows that hold 16 random symbols twice, so that it learns to copy within a window,
 and frozen. A text has six windows: three of random symbols, then the same three again; what repeats lies 96 tokens back,
@@ -40,8 +40,8 @@ def trained_backbone(seed: int, steps: int) -> Any:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 250 == 0 or step == steps - 1:
-            print(f"seed {seed}: backbone, step {step}: {float(loss.detach()):.3f} where a window repeats itself", flush=True)
+        if step % 100 == 0 or step == steps - 1:
+            print(f"seed {seed}: backbone, step {step}: {float(loss.detach()):.3f} where it can copy", flush=True)
     return model.eval()
 
 
@@ -52,8 +52,8 @@ def texts(count: int) -> torch.Tensor:
 
 
 def read(model: Any, ids_BT: torch.Tensor, *, optimizer: Any = None, memory: bool, first: int) -> float:
-    """Reads texts window by window in namespaces from `first` on: the mean loss of the windows that repeat. With an optimizer
-    each of those is a training step."""
+    """Reads texts window by window, in namespaces from `first` on: the mean loss of the windows that repeat. With an
+    optimizer each of those is a training step."""
     backbone, state, losses = model.lmcode, None, []
     targets_BT = torch.cat([ids_BT[:, 1:], torch.full_like(ids_BT[:, :1], -100)], dim=1)
     namespace_B = torch.arange(first, first + len(ids_BT))
@@ -86,7 +86,7 @@ def fresh_loss(model: Any, *, memory: bool) -> float:
 def run(seed: int, backbone_steps: int, steps: int) -> None:
     """One backbone, and its side network trained with memory and without."""
     backbone = trained_backbone(seed, backbone_steps)
-    for memory in (True, False):
+    for memory, kind in ((True, "with"), (False, "without")):
         model = attach(copy.deepcopy(backbone), "longmem", sinks=0, cache=CACHE, long_term_memory_slots=4096,
                        memory={"virtual_shards": 4})
         optimizer = torch.optim.AdamW(model.lmcode.recipe.parameters(), lr=1e-3)
@@ -98,9 +98,9 @@ def run(seed: int, backbone_steps: int, steps: int) -> None:
             model.lmcode.train()
             loss = read(model, texts(STREAMS), optimizer=optimizer, memory=memory, first=step * STREAMS)
             if step % 50 == 49:
-                print(f"seed {seed}: {'with' if memory else 'without'} memory, {step + 1} batches: {loss:.3f} in training, "
+                print(f"seed {seed}: {kind} memory, {step + 1} batches: {loss:.3f} in training, "
                       f"{time.monotonic() - started:.0f} s", flush=True)
-        print(f"seed {seed}: trained {'with' if memory else 'without'} memory: {fresh_loss(model, memory=memory):.3f}", flush=True)
+        print(f"seed {seed}: trained {kind} memory: {fresh_loss(model, memory=memory):.3f}", flush=True)
         if memory:
             print(f"seed {seed}: the same, its memory switched off: {fresh_loss(model, memory=False):.3f}", flush=True)
 
@@ -108,7 +108,7 @@ def run(seed: int, backbone_steps: int, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--backbone-steps", type=int, default=1000)
+    parser.add_argument("--backbone-steps", type=int, default=300)
     parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
     for seed in arguments.seeds:

@@ -9,6 +9,7 @@ never writes.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -103,6 +104,7 @@ class Recipe(nn.Module, ABC):
         changes_layers: whether `after_layer` is.
         changes_model: whether `after_model` is.
         watches: whether `watched` is told of all layers.
+        offers_by_token: whether candidates are one for each token of the window.
 
     Attributes:
         own_layers: how many layers of its own it has that attend as the backbone's do. Their attention modules are numbered
@@ -114,6 +116,7 @@ class Recipe(nn.Module, ABC):
     changes_layers: ClassVar[bool] = False
     changes_model: ClassVar[bool] = False
     watches: ClassVar[bool] = False
+    offers_by_token: ClassVar[bool] = False
     own_layers: int = 0
 
     def __init__(self, anatomy: Anatomy, config: LMCODEConfig, options: Any) -> None:
@@ -163,6 +166,11 @@ class Recipe(nn.Module, ABC):
         Args:
             known_BT: fp32, the surprise of each token of this window, nats; 0 where unknown.
         """
+
+    def learned_numbers(self, layer: int) -> tuple[list[float], list[float], list[float]]:
+        """See `Backbone.learned_numbers`; a recipe that learns none has its constants, NaN where there is no null slot."""
+        heads = self.config.memory_heads
+        return [1.0] * heads, [self.config.memory_bias] * heads, [math.nan] * heads
 
     def blank_state(self, num_streams: int, device: torch.device | None) -> tuple[Tensor, ...]:
         """What this recipe's streams carry before they start, tensors [B, ...]."""
