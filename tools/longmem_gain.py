@@ -1,6 +1,6 @@
 """Whether a side network (recipe longmem) learns to read its memory: a tiny backbone, texts that repeat themselves far away.
 
-    python tools/longmem_gain.py [--seeds 0 1 2] [--backbone-steps 300] [--steps 300]
+    python tools/longmem_gain.py [--seeds 0 1 2] [--backbone-steps 200] [--steps 150]
 
 A backbone of four layers is trained on windows that hold 16 random symbols twice, so that it learns to copy within a window,
 and frozen. A text has six windows: three of random symbols, then the same three again; what repeats lies 96 tokens back,
@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lmcode.recipes.attach import attach
 
 SYMBOLS, WINDOW, CACHE, FRESH = 64, 32, 8, 3
-STREAMS, SCORED = 16, 128  # texts of a training step; fresh texts that are scored
+STREAMS, SCORED = 16, 32  # texts of a training step; fresh texts that are scored
 
 
 def trained_backbone(seed: int, steps: int) -> Any:
@@ -97,7 +97,7 @@ def run(seed: int, backbone_steps: int, steps: int) -> None:
         for step in range(steps):
             model.lmcode.train()
             loss = read(model, texts(STREAMS), optimizer=optimizer, memory=memory, first=step * STREAMS)
-            if step % 50 == 49:
+            if step % 25 == 24:
                 print(f"seed {seed}: {kind} memory, {step + 1} batches: {loss:.3f} in training, "
                       f"{time.monotonic() - started:.0f} s", flush=True)
         print(f"seed {seed}: trained {kind} memory: {fresh_loss(model, memory=memory):.3f}", flush=True)
@@ -108,8 +108,8 @@ def run(seed: int, backbone_steps: int, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--backbone-steps", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--backbone-steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     arguments = parser.parse_args()
     for seed in arguments.seeds:
         run(seed, arguments.backbone_steps, arguments.steps)
