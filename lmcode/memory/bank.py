@@ -22,7 +22,8 @@ from lmcode.memory import entry, measure
 from lmcode.memory.placement import shards_of
 from lmcode.memory.read import SCOPES, Reader, check_search, turned
 from lmcode.memory.rounds import consolidate_shards
-from lmcode.memory.search.faiss_index import check_top_k, choose_tier
+from lmcode.memory.search.choice import choose_tier
+from lmcode.memory.search.faiss_index import check_top_k
 from lmcode.memory.shard import Predicate, Scope, Shard, digest_of
 from lmcode.memory.write import Batch, batch_of, count_hits, gather_candidates, store
 from lmcode.precision import without_autocast

@@ -36,7 +36,7 @@ def count_entries(shard: Shard, group: Group, groups: int, blind_queries: int) -
     by_rank[group.rank] = int(shard.live_M.sum())
     merged = int((shard.columns["count"] - 1)[shard.live_M].sum())
     numbers = *by_rank, sum(shard.evicted.values()), merged, *shard.count_chances(), blind_queries
-    *by_rank, evicted, merged, chances, spared, blind = totals(group, shard.key_HME.device, *numbers)
+    *by_rank, evicted, merged, chances, spared, blind = totals(group, shard.key_HMD.device, *numbers)
     once = (number // groups for number in (sum(by_rank), evicted, merged, chances, spared))
     live, evicted, merged, chances, spared = once
     return {"slots": shard.slots, "live": live, "live_by_rank": by_rank, "fill": live / shard.slots, "evicted": evicted,

@@ -37,7 +37,7 @@ def count_hits(hits: Sequence[Hits], tickets: Sequence[Ticket], shard: Shard, in
     counted, groups = shard.count_hits(tickets, gather_credits(hits, tickets, inside)), between.size
     if groups == 1:
         return counted
-    packed_M = entry.pack_hits(*counted, parts=groups).to(shard.key_HME.device)
+    packed_M = entry.pack_hits(*counted, parts=groups).to(shard.key_HMD.device)
     return entry.unpack_hits(between.all_reduce(packed_M, phase="writes"), parts=groups)
 
 
@@ -54,8 +54,8 @@ def gather_credits(hits: Sequence[Hits], tickets: Sequence[Ticket], inside: Grou
 def gather_candidates(candidates: Sequence[Candidates], shard: Shard, group: Group) -> tuple[int, Batch]:
     """How many valid candidates all ranks offer, and those that the policy chooses. Collective."""
     heads, _, head_dim = shard.value_HMD.shape
-    device = shard.key_HME.device
-    vector_E2HD, facts_E3 = entry.stack_candidates(candidates, heads=heads, head_dim=head_dim, dtype=shard.key_HME.dtype,
+    device = shard.key_HMD.device
+    vector_E2HD, facts_E3 = entry.stack_candidates(candidates, heads=heads, head_dim=head_dim, dtype=shard.key_HMD.dtype,
                                                    device=device)
     counts = group.all_gather_int(len(facts_E3), phase="writes", device=device)
     # What decides travels first, so that the vectors of candidates that are not chosen never do.
@@ -76,7 +76,7 @@ def batch_of(key_HED: Tensor, value_HED: Tensor, namespace_E: Tensor, importance
     importance_E = torch.ones(E) if importance_E is None else importance_E
     document_E = torch.full((E,), entry.UNKNOWN) if document_E is None else document_E
     entry.check_batch(key_HED, value_HED, namespace_E, document_E, importance_E, heads=heads, head_dim=head_dim)
-    key_EHD, value_EHD = (part.detach().transpose(0, 1).to(shard.key_HME.device) for part in (key_HED, value_HED))
+    key_EHD, value_EHD = (part.detach().transpose(0, 1).to(shard.key_HMD.device) for part in (key_HED, value_HED))
     names_E, documents_E = (column_E.cpu().long().numpy() for column_E in (namespace_E, document_E))
     return Batch(key_EHD, value_EHD, names_E, documents_E, importance_E.cpu().float().numpy())
 

@@ -3,7 +3,7 @@
 Scores come from matrix products of fixed width (rows are padded to a block), so a pair of query and entry gets the same
 bits wherever the entry sits and however many ranks share the bank. `torch.topk` gives no order among equals and cuts
 ties at the k-th place as it likes; here every row that reaches the k-th score is kept and then put in total order.
-Letters: E = D + 1, the width of a stored key; Q queries and P rows of a block.
+Letters: Q queries and P rows of a block; Z = D + 1, the width of a stacked key with its addend.
 
 What is hidden is taken away pair by pair from scores that were computed all the same: every other score keeps its bits.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmcode.memory.merge import order_hits
+from lmcode.memory.search.decide import finish, in_order, no_hits
 from lmcode.memory.search.tier import Found, Hidden, Rows, Tier
 from lmcode.protocol import NO_SCORE
 
@@ -26,40 +26,38 @@ QUERY_BLOCK = 256
 LEAST_QUERIES = 16
 ROW_BLOCK = 256  # width of a matrix product
 CHUNK = 4096  # rows whose scores are held at once
-_REAL = NO_SCORE / 2  # scores below come from empty slots
 ROUNDING = 4e-6  # more than fp32 products over a few hundred components are off, relative to the lengths
 
 
 class ExactTier(Tier):
     """`search_exact`; it keeps nothing."""
 
-    def search(self, query_HQE: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
-        return search_exact(query_HQE, rows.key_HPE, rows.id_P, k, hidden=hidden)
+    def search(self, query_HQD: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
+        return search_exact(query_HQD, rows, k, hidden=hidden)
 
-    def search_alike(self, query_HQE: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
+    def search_alike(self, query_HQD: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
         """In products of one shape only."""
-        return search_exact(query_HQE, rows.key_HPE, rows.id_P, k, hidden=hidden, least_queries=QUERY_BLOCK)
+        return search_exact(query_HQD, rows, k, hidden=hidden, least_queries=QUERY_BLOCK)
 
 
-def search_exact(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, *, hidden: Hidden = (),
+def search_exact(query_HND: Tensor, rows: Rows, k: int, *, hidden: Hidden = (),
                  least_queries: int = LEAST_QUERIES) -> Found:
     """The k best rows for each head and query, in total order: (score_HNK, id_HNK, slot_HNK).
 
     Args:
-        query_HNE: fp32, finite, trailing component 1.
-        key_HME: fp32 or bf16; the trailing component is an addend to the score, `NO_SCORE` in an empty slot.
-        id_M: int64, ids of the rows, in any order; -1 in an empty slot.
-        k: hits wanted; may exceed M.
+        query_HND: fp32, finite.
+        rows: in any order.
+        k: hits wanted; may exceed the number of rows.
         hidden: rows that some queries do not see.
         least_queries: blocks of queries are padded to at least this many; `QUERY_BLOCK` makes products of one shape
             only, for callers whose number of queries depends on the ranks.
     """
-    H, N, _ = query_HNE.shape
+    H, N, _ = query_HND.shape
     if N == 0:
-        return no_hits((H, 0, k), query_HNE.device)
+        return no_hits((H, 0, k), query_HND.device)
     width = max(1, QUERY_BLOCK // N)  # heads whose few queries are sorted together
-    blocks = [[_search_block(query_HNE[head:head + width, start:start + QUERY_BLOCK], key_HME[head:head + width], id_M,
-                             k, hidden_from(hidden, start, QUERY_BLOCK), least_queries)
+    blocks = [[_search_block(query_HND[head:head + width, start:start + QUERY_BLOCK], rows.key_HPD[head:head + width],
+                             rows.addend_P, rows.id_P, k, hidden_from(hidden, start, QUERY_BLOCK), least_queries)
                for start in range(0, N, QUERY_BLOCK)] for head in range(0, H, width)]
     found = [[torch.cat(parts, dim=1) for parts in zip(*row, strict=True)] for row in blocks]
     score_HNK, id_HNK, slot_HNK = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -70,8 +68,8 @@ def search_exact(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, *, hi
 class Stack:
     """The rows that G groups of queries see, side by side for `attend_best`; X = heads x groups.
 
-    key_XEP: fp32, keys in columns; a column where a group has no more rows scores below every entry, and each unlike the
-        next.
+    key_XZP: fp32, keys in columns, the addend last; a column where a group has no more rows scores below every entry,
+        and each unlike the next.
     row_XP: int64, where the row's value is among those of all heads, one after the other.
     empty_G: bool, groups without a row.
     has_empty: whether there are any.
@@ -79,7 +77,7 @@ class Stack:
     longest: length of the longest key. largest_addend: the largest size of one.
     """
 
-    key_XEP: Tensor
+    key_XZP: Tensor
     row_XP: Tensor
     empty_G: Tensor
     has_empty: bool
@@ -88,22 +86,23 @@ class Stack:
     largest_addend: float
 
 
-def stack_rows(key_HME: Tensor, slots: Sequence[Tensor]) -> Stack:
+def stack_rows(key_HMD: Tensor, addend_M: Tensor, slots: Sequence[Tensor]) -> Stack:
     """The rows in each group's slots, int64 [P] each."""
-    (H, M, _), P, device = key_HME.shape, max(1, *map(len, slots)), key_HME.device
+    (H, M, _), P, device = key_HMD.shape, max(1, *map(len, slots)), key_HMD.device
     slot_GP = torch.stack([F.pad(slot_P, (0, P - len(slot_P)), value=-1) for slot_P in slots])
-    key_HGPE = key_HME[:, slot_GP.clamp(min=0)].float()
+    key_HGPD = key_HMD[:, slot_GP.clamp(min=0)].float()
     filler_P = NO_SCORE * (1 + torch.arange(P, device=device) / 8)
-    key_HGPE[..., -1] = key_HGPE[..., -1].where(slot_GP >= 0, filler_P)
-    longest = float(key_HGPE[..., :-1].norm(dim=-1).where(slot_GP >= 0, 0.0).max())
-    largest_addend = float(key_HGPE[..., -1].abs().where(slot_GP >= 0, 0.0).max())
+    addend_GP = addend_M[slot_GP.clamp(min=0)].where(slot_GP >= 0, filler_P)
+    longest = float(key_HGPD.norm(dim=-1).where(slot_GP >= 0, 0.0).max())
+    largest_addend = float(addend_GP.abs().where(slot_GP >= 0, 0.0).max())
+    key_HGPZ = torch.cat([key_HGPD, addend_GP.expand(H, -1, -1).unsqueeze(-1)], dim=-1)
     row_HGP = slot_GP.clamp(min=0) + torch.arange(H, device=device).view(-1, 1, 1) * M
     empty_G = (slot_GP < 0).all(dim=1)
-    return Stack(key_HGPE.flatten(0, 1).transpose(1, 2).contiguous(), row_HGP.flatten(0, 1), empty_G,
+    return Stack(key_HGPZ.flatten(0, 1).transpose(1, 2).contiguous(), row_HGP.flatten(0, 1), empty_G,
                  has_empty=bool(empty_G.any()), num_columns=slot_GP.numel(), longest=longest, largest_addend=largest_addend)
 
 
-def attend_best(query_XQE: Tensor, stack: Stack, value_RD: Tensor, k: int, longest: float) -> tuple[Tensor, ...]:
+def attend_best(query_XQD: Tensor, stack: Stack, value_RD: Tensor, k: int, longest: float) -> tuple[Tensor, ...]:
     """Softmax attention of each query over its k best rows: fp32 value_XQD and logsumexp_XQ, any numbers for empty groups;
     and bool doubtful_XQ, where rounding, or an id, could decide which rows those are.
 
@@ -111,8 +110,8 @@ def attend_best(query_XQE: Tensor, stack: Stack, value_RD: Tensor, k: int, longe
         value_RD: the values of all heads, one after the other.
         longest: length of the longest query.
     """
-    Q, k = query_XQE.shape[1], min(k, stack.row_XP.shape[1])
-    score_XQL, column_XQL, gap_XQ = best_columns(torch.bmm(query_XQE, stack.key_XEP), k)
+    Q, k = query_XQD.shape[1], min(k, stack.row_XP.shape[1])
+    score_XQL, column_XQL, gap_XQ = best_columns(torch.bmm(F.pad(query_XQD, (0, 1), value=1.0), stack.key_XZP), k)
     row_XQL = stack.row_XP.unsqueeze(1).expand(-1, Q, -1).gather(-1, column_XQL)
     share_XQL = score_XQL.softmax(dim=-1)
     # Indexing by a tensor would take ten times as long.
@@ -139,35 +138,13 @@ def best_columns(score_XQP: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return score_XQL[..., :-1], column_XQL[..., :-1], score_XQL[..., -2] - score_XQL[..., -1]
 
 
-def search_by_sorting(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int) -> Found:
+def search_by_sorting(query_HND: Tensor, rows: Rows, k: int) -> Found:
     """What `search_exact` returns, by scoring and sorting everything in fp64: slow and obvious, for tests."""
-    score_HNM = (query_HNE.double() @ key_HME.double().transpose(1, 2)).float().numpy()
+    id_M = rows.id_P
+    score_HNM = (query_HND.double() @ rows.key_HPD.double().transpose(1, 2) + rows.addend_P).float().numpy()
     order_HNM = np.lexsort((np.broadcast_to(id_M.numpy(), score_HNM.shape), -score_HNM), axis=-1)[..., :k]
     score_HNK = torch.from_numpy(np.take_along_axis(score_HNM, order_HNM, -1))
     return finish(score_HNK, id_M[torch.from_numpy(order_HNM)], torch.from_numpy(order_HNM), k)
-
-
-def no_hits(shape: tuple[int, ...], device: torch.device) -> Found:
-    """Lists of invalid hits."""
-    return (torch.full(shape, NO_SCORE, device=device), torch.full(shape, -1, device=device),
-            torch.full(shape, -1, device=device))
-
-
-def finish(score_L: Tensor, id_L: Tensor, slot_L: Tensor, k: int) -> Found:
-    """Marks hits on empty slots as invalid and makes lists k long; the order stays as it is."""
-    real_L = (score_L > _REAL) & (id_L >= 0)
-    found = score_L.where(real_L, NO_SCORE), id_L.where(real_L, -1), slot_L.where(real_L, -1)
-    short = k - score_L.shape[-1]
-    if short <= 0:
-        return found[0][..., :k], found[1][..., :k], found[2][..., :k]
-    return (F.pad(found[0], (0, short), value=NO_SCORE), F.pad(found[1], (0, short), value=-1),
-            F.pad(found[2], (0, short), value=-1))
-
-
-def in_order(score_L: Tensor, id_L: Tensor, slot_L: Tensor, k: int) -> Found:
-    """The first k hits of the total order with their slots."""
-    order_K = order_hits(score_L, id_L)[..., :k]
-    return finish(score_L.gather(-1, order_K), id_L.gather(-1, order_K), slot_L.gather(-1, order_K), k)
 
 
 def kth_largest(score_QM: Tensor, k: int) -> Tensor:
@@ -215,16 +192,17 @@ def _hide(score_HQP: Tensor, hidden: Hidden, start: int) -> None:
             score_HQP[:, query_Q[:, None], row_P[first:last] - start] = NO_SCORE
 
 
-def _search_block(query_HQE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, hidden: Hidden, least_queries: int) -> Found:
+def _search_block(query_HQD: Tensor, key_HMD: Tensor, addend_M: Tensor, id_M: Tensor, k: int, hidden: Hidden,
+                  least_queries: int) -> Found:
     """A block of queries of some heads against all rows, chunk by chunk; the k-th score so far bounds what a chunk may
     add."""
-    (H, Q, _), M = query_HQE.shape, key_HME.shape[1]
+    (H, Q, _), M = query_HQD.shape, key_HMD.shape[1]
     padded = max(least_queries, 1 << (Q - 1).bit_length())  # a function of Q only, not of how rows are spread
-    query_HQE = F.pad(query_HQE, (0, 0, 0, padded - Q))
-    found = no_hits((H * Q, k), query_HQE.device)
+    query_HQD = F.pad(query_HQD, (0, 0, 0, padded - Q))
+    found = no_hits((H * Q, k), query_HQD.device)
     for start in range(0, M, CHUNK):
         chunk = slice(start, start + CHUNK)
-        score_HQP = _scores(query_HQE, key_HME[:, chunk])[:, :Q]
+        score_HQP = _scores(query_HQD, key_HMD[:, chunk])[:, :Q].add_(addend_M[chunk])
         _hide(score_HQP, hidden, start)
         score_QP = score_HQP.flatten(0, 1)  # of one head no copy
         bound_Q1 = kth_largest(score_QP, k) if start == 0 else found[0][:, -1:]
@@ -238,13 +216,13 @@ def _search_block(query_HQE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, hidd
     return score_HQK, id_HQK, slot_HQK
 
 
-def _scores(query_HQE: Tensor, key_HPE: Tensor) -> Tensor:
+def _scores(query_HQD: Tensor, key_HPD: Tensor) -> Tensor:
     """fp32 scores [H, Q, P] from products of fixed width, a head at a time."""
-    (H, Q, _), P = query_HQE.shape, key_HPE.shape[1]
-    score_HQP = query_HQE.new_empty(H, Q, -(-P // ROW_BLOCK) * ROW_BLOCK)
-    for query_QE, key_PE, score_QP in zip(query_HQE, key_HPE, score_HQP, strict=True):
-        for block_PE, out_QP in zip(key_PE.split(ROW_BLOCK), score_QP.split(ROW_BLOCK, dim=1), strict=True):
-            if len(block_PE) < ROW_BLOCK:
-                block_PE = F.pad(block_PE, (0, 0, 0, ROW_BLOCK - len(block_PE)))
-            torch.mm(query_QE, block_PE.float().T, out=out_QP)
+    (H, Q, _), P = query_HQD.shape, key_HPD.shape[1]
+    score_HQP = query_HQD.new_empty(H, Q, -(-P // ROW_BLOCK) * ROW_BLOCK)
+    for query_QD, key_PD, score_QP in zip(query_HQD, key_HPD, score_HQP, strict=True):
+        for block_PD, out_QP in zip(key_PD.split(ROW_BLOCK), score_QP.split(ROW_BLOCK, dim=1), strict=True):
+            if len(block_PD) < ROW_BLOCK:
+                block_PD = F.pad(block_PD, (0, 0, 0, ROW_BLOCK - len(block_PD)))
+            torch.mm(query_QD, block_PD.float().T, out=out_QP)
     return score_HQP[..., :P]
