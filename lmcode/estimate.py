@@ -208,7 +208,7 @@ def traffic_bytes(config: RunConfig, R: int, stage: int, parameters: int) -> dic
         counted = 2 * 8 * slots_per_rank(config, R, model.long_term_memory_slots) * (R // G - 1) // (R // G)
         traffic["writes"] += layers * ((R - 1) * (8 + offered * FACT_BYTES + vectors) + counted)
         # A logged step measures recall on a sample: one search as it is, one exact.
-        sample = min(memory.recall_queries, N)
+        sample = math.ceil(min(memory.recall_queries, N * R) / R)
         traffic["recall"] = 2 * layers * sum(search_traffic(config, G, sample).values()) // train.log_every
     b, share_R = BYTES[train.precision], (R - 1) / R
     # Up to stage 2 gradients are all-reduced (by default stages 1 and 2, too, reduce buckets of several owners so), and from

@@ -63,6 +63,16 @@ def spread(rows_HNX: Tensor, count: int) -> Tensor:
     return rows_HNX[:, torch.arange(count, device=rows_HNX.device) * N // max(1, count)]
 
 
+def sample_of_all(query_HND: Tensor, namespace_N: Tensor, document_N: Tensor, scope: Scope, count: int, *,
+                  group: Group) -> Sample:
+    """This rank's part of at most `count` queries, evenly spread over those of all ranks, if all have as many."""
+    N = len(namespace_N)
+    total = N * group.size
+    place_S = torch.arange(min(count, total)) * total // max(1, min(count, total)) - group.rank * N
+    at_S = place_S[(place_S >= 0) & (place_S < N)].to(query_HND.device)
+    return Sample(query_HND[:, at_S], namespace_N[at_S], document_N[at_S], scope)
+
+
 def sample_of(query_HND: Tensor, namespace_N: Tensor, document_N: Tensor, scope: Scope, count: int) -> Sample:
     """At most `count` of these queries."""
     names_N, documents_N = (spread(one_N[None], count)[0] for one_N in (namespace_N, document_N))

@@ -24,6 +24,8 @@ from lmcode.memory.evict import Ring, policy_of
 from lmcode.memory.placement import capacity_of, virtual_shard_of
 from lmcode.memory.search.decide import no_hits
 from lmcode.memory.search.exact import Stack, attend_best, stack_rows
+from lmcode.memory.search.ivf import IvfTier
+from lmcode.memory.search.plan import Plan
 from lmcode.memory.search.tier import Found, Hidden, Rows, Tier, tier_of
 from lmcode.memory.ticket import Ticket
 from lmcode.protocol import NO_SCORE
@@ -65,6 +67,7 @@ class Shard:
         self._kept: dict[object, Rows] = {}
         self._stacks: dict[object, Stack | None] = {}
         self._tiers: dict[str, Tier] = {}
+        self.plan = Plan()
 
     @property
     def live_M(self) -> np.ndarray:
@@ -276,7 +279,9 @@ class Shard:
         def hidden(slot_P: Tensor | None, queries: np.ndarray) -> Hidden:
             return () if scope == "document" else self._hidden(slot_P, namespace_G[queries], document_G[queries])
 
-        return self._search(query_GHD, _groups(namespace_G, scope), k, self._tier(tier).search, self._rows_of, hidden)
+        searching = self._tier(tier)
+        rows_of = self._table if searching.whole else self._rows_of
+        return self._search(query_GHD, _groups(namespace_G, scope), k, searching.search, rows_of, hidden)
 
     def look_up(self, query_NHD: Tensor, namespace_N: np.ndarray, k: int, *, scope: Scope,
                 longest: float) -> tuple[Tensor, ...] | None:
@@ -327,9 +332,22 @@ class Shard:
         found = self._search(unit_GF.unsqueeze(1), groups, 2, self._tier(tier).search_alike, self._unit_rows_of)
         return found[0][:, 0], found[1][:, 0], found[2][:, 0]
 
+    def use(self, plan: Plan) -> None:
+        """How the whole bank is searched from now on."""
+        self.plan = plan
+        for tier in self._tiers.values():
+            tier.use(plan)
+
+    def list_lengths(self) -> np.ndarray:
+        """How many entries each list of the plan's centroids holds here, int64 [H, L]."""
+        tier = self._tier("ivf")
+        assert isinstance(tier, IvfTier)
+        return tier.lengths(self._table(None))
+
     def _tier(self, name: str) -> Tier:
         if name not in self._tiers:
             self._tiers[name] = tier_of(name)()
+            self._tiers[name].use(self.plan)
         return self._tiers[name]
 
     def _search(self, query_GHD: Tensor, groups: list[tuple[np.ndarray, Any]], k: int, search: Callable[..., Found],
@@ -367,6 +385,12 @@ class Shard:
                   own_L[(document_P[own_L] == document) & (namespace_P[own_L] != namespace)])
                  for number, (document, namespace) in enumerate(readings) if document >= 0]
         return [(self._on_device(query_Q), self._on_device(row_P)) for query_Q, row_P in pairs if len(row_P)]
+
+    def _table(self, names: tuple[int, ...] | None) -> Rows:
+        """`_rows_of`, but all slots where all rows are seen."""
+        if names is not None:
+            return self._rows_of(names)
+        return Rows(self.key_HMD, self.addend_M, self._on_device(self.columns["id"]), None)
 
     def _rows_of(self, names: tuple[int, ...] | None) -> Rows:
         """The rows of these namespaces; None: of all."""

@@ -1,4 +1,4 @@
-"""The one file that calls FAISS: nearest rows by brute force, on CPU and GPU, and inner products of pairs.
+"""The one file that calls FAISS: nearest rows by brute force, on CPU and GPU, inner products of pairs, k-means.
 
 FAISS scores depend on the batch by an ulp or so, and its order among equals is arbitrary: whatever comes from here is a
 proposal, and `decide` makes hits of it. Raw FAISS ids stay here: its -1 becomes an invalid candidate.
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from lmcode.config import FAISS_GPU_MAX_K, ConfigError
+
+KMEANS_ROUNDS = 10
 
 
 def available(device: torch.device) -> bool:
@@ -60,6 +62,22 @@ def inner_products(query_ND: Tensor, key_PD: Tensor, row_NL: Tensor) -> Tensor:
     faiss.fvec_inner_products_by_idx(*(  # type: ignore[attr-defined]  # faiss adds it when it is loaded
         faiss.swig_ptr(array) for array in arrays), key_PD.shape[1], N, L)
     return torch.from_numpy(dot_NL)
+
+
+def centroids(vector_SD: Tensor, count: int, *, seed: int) -> Tensor:
+    """Centroids of unit length by k-means over directions, fp32 [count, D] on the CPU.
+
+    Args:
+        vector_SD: fp32 on the CPU, of unit length; at least as many as centroids.
+    """
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    S, D = vector_SD.shape
+    means = faiss.Kmeans(D, count, niter=KMEANS_ROUNDS, seed=seed, spherical=True, min_points_per_centroid=1,
+                         max_points_per_centroid=S)
+    means.train(vector_SD.numpy())
+    return torch.from_numpy(means.centroids)
 
 
 @cache

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lmcode.config import TIERS
+from lmcode.memory.search.plan import Plan
 
 Found = tuple[Tensor, Tensor, Tensor]  # score fp32, id int64, slot int64; (NO_SCORE, -1, -1) where invalid
 Hidden = Sequence[tuple[Tensor, Tensor]]
@@ -58,7 +59,18 @@ class Rows:
 
 
 class Tier:
-    """One way to search; a subclass has at least `search`."""
+    """One way to search; a subclass has at least `search`.
+
+    Attributes:
+        approximate: may miss hits. Those that it returns have exact scores, in total order.
+    """
+
+    approximate = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether a search that sees all rows is to have the shard's whole table, empty slots included."""
+        return False
 
     @staticmethod
     def check(device: torch.device) -> None:
@@ -78,6 +90,9 @@ class Tier:
     def search_alike(self, query_HQD: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
         """`search`, such that scores have the same bits however many queries there are."""
         return self.search(query_HQD, rows, k, hidden=hidden)
+
+    def use(self, plan: Plan) -> None:
+        """How all ranks search from now on; the first call comes before the first search."""
 
     def changed(self, slot_E: np.ndarray) -> None:
         """These slots of the shard, int64, have other keys, other entries or none now. Who keeps nothing ignores it."""
