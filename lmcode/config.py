@@ -145,8 +145,8 @@ class MemoryConfig(Section):
                                            "namespace merge, every train.memory_consolidation_interval steps")
     max_norm: float = Field(100.0, gt=0.0, description="longer values are scaled down to this length")
     experience_slots: int = Field(16384, ge=1, description="experiences that a model holds over all ranks")
-    recall_queries: int = Field(64, ge=0, description="queries per logged step, of all ranks, that are checked against exact "
-                                "search")
+    recall_queries: int = Field(64, ge=0, description="queries per logged step, of all ranks, that are checked against "
+                                "exact search")
     recall_target: float = Field(0.95, gt=0.0, le=1.0, description="share of the exact hits that an approximate tier is to "
                                  "find; below it more lists are probed, centroids trained, or search is exact again")
 

@@ -73,8 +73,8 @@ def trained_vectors(path: str | Path, keys: int, queries: int) -> Vectors:
 def _collect(opened: Opened, documents: Documents, keys: int, *, queries: int) -> tuple[Tensor, Tensor]:
     """At least so many keys and queries, or all that a pass over the documents gives."""
     model, train = opened.model, opened.config.train
-    sampler = StreamSampler(documents, streams=train.streams, sequence_length=train.sequence_length, seed=train.seed, epochs=1,
-                            shuffle=False)
+    sampler = StreamSampler(documents, streams=train.streams, sequence_length=train.sequence_length, seed=train.seed,
+                            epochs=1, shuffle=False)
     recorder, state, found = Recorder(), None, list[Tensor]()
     with in_eval_mode(model), model.reading_from({layer: recorder for layer in list(model.banks)[:1]}):
         for step in range(sampler.num_steps or 0):

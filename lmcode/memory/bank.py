@@ -300,7 +300,7 @@ class LongTermMemory:
         return recall
 
     def prepare(self) -> None:
-        """What `review` would do before anything was measured: an `ivf` bank that was filled gets its centroids. Collective."""
+        """What `review` does before anything was measured: a bank that was filled gets its centroids. Collective."""
         if self.config.tier in ("ivf", "auto") and self.config.scope != "document":
             self._revise(None)
 

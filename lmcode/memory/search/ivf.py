@@ -6,8 +6,8 @@ works out the probes of all queries for itself: that costs less than sending the
 whose list it probes, hang on no layout, and `decide` scores them against the rows as they are now.
 
 The work goes list by list, one matrix product for a list and all queries that probe it. A first pass over each query's
-nearest lists bounds its K-th score, the second takes all that may reach it; both in fp32, with the rounding of their products
-allowed for, so that nothing is left out that `decide` would keep.
+nearest lists bounds its K-th score, the second takes all that may reach it; both in fp32, with the rounding of their
+products allowed for, so that nothing is left out that `decide` would keep.
 Letters: L lists, C candidates of a query, Y pairs of a list and a query, W pairs of a query and a row.
 """
 

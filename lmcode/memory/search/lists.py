@@ -91,7 +91,7 @@ class Lists:
             self._used += size
 
     def _repack(self) -> None:
-        """Copies all lists into another pool, one behind the other, each with its room, and a quarter of that beyond."""
+        """Copies all lists into another pool, one behind the other, each with its room; a quarter of that stays free."""
         self._used = int(self._room_L.sum())
         start_L, pool = np.cumsum(self._room_L) - self._room_L, np.zeros(self._used * 5 // 4, np.int32)
         within = _within(self.length_L)

@@ -104,8 +104,9 @@ def revise(plan: Plan, facts: Facts, config: MemoryConfig) -> Change | None:
 def sampled(id_P: np.ndarray, live: int, count: int) -> np.ndarray:
     """Which of these entries are in a sample of about `count` of `live`, bool [P]: chosen by id, so by nothing else."""
     share = min(1.0, count / max(1, live))
-    # Other bits than those that choose the virtual shard, which would favour some.
-    chosen_P: np.ndarray = (splitmix64(splitmix64(id_P) ^ np.uint64(0x5851F42D4C957F2D)) >> np.uint64(11)) < share * 2.0**53
+    # Mixed once more, as the first mix chooses the virtual shard.
+    mixed_P = splitmix64(splitmix64(id_P) ^ np.uint64(0x5851F42D4C957F2D))
+    chosen_P: np.ndarray = (mixed_P >> np.uint64(11)) < share * 2.0**53
     return chosen_P
 
 
