@@ -184,7 +184,8 @@ class _Walk:
 
     def slack_N(self) -> Tensor:
         """By how much rounding may turn the order of two scores of those met so far."""
-        return 2 * ROUNDING * (self._length_N * self._longest + 10.0)
+        slack_N: Tensor = 2 * ROUNDING * (self._length_N * self._longest + 10.0)
+        return slack_N
 
     def _stops(self, probe_NP: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """List by list: its rows, the queries that probe it (and which of their probes it is), and their scores."""

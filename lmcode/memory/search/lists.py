@@ -78,7 +78,7 @@ class Lists:
         self.length_L[lists] += count
 
     def _give_room(self, lists: np.ndarray, length: np.ndarray) -> None:
-        """Moves these lists to the end of the pool, with room for a quarter more than `length`; or all to a new pool if it is full."""
+        """Moves these lists to the end of the pool, with room for more than `length`; or all to a new pool."""
         room = length + length // 4 + ROOM
         if self._used + int(room.sum()) > len(self._pool):
             self._room_L[lists] = room

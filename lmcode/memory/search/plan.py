@@ -71,7 +71,7 @@ class Change(NamedTuple):
 
 def lists_for(live: int) -> int:
     """A power of two near 4 sqrt(live): a query then scores about as many centroids as it scores rows."""
-    return 2 ** max(4, round(math.log2(4 * math.sqrt(max(1, live)))))
+    return 1 << max(4, round(math.log2(4 * math.sqrt(max(1, live)))))
 
 
 def revise(plan: Plan, facts: Facts, config: MemoryConfig) -> Change | None:
@@ -136,8 +136,8 @@ def load_plan(path: Path | str, *, heads: int, head_dim: int) -> Plan:
     whole = isinstance(header, dict) and {*header} == {"format", "probing", "probes", "trained_on"} and all(
         type(number) is int for number in header.values())
     if not whole or header["format"] != FORMAT or min(header["probes"], header["trained_on"]) < 1:
-        raise ValueError(f"{path}: the header entry 'lmcode' must be that of a search plan of format {FORMAT}, with at least "
-                         f"1 for probes and trained_on: got {header}")
+        raise ValueError(f"{path}: the header entry 'lmcode' must be that of a search plan of format {FORMAT}, with at "
+                         f"least 1 for probes and trained_on: got {header}")
     H, L, D = centroid_HLD.shape if centroid_HLD.ndim == 3 else (0, 0, 0)
     if (H, D) != (heads, head_dim) or L < 1 or centroid_HLD.dtype != torch.float32 or not centroid_HLD.isfinite().all():
         raise ValueError(f"{path}: centroids must be finite and fp32 [{heads}, L, {head_dim}]: got "
