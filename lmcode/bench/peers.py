@@ -31,7 +31,7 @@ def faiss_ivf(query_ND: Tensor, key_PD: Tensor, k: int, threads: int, *, centroi
     quantizer.add(centroid_LD.numpy())
     index = faiss.IndexIVFFlat(quantizer, width, lists, faiss.METRIC_INNER_PRODUCT)
     index.is_trained = True
-    index.set_direct_map_type(faiss.DirectMap.Array)
+    index.set_direct_map_type(faiss.DirectMap.Array)  # type: ignore[attr-defined]  # faiss adds it when it is loaded
     index.add(key_PD.numpy())
     index.nprobe = probes
 
