@@ -329,7 +329,7 @@ class Shard:
         order_G = np.lexsort((text_G2[:, 1], text_G2[:, 0]))
         groups = [(order_G[start:end], text) for start, end, text in zip(*_runs(text_G2[order_G]), strict=True)
                   if text[0] >= 0]
-        found = self._search(unit_GF.unsqueeze(1), groups, 2, self._tier(tier).search_alike, self._unit_rows_of)
+        found = self._search(unit_GF.unsqueeze(1), groups, 2, self._tier(tier).search, self._unit_rows_of)
         return found[0][:, 0], found[1][:, 0], found[2][:, 0]
 
     def use(self, plan: Plan) -> None:

@@ -17,7 +17,7 @@ from lmcode.memory.search import faiss_index
 from lmcode.memory.search.tier import Found, HeadRows
 from lmcode.protocol import NO_SCORE
 
-_REAL = NO_SCORE / 2  # scores below come from empty slots
+REAL = NO_SCORE / 2  # scores below come from empty slots
 PAIRS_AT_ONCE = 65536  # whose keys are gathered at once
 
 
@@ -35,7 +35,7 @@ def decide(query_ND: Tensor, rows: HeadRows, row_NL: Tensor, k: int) -> Found:
 def score_pairs(query_ND: Tensor, rows: HeadRows, row_NL: Tensor) -> Tensor:
     """Scores of given pairs, fp32 [N, L]; of a row -1 some number."""
     key_PD, row_NL = rows.key_PD, row_NL.clamp(min=0)
-    if faiss_index.scores_pairs(key_PD):
+    if key_PD.dtype == torch.float32 and faiss_index.on_cpu(key_PD.device):
         dot_NL = faiss_index.inner_products(query_ND, key_PD, row_NL)
     else:
         step = max(1, PAIRS_AT_ONCE // max(1, row_NL.shape[1]))
@@ -46,9 +46,12 @@ def score_pairs(query_ND: Tensor, rows: HeadRows, row_NL: Tensor) -> Tensor:
 
 
 def _products(query_QD: Tensor, key_PD: Tensor, row_QL: Tensor) -> Tensor:
-    """fp64 hides how the sum was split."""
-    key_QLD = key_PD.index_select(0, row_QL.flatten()).view(*row_QL.shape, -1).double()
-    return torch.einsum("qld,qd->ql", key_QLD, query_QD.double()).float()
+    """The same from copies of the keys in fp32; without FAISS on a CPU in fp64, which hides how the sum was split."""
+    key_WD = key_PD.index_select(0, row_QL.flatten())
+    if faiss_index.on_cpu(key_PD.device):
+        at_QL = torch.arange(len(key_WD), device=key_WD.device).view(row_QL.shape)
+        return faiss_index.inner_products(query_QD, key_WD.float(), at_QL)
+    return torch.einsum("qld,qd->ql", key_WD.view(*row_QL.shape, -1).double(), query_QD.double()).float()
 
 
 def in_order(score_L: Tensor, id_L: Tensor, slot_L: Tensor, k: int) -> Found:
@@ -59,7 +62,7 @@ def in_order(score_L: Tensor, id_L: Tensor, slot_L: Tensor, k: int) -> Found:
 
 def finish(score_L: Tensor, id_L: Tensor, slot_L: Tensor, k: int) -> Found:
     """Marks hits on empty slots as invalid and makes lists k long; the order stays as it is."""
-    real_L = (score_L > _REAL) & (id_L >= 0)
+    real_L = (score_L > REAL) & (id_L >= 0)
     found = score_L.where(real_L, NO_SCORE), id_L.where(real_L, -1), slot_L.where(real_L, -1)
     short = k - score_L.shape[-1]
     if short <= 0:

@@ -1,11 +1,13 @@
-"""Exact search with torch alone: the oracle of every other tier, and the fastest one for a few thousand rows on a CPU.
+"""Exact search with torch alone: every row is scored, and no other tier finds more.
 
-Scores come from matrix products of fixed width (rows are padded to a block), so a pair of query and entry gets the same
-bits wherever the entry sits and however many ranks share the bank. `torch.topk` gives no order among equals and cuts
-ties at the k-th place as it likes; here every row that reaches the k-th score is kept and then put in total order.
-Letters: Q queries and P rows of a block; Z = D + 1, the width of a stacked key with its addend.
+Scores come chunk by chunk from fp32 matrix products. Of each group of rows only the best score is looked at first: the K-th
+best of those is a bound that K rows reach, and only groups that reach it are looked into. What is left, little more than K
+rows a query, goes to `decide`. The rounding of the products is allowed for, so hits, and every bit of their scores, are the
+same wherever a row lies, whatever is in the batch and however many ranks share the bank.
+Letters: Q queries and P rows of a block; G rows of a group, g groups; Z = D + 1, the width of a stacked key with its addend;
+W pairs of a query and a group, V of a query and a row.
 
-What is hidden is taken away pair by pair from scores that were computed all the same: every other score keeps its bits.
+What is hidden is taken away pair by pair from scores that were computed all the same.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmcode.memory.search.decide import finish, in_order, no_hits
-from lmcode.memory.search.tier import Found, Hidden, Rows, Tier
+from lmcode.memory.search.decide import REAL, decide, finish, no_hits
+from lmcode.memory.search.pairs import as_lists, largest, where
+from lmcode.memory.search.tier import Found, HeadRows, Hidden, Rows, Tier
 from lmcode.protocol import NO_SCORE
 
 QUERY_BLOCK = 256
-LEAST_QUERIES = 16
-ROW_BLOCK = 256  # width of a matrix product
-CHUNK = 4096  # rows whose scores are held at once
+CHUNK = 2048  # rows whose scores are held at once: 2 MB of them with a block of queries, which stay in a cache
+GROUP = 16  # most rows of a group
 ROUNDING = 4e-6  # more than fp32 products over a few hundred components are off, relative to the lengths
 
 
@@ -35,33 +37,106 @@ class ExactTier(Tier):
     def search(self, query_HQD: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
         return search_exact(query_HQD, rows, k, hidden=hidden)
 
-    def search_alike(self, query_HQD: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
-        """In products of one shape only."""
-        return search_exact(query_HQD, rows, k, hidden=hidden, least_queries=QUERY_BLOCK)
 
-
-def search_exact(query_HND: Tensor, rows: Rows, k: int, *, hidden: Hidden = (),
-                 least_queries: int = LEAST_QUERIES) -> Found:
-    """The k best rows for each head and query, in total order: (score_HNK, id_HNK, slot_HNK).
+def search_exact(query_HND: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
+    """The k best rows for each head and query, in total order: (score_HNK, id_HNK, row_HNK).
 
     Args:
         query_HND: fp32, finite.
         rows: in any order.
         k: hits wanted; may exceed the number of rows.
         hidden: rows that some queries do not see.
-        least_queries: blocks of queries are padded to at least this many; `QUERY_BLOCK` makes products of one shape
-            only, for callers whose number of queries depends on the ranks.
     """
-    H, N, _ = query_HND.shape
-    if N == 0:
-        return no_hits((H, 0, k), query_HND.device)
-    width = max(1, QUERY_BLOCK // N)  # heads whose few queries are sorted together
-    blocks = [[_search_block(query_HND[head:head + width, start:start + QUERY_BLOCK], rows.key_HPD[head:head + width],
-                             rows.addend_P, rows.id_P, k, hidden_from(hidden, start, QUERY_BLOCK), least_queries)
-               for start in range(0, N, QUERY_BLOCK)] for head in range(0, H, width)]
-    found = [[torch.cat(parts, dim=1) for parts in zip(*row, strict=True)] for row in blocks]
-    score_HNK, id_HNK, slot_HNK = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return score_HNK, id_HNK, slot_HNK
+    found = [search_head(query_ND, rows.of_head(head), k, hidden=hidden) for head, query_ND in enumerate(query_HND)]
+    score_HNK, id_HNK, row_HNK = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return score_HNK, id_HNK, row_HNK
+
+
+def search_by_sorting(query_HND: Tensor, rows: Rows, k: int) -> Found:
+    """What `search_exact` returns, by scoring and sorting everything in fp64: slow and obvious, for tests."""
+    id_M = rows.id_P
+    score_HNM = (query_HND.double() @ rows.key_HPD.double().transpose(1, 2) + rows.addend_P).float().numpy()
+    order_HNM = np.lexsort((np.broadcast_to(id_M.numpy(), score_HNM.shape), -score_HNM), axis=-1)[..., :k]
+    score_HNK = torch.from_numpy(np.take_along_axis(score_HNM, order_HNM, -1))
+    return finish(score_HNK, id_M[torch.from_numpy(order_HNM)], torch.from_numpy(order_HNM), k)
+
+
+def search_head(query_ND: Tensor, rows: HeadRows, k: int, *, hidden: Hidden = ()) -> Found:
+    """`search_exact` of one head."""
+    N, P = len(query_ND), len(rows.id_P)
+    if N == 0 or P == 0:
+        return no_hits((N, k), query_ND.device)
+    slack_N = rounding(query_ND, rows)
+    blocks = []
+    for start in range(0, N, QUERY_BLOCK):
+        block = slice(start, start + QUERY_BLOCK)
+        row_QC = _candidates(query_ND[block], rows, k, hidden_from(hidden, start, QUERY_BLOCK), slack_N[block])
+        blocks.append(decide(query_ND[block], rows, row_QC, k))
+    score_NK, id_NK, row_NK = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return score_NK, id_NK, row_NK
+
+
+def rounding(query_ND: Tensor, rows: HeadRows) -> Tensor:
+    """How far from exact, at most, the score of each query and any of these rows is in fp32: [N]."""
+    longest = max(float(part_PD.norm(dim=1, dtype=torch.float32).max()) for part_PD in rows.key_PD.split(CHUNK))
+    addend = float(rows.addend_P.where(rows.id_P >= 0, 0.0).abs().max())
+    return ROUNDING * (query_ND.norm(dim=1) * longest + addend)
+
+
+def _candidates(query_QD: Tensor, rows: HeadRows, k: int, hidden: Hidden, slack_Q: Tensor) -> Tensor:
+    """Rows that can be among the k best of each query, int64 [Q, C], -1 where there are fewer; not many more than k."""
+    P, best_QX = len(rows.id_P), query_QD.new_empty(len(query_QD), 0)
+    size, found = group_size(P, k), []
+    for start in range(0, P, CHUNK):
+        chunk = slice(start, start + CHUNK)
+        score_QP = torch.mm(query_QD, rows.key_PD[chunk].float().T).add_(rows.addend_P[chunk])
+        _hide(score_QP, hidden, start)
+        if short := -score_QP.shape[1] % size:
+            score_QP = F.pad(score_QP, (0, short), value=NO_SCORE)
+        score_QGg = score_QP.view(len(query_QD), size, -1)
+        top_Qg = score_QGg.amax(dim=1)
+        best_QX = largest(torch.cat([best_QX, top_Qg], dim=1), k)
+        bound_Q = best_QX.amin(dim=1) - 2 * slack_Q if best_QX.shape[1] == k else torch.full_like(slack_Q, -torch.inf)
+        query_W, row_W, score_W = _reaching(score_QGg, top_Qg, bound_Q)
+        found.append((query_W, row_W + start, score_W))
+    query_W, row_W, score_W = (torch.cat(parts) for parts in zip(*found, strict=True))
+    keep_W = (score_W >= bound_Q[query_W]) & (score_W > REAL)
+    return as_lists(query_W[keep_W], row_W[keep_W], len(query_QD))
+
+
+def group_size(rows: int, k: int) -> int:
+    """Rows of a group: a power of two up to `GROUP`, and such that there are 8 groups for each hit."""
+    return 2 ** max(0, min(GROUP, rows // (8 * k)).bit_length() - 1)
+
+
+def _reaching(score_QGg: Tensor, top_Qg: Tensor, bound_Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of a query and a row whose score reaches the query's bound: query_W, row_W and score_W.
+
+    Args:
+        score_QGg: row i * g + j is the i-th of group j.
+        top_Qg: the best score of each group.
+    """
+    _, size, groups = score_QGg.shape
+    at_W = where(top_Qg >= bound_Q[:, None])
+    query_W, group_W = at_W // groups, at_W % groups
+    member_WG = score_QGg[query_W, :, group_W]
+    at_V = where(member_WG >= bound_Q[query_W, None])
+    from_V = at_V // size
+    return query_W[from_V], at_V % size * groups + group_W[from_V], member_WG.flatten()[at_V]
+
+
+def hidden_from(hidden: Hidden, start: int, length: int) -> Hidden:
+    """What is hidden from the `length` queries beyond `start`, with their positions among these."""
+    inside = [(query_Q[(query_Q >= start) & (query_Q < start + length)] - start, row_P) for query_Q, row_P in hidden]
+    return [(query_Q, row_P) for query_Q, row_P in inside if len(query_Q)]
+
+
+def _hide(score_QP: Tensor, hidden: Hidden, start: int) -> None:
+    """Takes away, in place, the scores of hidden pairs in a chunk of rows that begins at `start`."""
+    for query_Q, row_P in hidden:
+        first, last = torch.searchsorted(row_P, row_P.new_tensor([start, start + score_QP.shape[-1]])).tolist()
+        if first < last:
+            score_QP[query_Q[:, None], row_P[first:last] - start] = NO_SCORE
 
 
 @dataclass
@@ -136,93 +211,3 @@ def best_columns(score_XQP: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
             return score_XQP.take(flat_XQK), flat_XQK % P, torch.from_numpy(bound_L1 - next_L1).view(X, Q)
     score_XQL, column_XQL = score_XQP.topk(k + 1, dim=-1)
     return score_XQL[..., :-1], column_XQL[..., :-1], score_XQL[..., -2] - score_XQL[..., -1]
-
-
-def search_by_sorting(query_HND: Tensor, rows: Rows, k: int) -> Found:
-    """What `search_exact` returns, by scoring and sorting everything in fp64: slow and obvious, for tests."""
-    id_M = rows.id_P
-    score_HNM = (query_HND.double() @ rows.key_HPD.double().transpose(1, 2) + rows.addend_P).float().numpy()
-    order_HNM = np.lexsort((np.broadcast_to(id_M.numpy(), score_HNM.shape), -score_HNM), axis=-1)[..., :k]
-    score_HNK = torch.from_numpy(np.take_along_axis(score_HNM, order_HNM, -1))
-    return finish(score_HNK, id_M[torch.from_numpy(order_HNM)], torch.from_numpy(order_HNM), k)
-
-
-def kth_largest(score_QM: Tensor, k: int) -> Tensor:
-    """The k-th largest score of each row, [Q, 1]; -inf where there are fewer than k."""
-    if score_QM.shape[1] <= k:
-        return score_QM.new_full((len(score_QM), 1), -float("inf"))
-    if score_QM.device.type != "cpu":
-        return score_QM.topk(k, dim=1).values[:, -1:]
-    ascending_QM = score_QM.numpy().copy()
-    ascending_QM.partition(-k, axis=1)
-    return torch.from_numpy(ascending_QM[:, -k][:, None].copy())
-
-
-def candidates_above(score_QM: Tensor, bound_Q1: Tensor, id_M: Tensor) -> Found:
-    """All hits that reach the bound, ties included, as unordered lists padded to the longest."""
-    Q, M = score_QM.shape
-    keep_QM = score_QM >= bound_Q1
-    flat_W = (torch.from_numpy(np.flatnonzero(keep_QM.numpy())) if keep_QM.device.type == "cpu"
-              else keep_QM.flatten().nonzero().squeeze(1))
-    query_W, slot_W = flat_W // M, flat_W % M
-    count_Q = query_W.bincount(minlength=Q)
-    width = int(count_Q.max()) if Q else 0
-    if len(flat_W) == Q * width:  # no ties: the lists are already as wide as each other
-        slot_QL = slot_W.view(Q, width)
-        return score_QM.gather(1, slot_QL), id_M[slot_W].view(Q, width), slot_QL
-    place_W = torch.arange(len(flat_W), device=flat_W.device) - (count_Q.cumsum(0) - count_Q)[query_W]
-    score_QL, id_QL, slot_QL = no_hits((Q, width), score_QM.device)
-    score_QL[query_W, place_W] = score_QM[query_W, slot_W]
-    id_QL[query_W, place_W] = id_M[slot_W]
-    slot_QL[query_W, place_W] = slot_W
-    return score_QL, id_QL, slot_QL
-
-
-def hidden_from(hidden: Hidden, start: int, length: int) -> Hidden:
-    """What is hidden from the `length` queries beyond `start`, with their positions among these."""
-    inside = [(query_Q[(query_Q >= start) & (query_Q < start + length)] - start, row_P) for query_Q, row_P in hidden]
-    return [(query_Q, row_P) for query_Q, row_P in inside if len(query_Q)]
-
-
-def _hide(score_HQP: Tensor, hidden: Hidden, start: int) -> None:
-    """Takes away, in place, the scores of hidden pairs in a chunk of rows that begins at `start`."""
-    for query_Q, row_P in hidden:
-        first, last = torch.searchsorted(row_P, row_P.new_tensor([start, start + score_HQP.shape[-1]])).tolist()
-        if first < last:
-            score_HQP[:, query_Q[:, None], row_P[first:last] - start] = NO_SCORE
-
-
-def _search_block(query_HQD: Tensor, key_HMD: Tensor, addend_M: Tensor, id_M: Tensor, k: int, hidden: Hidden,
-                  least_queries: int) -> Found:
-    """A block of queries of some heads against all rows, chunk by chunk; the k-th score so far bounds what a chunk may
-    add."""
-    (H, Q, _), M = query_HQD.shape, key_HMD.shape[1]
-    padded = max(least_queries, 1 << (Q - 1).bit_length())  # a function of Q only, not of how rows are spread
-    query_HQD = F.pad(query_HQD, (0, 0, 0, padded - Q))
-    found = no_hits((H * Q, k), query_HQD.device)
-    for start in range(0, M, CHUNK):
-        chunk = slice(start, start + CHUNK)
-        score_HQP = _scores(query_HQD, key_HMD[:, chunk])[:, :Q].add_(addend_M[chunk])
-        _hide(score_HQP, hidden, start)
-        score_QP = score_HQP.flatten(0, 1)  # of one head no copy
-        bound_Q1 = kth_largest(score_QP, k) if start == 0 else found[0][:, -1:]
-        score_QL, id_QL, slot_QL = candidates_above(score_QP, bound_Q1, id_M[chunk])
-        slot_QL = slot_QL + start
-        if start:
-            more = (score_QL, id_QL, slot_QL)
-            score_QL, id_QL, slot_QL = (torch.cat([old, new], dim=1) for old, new in zip(found, more, strict=True))
-        found = in_order(score_QL, id_QL, slot_QL, k)
-    score_HQK, id_HQK, slot_HQK = (part.view(H, Q, -1) for part in found)
-    return score_HQK, id_HQK, slot_HQK
-
-
-def _scores(query_HQD: Tensor, key_HPD: Tensor) -> Tensor:
-    """fp32 scores [H, Q, P] from products of fixed width, a head at a time."""
-    (H, Q, _), P = query_HQD.shape, key_HPD.shape[1]
-    score_HQP = query_HQD.new_empty(H, Q, -(-P // ROW_BLOCK) * ROW_BLOCK)
-    for query_QD, key_PD, score_QP in zip(query_HQD, key_HPD, score_HQP, strict=True):
-        for block_PD, out_QP in zip(key_PD.split(ROW_BLOCK), score_QP.split(ROW_BLOCK, dim=1), strict=True):
-            if len(block_PD) < ROW_BLOCK:
-                block_PD = F.pad(block_PD, (0, 0, 0, ROW_BLOCK - len(block_PD)))
-            torch.mm(query_QD, block_PD.float().T, out=out_QP)
-    return score_HQP[..., :P]

@@ -46,9 +46,9 @@ def knn(query_NE: Tensor, key_PE: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return faiss.knn_gpu(_gpu_resources(), query_NE, key_PE, k, metric=faiss.METRIC_INNER_PRODUCT)
 
 
-def scores_pairs(key_PD: Tensor) -> bool:
-    """Whether `inner_products` takes such keys."""
-    return key_PD.device.type == "cpu" and key_PD.dtype == torch.float32 and available(key_PD.device)
+def on_cpu(device: torch.device) -> bool:
+    """Whether FAISS can work on tensors there as on arrays."""
+    return device.type == "cpu" and available(device)
 
 
 def inner_products(query_ND: Tensor, key_PD: Tensor, row_NL: Tensor) -> Tensor:

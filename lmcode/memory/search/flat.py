@@ -15,13 +15,12 @@ from torch.nn import functional as F
 
 from lmcode.config import FAISS_GPU_MAX_K, ConfigError
 from lmcode.memory.search import faiss_index
-from lmcode.memory.search.decide import decide, in_order, no_hits, score_pairs
-from lmcode.memory.search.exact import ROUNDING, candidates_above, kth_largest
+from lmcode.memory.search.decide import decide, no_hits
+from lmcode.memory.search.exact import ROUNDING, search_head
 from lmcode.memory.search.tier import Found, HeadRows, Hidden, Rows, Tier
 from lmcode.protocol import NO_SCORE
 
 ROW_BLOCK = 65536  # rows that FAISS sees at once
-REDO_PAIRS = 2**22  # scored at once where queries are redone
 
 
 class FlatTier(Tier):
@@ -77,11 +76,9 @@ def _search_head(query_ND: Tensor, rows: HeadRows, k: int) -> Found:
     # Everything that FAISS left out scored at most its last proposal, give or take the rounding of both.
     slack_N = ROUNDING * (query_ND.norm(dim=1) * longest + 10.0)
     unclear_N = (found[0][:, -1] <= bound_N + 2 * slack_N) & (bound_N > -1e29)
-    unclear_Q, step = unclear_N.nonzero().squeeze(1), max(1, REDO_PAIRS // P)
-    for start in range(0, len(unclear_Q), step):
-        rows_Q = unclear_Q[start:start + step]
-        for whole, part in zip(found, _redo(query_ND[rows_Q], rows, k), strict=True):
-            whole[rows_Q] = part
+    unclear_Q = unclear_N.nonzero().squeeze(1)
+    for whole, part in zip(found, search_head(query_ND[unclear_Q], rows, k), strict=True):
+        whole[unclear_Q] = part
     return found
 
 
@@ -100,10 +97,3 @@ def _proposals(query_ND: Tensor, rows: HeadRows, wanted: int) -> tuple[Tensor, T
             bound_N = torch.maximum(bound_N, raw_NL[:, -1])
         longest = max(longest, float(key_BE[:, :-1].norm(dim=1).max()))
     return torch.cat(proposed, dim=1), bound_N, longest
-
-
-def _redo(query_QD: Tensor, rows: HeadRows, k: int) -> Found:
-    """The same, scoring every pair."""
-    row_QP = torch.arange(len(rows.id_P), device=query_QD.device).expand(len(query_QD), -1)
-    score_QP = score_pairs(query_QD, rows, row_QP)
-    return in_order(*candidates_above(score_QP, kth_largest(score_QP, k), rows.id_P), k)

@@ -5,10 +5,9 @@ An entry is in the list of the centroid with which its key has the largest inner
 works out the probes of all queries for itself: that costs less than sending them. So the candidates of a query, all entries
 whose list it probes, hang on no layout, and `decide` scores them against the rows as they are now.
 
-The work goes list by list, one matrix product for a list and all queries that probe it. A first pass over each query's
-nearest lists bounds its K-th score, the second takes all that may reach it; both in fp32, with the rounding of their
-products allowed for, so that nothing is left out that `decide` would keep.
-Letters: L lists, C candidates of a query, Y pairs of a list and a query, W pairs of a query and a row.
+The work goes query by query: the rows of its lists are scored one pair at a time, where they lie, by the routine of
+`decide`. Products list by list, for all queries that probe it, took over twice as long on a CPU, since lists are short.
+Letters: L lists, C candidates of a query, W pairs of a query and a candidate.
 """
 
 from __future__ import annotations
@@ -23,15 +22,17 @@ from torch.nn import functional as F
 
 from lmcode.config import ConfigError
 from lmcode.memory.search import faiss_index
-from lmcode.memory.search.decide import decide, no_hits
-from lmcode.memory.search.exact import ROUNDING, best_columns, kth_largest, search_exact
+from lmcode.memory.search.decide import decide, in_order, no_hits, score_pairs
+from lmcode.memory.search.exact import best_columns, search_exact
 from lmcode.memory.search.lists import Lists
+from lmcode.memory.search.pairs import as_lists, kth_largest, where
 from lmcode.memory.search.plan import Plan
 from lmcode.memory.search.tier import Found, HeadRows, Hidden, Rows, Tier
 from lmcode.protocol import NO_SCORE
 
 VECTORS = 1024  # that meet all centroids in one product
-FIRST_ROWS = 4  # times K rows, on average, are in the lists of the first pass
+QUERIES = 256  # and
+PAIRS = 2**20  # candidates of theirs that are scored at once
 
 
 class Hide(NamedTuple):
@@ -39,7 +40,12 @@ class Hide(NamedTuple):
 
     kind_N: np.ndarray
     kind_P: np.ndarray
-    hidden_AB: Tensor
+    hidden_AB: np.ndarray
+
+    def covers(self, at_Q: np.ndarray, row_QC: Tensor) -> Tensor:
+        """Which of these rows are hidden from these queries, bool [Q, C]."""
+        kind_QC = self.kind_P[row_QC.cpu().numpy()]
+        return torch.from_numpy(self.hidden_AB[self.kind_N[at_Q][:, None], kind_QC]).to(row_QC.device)
 
 
 class IvfTier(Tier):
@@ -81,9 +87,6 @@ class IvfTier(Tier):
                  enumerate(zip(query_HQD, self._lists, self._plan.centroid_HLD, strict=True))]
         score_HQK, id_HQK, row_HQK = (torch.stack(parts) for parts in zip(*found, strict=True))
         return score_HQK, id_HQK, row_HQK
-
-    def search_alike(self, query_HQD: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
-        return search_exact(query_HQD, rows, k, hidden=hidden, least_queries=256)
 
     def lengths(self, rows: Rows) -> np.ndarray:
         """How many entries each list holds, int64 [H, L]."""
@@ -152,7 +155,7 @@ def as_table(hidden: Hidden, queries: int, rows: int) -> Hide | None:
     codes, number_P = np.unique(code_P, return_inverse=True)
     kind_N, kind_P = np.zeros(queries, np.int64), np.zeros(rows, np.int64)
     kind_P[some_P] = number_P.reshape(-1) + 1
-    hidden_AB = torch.zeros(len(hidden) + 1, len(codes) + 1, dtype=torch.bool)
+    hidden_AB = np.zeros((len(hidden) + 1, len(codes) + 1), bool)
     for kind, ((query_Q, _), row_P) in enumerate(zip(hidden, hidden_rows, strict=True), start=1):
         kind_N[query_Q.cpu().numpy()] = kind
         hidden_AB[kind, np.unique(kind_P[row_P])] = True
@@ -163,105 +166,47 @@ def search_lists(query_ND: Tensor, rows: HeadRows, k: int, *, probe_NP: Tensor, 
     """The k best of the rows in each query's lists, in total order: (score_NK, id_NK, row_NK).
 
     Args:
-        probe_NP: int64, the lists of each query, none twice, the nearest first.
+        probe_NP: int64, the lists of each query, none twice.
     """
-    N, probes = probe_NP.shape
-    device, live = query_ND.device, int(lists.length_L.sum())
-    if N == 0 or live == 0:
-        return no_hits((N, k), device)
-    first = min(probes, max(1, -(-FIRST_ROWS * k * len(lists.length_L) // live)))
-    walk = _Walk(query_ND, rows, lists, hide)
-    kth_N = walk.kth_of(probe_NP[:, :first], k)
-    return decide(query_ND, rows, _finalists(*walk.above(probe_NP, kth_N), k=k, slack_N=walk.slack_N()), k)
+    N, device = len(query_ND), query_ND.device
+    found = no_hits((N, k), device)
+    if rows.key_PD.dtype != torch.float32:
+        rows = rows._replace(key_PD=rows.key_PD.float())
+    probe_np = probe_NP.cpu().numpy()
+    count_N = lists.length_L[probe_np].sum(axis=1)
+    # Neighbours in this order share lists, whose rows then are in a cache; and have about as many candidates.
+    order_N = np.lexsort((count_N, probe_np[:, 0]))
+    for at_Q in _portions(order_N, count_N):
+        query_Q = torch.from_numpy(at_Q).to(device)
+        row_QC = torch.from_numpy(lists.members_of(probe_np[at_Q])).to(device)
+        hidden_QC = None if hide is None else hide.covers(at_Q, row_QC)
+        for whole, part in zip(found, _best(query_ND[query_Q], rows, row_QC, hidden_QC, k), strict=True):
+            whole[query_Q] = part
+    return found
 
 
-class _Walk:
-    """One head's queries on their way through the lists."""
-
-    def __init__(self, query_ND: Tensor, rows: HeadRows, lists: Lists, hide: Hide | None) -> None:
-        self._query_ND, self._rows, self._lists, self._hide = query_ND, rows, lists, hide
-        self._length_N, self._longest = query_ND.norm(dim=1), query_ND.new_zeros(())
-
-    def slack_N(self) -> Tensor:
-        """By how much rounding may turn the order of two scores of those met so far."""
-        slack_N: Tensor = 2 * ROUNDING * (self._length_N * self._longest + 10.0)
-        return slack_N
-
-    def _stops(self, probe_NP: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """List by list: its rows, the queries that probe it (and which of their probes it is), and their scores."""
-        flat_Y = probe_NP.flatten().cpu().numpy()
-        order_Y = np.argsort(flat_Y.astype(np.uint16 if len(self._lists.length_L) <= 2**16 else np.int64), kind="stable")
-        numbers, starts = np.unique(flat_Y[order_Y], return_index=True)
-        for number, pairs in zip(numbers.tolist(), np.split(order_Y, starts[1:]), strict=True):
-            member_P = self._lists.members(number)
-            if len(member_P) == 0:
-                continue
-            asking = pairs // probe_NP.shape[1]
-            row_P, query_Q = (torch.from_numpy(one).to(self._query_ND.device) for one in (member_P.astype(np.int64), asking))
-            key_PD = self._rows.key_PD.index_select(0, row_P).float()
-            self._longest = torch.maximum(self._longest, key_PD.norm(dim=1).max())
-            score_QP = torch.addmm(self._rows.addend_P[row_P], self._query_ND.index_select(0, query_Q), key_PD.T)
-            self._cover(score_QP, asking, member_P)
-            yield row_P, query_Q, torch.from_numpy(pairs % probe_NP.shape[1]).to(query_Q.device), score_QP
-
-    def _cover(self, score_QP: Tensor, query_Q: np.ndarray, row_P: np.ndarray) -> None:
-        if self._hide is None:
-            return
-        kind_Q, kind_P = self._hide.kind_N[query_Q], self._hide.kind_P[row_P]
-        if kind_Q.any() and kind_P.any():
-            hidden_QP = self._hide.hidden_AB[torch.from_numpy(kind_Q)][:, torch.from_numpy(kind_P)]
-            score_QP.masked_fill_(hidden_QP.to(score_QP.device), NO_SCORE)
-
-    def kth_of(self, probe_NP: Tensor, k: int) -> Tensor:
-        """The k-th best score of each query in these lists, fp32 [N]; -inf where there are fewer."""
-        N, probes = probe_NP.shape
-        best_NPK = self._query_ND.new_full((N, probes, k), -torch.inf)
-        for row_P, query_Q, probe_Q, score_QP in self._stops(probe_NP):
-            width = min(k, len(row_P))
-            best_NPK[query_Q, probe_Q, :width] = score_QP.topk(width, dim=1).values
-        best_NC = best_NPK.flatten(1)
-        return best_NC.amin(dim=1) if best_NC.shape[1] == k else kth_largest(best_NC, k).squeeze(1)
-
-    def above(self, probe_NP: Tensor, kth_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All pairs of a query and a row in its lists that may reach its bound: query_W, row_W and score_W."""
-        nobody = torch.zeros(0, dtype=torch.int64, device=self._query_ND.device)
-        query, row, score = [nobody], [nobody], [self._query_ND.new_zeros(0)]
-        for row_P, query_Q, _, score_QP in self._stops(probe_NP):
-            at_W = _where(score_QP >= (kth_N - self.slack_N())[query_Q, None])
-            query.append(query_Q[at_W // len(row_P)])
-            row.append(row_P[at_W % len(row_P)])
-            score.append(score_QP.flatten()[at_W])
-        return torch.cat(query), torch.cat(row), torch.cat(score)
+def _portions(order_N: np.ndarray, count_N: np.ndarray) -> Iterator[np.ndarray]:
+    """Runs of queries whose candidates, side by side, are at most about `PAIRS`."""
+    start = 0
+    while start < len(order_N):
+        widest_N = np.maximum.accumulate(count_N[order_N[start:start + QUERIES]])
+        length = max(1, int(np.searchsorted(widest_N * np.arange(1, len(widest_N) + 1), PAIRS, side="right")))
+        yield order_N[start:start + length]
+        start += length
 
 
-def _where(mask: Tensor) -> Tensor:
-    """Positions in the flattened mask; numpy's is the faster one on a CPU."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.flatten().nonzero().squeeze(1)
-
-
-def _finalists(query_W: Tensor, row_W: Tensor, score_W: Tensor, *, k: int, slack_N: Tensor) -> Tensor:
-    """Rows that can be among the k best of each query, int64 [N, C], -1 where there are fewer."""
-    queries = len(slack_N)
-    row_NC, score_NC = _padded(query_W, row_W, score_W, queries)
-    if row_NC.shape[1] > k:
-        keep_NC = (score_NC >= kth_largest(score_NC, k) - slack_N[:, None]) & (score_NC > NO_SCORE / 2)
-        query_W, at_W = keep_NC.nonzero(as_tuple=True)
-        row_NC, score_NC = _padded(query_W, row_NC[query_W, at_W], score_NC[query_W, at_W], queries)
-    return row_NC.where(score_NC > NO_SCORE / 2, -1)
-
-
-def _padded(query_W: Tensor, row_W: Tensor, score_W: Tensor, queries: int) -> tuple[Tensor, Tensor]:
-    """From pairs to lists of one length: row_NC, -1 where a list ends, and score_NC, -inf there."""
-    order_W = torch.from_numpy(np.argsort(query_W.cpu().numpy(), kind="stable")).to(query_W.device)
-    query_W, count_N = query_W[order_W], query_W.bincount(minlength=queries)
-    width = int(count_N.max()) if queries else 0
-    place_W = torch.arange(len(query_W), device=query_W.device) - (count_N.cumsum(0) - count_N)[query_W]
-    row_NC = torch.full((queries, width), -1, device=query_W.device)
-    score_NC = torch.full((queries, width), -torch.inf, device=query_W.device)
-    row_NC[query_W, place_W], score_NC[query_W, place_W] = row_W[order_W], score_W[order_W]
-    return row_NC, score_NC
+def _best(query_QD: Tensor, rows: HeadRows, row_QC: Tensor, hidden_QC: Tensor | None, k: int) -> Found:
+    """The k best candidates of each query by exact scores, in total order."""
+    score_QC = score_pairs(query_QD, rows, row_QC).masked_fill_(row_QC < 0, NO_SCORE)
+    if hidden_QC is not None:
+        score_QC.masked_fill_(hidden_QC, NO_SCORE)
+    at_W = where(score_QC >= kth_largest(score_QC.clone(), k)[:, None])
+    C = row_QC.shape[1]
+    place_QL = as_lists(at_W // max(1, C), at_W % max(1, C), len(query_QD))
+    row_QL = F.pad(row_QC, (0, 1), value=-1).gather(1, place_QL.where(place_QL >= 0, C))
+    score_QL = F.pad(score_QC, (0, 1), value=NO_SCORE).gather(1, place_QL.where(place_QL >= 0, C))
+    id_QL = rows.id_P[row_QL.clamp(min=0)].where(row_QL >= 0, -1)
+    return in_order(score_QL, id_QL, row_QL, k)
 
 
 def search_by_probing(query_ND: Tensor, rows: HeadRows, k: int, *, probe_NP: Tensor, list_P: np.ndarray,

@@ -33,6 +33,17 @@ class Lists:
         start = self._start_L[number]
         return self._pool[start:start + self.length_L[number]]
 
+    def members_of(self, number_QX: np.ndarray) -> np.ndarray:
+        """The slots of several lists for each query, none of them twice, side by side: int64 [Q, C]; -1 where they end."""
+        length_QX = self.length_L[number_QX]
+        count_Q = length_QX.sum(axis=1)
+        slot_QC = np.full((len(number_QX), int(count_Q.max(initial=0))), -1)
+        start_Y, length_Y = self._start_L[number_QX].reshape(-1), length_QX.reshape(-1)
+        # In row-major order the places of a query's slots follow each other, and so do its lists.
+        at = np.repeat(start_Y, length_Y) + _within(length_Y)
+        slot_QC[np.arange(slot_QC.shape[1]) < count_Q[:, None]] = self._pool[at]
+        return slot_QC
+
     def move(self, slot_E: np.ndarray, list_E: np.ndarray) -> None:
         """Puts slots into lists (-1: none), from wherever they were.
 

@@ -87,10 +87,6 @@ class Tier:
         """
         raise NotImplementedError
 
-    def search_alike(self, query_HQD: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
-        """`search`, such that scores have the same bits however many queries there are."""
-        return self.search(query_HQD, rows, k, hidden=hidden)
-
     def use(self, plan: Plan) -> None:
         """How all ranks search from now on; the first call comes before the first search."""
 

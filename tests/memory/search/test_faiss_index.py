@@ -7,7 +7,7 @@ import torch
 
 from lmcode.config import ConfigError, MemoryConfig
 from lmcode.memory.merge import merge_hits
-from lmcode.memory.search import faiss_index, flat
+from lmcode.memory.search import exact, faiss_index, flat
 from lmcode.memory.search.choice import AUTO_FAISS_SLOTS, choose_tier
 from lmcode.memory.search.exact import search_by_sorting, search_exact
 from lmcode.memory.search.flat import search_flat
@@ -86,15 +86,15 @@ def test_what_rounding_may_hide_from_faiss_is_found(monkeypatch: pytest.MonkeyPa
         score_NL, slot_NL = score_NM.topk(wanted)
         return score_NL.float(), slot_NL
 
-    wanted = flat._redo(query[0], rows.of_head(0), k)
+    wanted = exact.search_head(query[0], rows.of_head(0), k)
     monkeypatch.setattr(faiss_index, "knn", unfair)
     assert_same([part[0] for part in search_flat(query, rows, k)], wanted)
 
 
 def test_unclear_cuts_are_redone_and_clear_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     redone = []
-    redo = flat._redo
-    monkeypatch.setattr(flat, "_redo", lambda query, *rest: redone.append(len(query)) or redo(query, *rest))
+    redo = flat.search_head
+    monkeypatch.setattr(flat, "search_head", lambda query, *rest: redone.append(len(query)) or redo(query, *rest))
     query, rows = with_twins(2, 100, 800)
     rows.key_HPD[:, 1:], rows.addend_P[1:] = rows.key_HPD[:, :1], rows.addend_P[0]  # every row is a twin
     search_flat(query, rows, 8)

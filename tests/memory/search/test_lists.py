@@ -28,3 +28,12 @@ def test_the_pool_stays_in_proportion() -> None:
     for _ in range(300):
         made.move(chance.choice(2000, 500, replace=False), chance.integers(-1, 16, 500))
     assert len(made._pool) < 4 * 2000
+
+
+def test_members_of_several_lists_side_by_side() -> None:
+    made = Lists(5, 40)
+    made.move(np.arange(40), np.arange(40) % 4)  # list 4 is empty
+    rows = made.members_of(np.array([[0, 3], [4, 1], [4, 4]]).reshape(3, 2)[:2])
+    assert rows.shape == (2, 20) and set(rows[0]) == {slot for slot in range(40) if slot % 4 in (0, 3)}
+    assert set(rows[1][:10]) == {slot for slot in range(40) if slot % 4 == 1} and (rows[1][10:] == -1).all()
+    assert made.members_of(np.array([[4]])).shape == (1, 0)
