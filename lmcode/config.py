@@ -26,6 +26,7 @@ from pydantic import (
 TIERS = {"exact": "lmcode.memory.search.exact:ExactTier", "faiss-flat": "lmcode.memory.search.flat:FlatTier",
          "ivf": "lmcode.memory.search.ivf:IvfTier"}
 EVICTIONS = {"fifo": "lmcode.memory.evict:second_chance", "clock": "lmcode.memory.evict:second_chance"}
+RECIPES = {"camelot": "lmcode.recipes.camelot:Camelot", "lmcode": "lmcode.recipes.own_read:OwnRead"}
 FAISS_GPU_MAX_K = 2048  # largest k of GPU FAISS without cuVS; kept on every machine so that a config is portable
 
 
@@ -69,7 +70,11 @@ class Section(BaseModel):
 class LMCODEConfig(Section):
     """Shape of the model. Sizes are counts or widths; letters are those of the glossary (C width, H heads, D key width)."""
 
-    backbone: str = Field("lmcode", description="kind of model, a name in lmcode.opening.BACKBONES")
+    backbone: str = Field("lmcode", description="kind of model, a name in lmcode.opening.BACKBONES; or the folder of a "
+                          "transformers model, from which the sizes are taken")
+    recipe: str | None = Field(None, description="how the memory enters a backbone of transformers, a name in RECIPES")
+    recipe_options: dict[str, Any] = Field({}, description="settings of the recipe alone: see lmcode/recipes/README.md")
+    train_backbone: bool = Field(False, description="train the weights of a backbone of transformers, too")
     vocab_size: int = Field(50257, ge=2)
     hidden_size: int = Field(512, ge=8, description="C, the width of the residual stream")
     num_layers: int = Field(6, ge=1)
@@ -77,6 +82,8 @@ class LMCODEConfig(Section):
     feed_forward_size: int | None = Field(None, ge=1, description="inner width of the feed-forward; 4C when None")
     context_length: int = Field(1024, ge=2, description="most tokens of one stream in one forward pass")
     positions: Literal["rotary", "learned"] = "rotary"
+    cache_windows: int = Field(0, ge=0, description="windows of context_length tokens before its own that attention sees, "
+                               "too, within the document (a Transformer-XL cache)")
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
 
     short_term_memory_size: int = Field(512, ge=0, description="slots per stream and layer; 0 leaves the module out")
@@ -96,11 +103,16 @@ class LMCODEConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> LMCODEConfig:
+        if self.recipe is not None and self.backbone == "lmcode":
+            raise ValueError("model.recipe belongs to a model.backbone that is the folder of a transformers model: got "
+                             f"'{self.recipe}' and no backbone")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size must be a multiple of num_heads: {self.hidden_size} % {self.num_heads} != 0")
         if self.positions == "rotary" and (self.hidden_size // self.num_heads) % 2:
             raise ValueError("rotary positions need an even head width: "
                              f"hidden_size / num_heads = {self.hidden_size // self.num_heads}")
+        if self.cache_windows and self.positions != "rotary":
+            raise ValueError(f"cache_windows needs relative positions, positions=rotary: got '{self.positions}'")
         if self.memory_layers != "all":
             for layer in self.memory_layers:
                 if not 0 <= layer < self.num_layers:
@@ -111,6 +123,11 @@ class LMCODEConfig(Section):
             raise ValueError(f"memory_top_k must not exceed long_term_memory_slots: "
                              f"{self.memory_top_k} > {self.long_term_memory_slots}")
         return self
+
+    @property
+    def cache_tokens(self) -> int:
+        """L, tokens of the cache of `cache_windows`."""
+        return self.cache_windows * self.context_length
 
     @property
     def memory_layer_indices(self) -> tuple[int, ...]:
