@@ -80,7 +80,8 @@ def rounding(query_ND: Tensor, rows: HeadRows) -> Tensor:
     """How far from exact, at most, the score of each query and any of these rows is in fp32: [N]."""
     longest = max(float(part_PD.norm(dim=1, dtype=torch.float32).max()) for part_PD in rows.key_PD.split(CHUNK))
     addend = float(rows.addend_P.where(rows.id_P >= 0, 0.0).abs().max())
-    return ROUNDING * (query_ND.norm(dim=1) * longest + addend)
+    slack_N: Tensor = ROUNDING * (query_ND.norm(dim=1) * longest + addend)
+    return slack_N
 
 
 def _candidates(query_QD: Tensor, rows: HeadRows, k: int, hidden: Hidden, slack_Q: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def _candidates(query_QD: Tensor, rows: HeadRows, k: int, hidden: Hidden, slack_
 
 def group_size(rows: int, k: int) -> int:
     """Rows of a group: a power of two up to `GROUP`, and such that there are 8 groups for each hit."""
-    return 2 ** max(0, min(GROUP, rows // (8 * k)).bit_length() - 1)
+    return 1 << max(0, min(GROUP, rows // (8 * k)).bit_length() - 1)
 
 
 def _reaching(score_QGg: Tensor, top_Qg: Tensor, bound_Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,7 +25,7 @@ from lmcode.memory.search import faiss_index
 from lmcode.memory.search.decide import decide, in_order, no_hits, score_pairs
 from lmcode.memory.search.exact import best_columns, search_exact
 from lmcode.memory.search.lists import Lists
-from lmcode.memory.search.pairs import as_lists, kth_largest, where
+from lmcode.memory.search.pairs import best_places
 from lmcode.memory.search.plan import Plan
 from lmcode.memory.search.tier import Found, HeadRows, Hidden, Rows, Tier
 from lmcode.protocol import NO_SCORE
@@ -200,13 +200,12 @@ def _best(query_QD: Tensor, rows: HeadRows, row_QC: Tensor, hidden_QC: Tensor | 
     score_QC = score_pairs(query_QD, rows, row_QC).masked_fill_(row_QC < 0, NO_SCORE)
     if hidden_QC is not None:
         score_QC.masked_fill_(hidden_QC, NO_SCORE)
-    at_W = where(score_QC >= kth_largest(score_QC.clone(), k)[:, None])
-    C = row_QC.shape[1]
-    place_QL = as_lists(at_W // max(1, C), at_W % max(1, C), len(query_QD))
-    row_QL = F.pad(row_QC, (0, 1), value=-1).gather(1, place_QL.where(place_QL >= 0, C))
-    score_QL = F.pad(score_QC, (0, 1), value=NO_SCORE).gather(1, place_QL.where(place_QL >= 0, C))
+    place_QL = best_places(score_QC, k)
+    if place_QL.shape[1] == 0:
+        return no_hits((len(query_QD), k), query_QD.device)
+    row_QL = row_QC.gather(1, place_QL.clamp(min=0)).where(place_QL >= 0, -1)
     id_QL = rows.id_P[row_QL.clamp(min=0)].where(row_QL >= 0, -1)
-    return in_order(score_QL, id_QL, row_QL, k)
+    return in_order(score_QC.gather(1, place_QL.clamp(min=0)), id_QL, row_QL, k)
 
 
 def search_by_probing(query_ND: Tensor, rows: HeadRows, k: int, *, probe_NP: Tensor, list_P: np.ndarray,

@@ -43,3 +43,9 @@ def as_lists(query_W: Tensor, row_W: Tensor, queries: int) -> Tensor:
     row_NC = torch.full((queries, int(count_N.max()) if queries else 0), -1, device=query_W.device)
     row_NC[query_W, place_W] = row_W[order_W]
     return row_NC
+
+
+def best_places(score_QC: Tensor, k: int) -> Tensor:
+    """Where the k largest scores of each row are, and all that equal the last: int64 [Q, L], -1 where a list ends."""
+    at_W, C = where(score_QC >= kth_largest(score_QC.clone(), k)[:, None]), max(1, score_QC.shape[1])
+    return as_lists(at_W // C, at_W % C, len(score_QC))
