@@ -30,7 +30,7 @@ def review(shard: Shard, group: Group, inside: Group, recall: float | None) -> C
         recall: as measured by all ranks.
     """
     device, probing = shard.key_HMD.device, shard.plan.probing and shard.plan.centroid_HLD is not None
-    live = sum(inside.all_gather_int(int(shard.live_M.sum()), phase="stats", device=device))
+    live = sum(inside.all_gather_int(shard.ledger.tally.live, phase="stats", device=device))
     change = revise(shard.plan, Facts(live, recall, _balance(shard, inside) if probing else 1.0), shard.config)
     if change is None:
         return None
