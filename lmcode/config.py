@@ -266,8 +266,8 @@ class TrainConfig(Section):
                                        "spans")
     replay_sampler: Literal["importance", "uniform", "recent"] = Field("importance", description="how spans are drawn")
     replay_slots: int = Field(2048, ge=1, description="spans (windows that were trained on) kept for replay")
-    heartbeat_s: float = Field(30.0, ge=0.0, description="seconds; a rank that is silent or stands still for two of these "
-                               "ends the job, by name; 0 does not watch")
+    heartbeat_s: float = Field(30.0, ge=0.0, description="seconds; a rank without heartbeat or progress for two of these is "
+                               "named and ends the job; 0 switches the watch off")
     profile_steps: str | None = Field(None, pattern=r"^[1-9]\d*:[1-9]\d*$", description="'10:12': a trace of these steps "
                                       "in the run folder's profile/ (in quotes in a YAML file)")
     peak_tflops: float | None = Field(None, gt=0.0, description="10^12 operations a second that a rank's processor can do; "

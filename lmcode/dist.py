@@ -1,8 +1,8 @@
 """Processes: who we are among the ranks, and the collectives of the memory group.
 
 The one importer of torch.distributed outside DeepSpeed. On one rank every collective is the identity and costs nothing,
-so the same program runs alone and in company. A `Group` counts the bytes it receives and the seconds it waits, which is
-where the run's `perf/bytes_received` and `perf/exchange_ms` come from.
+so the same program runs on one process and on many. A `Group` counts the bytes it receives and the seconds it waits, which
+is where the run's `perf/bytes_received` and `perf/exchange_ms` come from.
 """
 
 from __future__ import annotations

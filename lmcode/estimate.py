@@ -1,9 +1,9 @@
 """What a run will need before it runs: memory of a rank, bytes it receives per step, size of a checkpoint.
 
-Traffic of the memory and checkpoints are counted from shapes and hold to a few per cent. Memory is an upper guess of what
-lives at the same time in the costliest moment of a step, on top of what any process of a run has; it is held against
-real runs by tools/estimate_check.py. Letters as everywhere: R ranks, G of them in a memory group, N queries of a rank, H, D,
-K, T, C, V vocabulary.
+Memory traffic and checkpoint sizes are computed from shapes and are right to a few per cent. The memory of a rank is an
+upper estimate of what is allocated at the peak of a step, plus what any process of a run needs; tools/estimate_check.py
+compares it with real runs. Letters as everywhere: R ranks, G of them in a memory group, N queries of a rank, H, D, K, T, C,
+V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Experience replay: windows that were trained on, kept to be trained on again.
 
 A `Replay` keeps tokens and loss of the last windows (of each piece of one, where documents share it), the same on every
-rank: what is stored and drawn follows from the step and from losses that all ranks gather. `ReplaySampler` fills the rows of
-streams that pause (`Pauses`) with drawn spans. A replayed row starts from a blank state, and its namespace is -1, so it
-neither reads nor writes a bank: the entries written from itself could tell it its own tokens.
+rank: what is stored and drawn follows from the step and from losses that all ranks gather. `ReplaySampler` replaces the
+rows of streams that pause (`Pauses`) by drawn spans. A replayed row starts from a blank state, and its namespace is -1, so
+it neither reads nor writes a bank: the entries that were written from it would show it the tokens that it has to predict.
 Letters: M slots, X tokens of a span (a window and the target of its last token).
 """
 
@@ -330,7 +330,7 @@ def load_replay(path: Path, replay: Replay) -> None:
 
 
 def resume(replay: Replay | None, folder: Path, data_pass: Pass, *, step: int) -> Pass:
-    """Fills `replay`, if the run has one, from a checkpoint of `step`; returns the pass that the run then goes on with.
+    """Fills `replay`, if the run has one, from a checkpoint of `step`; returns the pass that the run then continues.
 
     A checkpoint without spans is of a run that replayed nothing: pauses begin when a step has been stored.
     """

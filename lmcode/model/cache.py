@@ -3,7 +3,8 @@
 A `Cache` is made empty. The first pass over each stream's window fills it; after that every pass (`decode.py`) reads one new
 token per stream. Streams may stand at different places in their windows, and nothing reaches across a window's end: what
 outlives a window is `StreamState`, and `restart` says that a stream is in a new one.
-Buffers are [..., B, X, T, D], tokens second to last; X stands for one dim between streams and tokens, if only of size 1.
+Buffers are [..., B, X, T, D], tokens second to last; X is the dim between streams and tokens (the heads), of size 1 if there
+is none.
 """
 
 from __future__ import annotations

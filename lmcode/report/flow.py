@@ -1,4 +1,4 @@
-"""Where one sequence's tokens look: gates, and how the softmax of each memory layer's read was shared out."""
+"""What the tokens of one sequence attend to: the gate, and the shares of the softmax, of each memory layer's read."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Reading text with forked banks and remembering where each entry came from, so that hits can be shown as text.
+"""Reading text with forked banks and keeping where each entry came from, so that hits can be shown as text.
 
-Entries hold vectors and no words. Whoever reads a document with a fork, which starts empty or as a copy, sees the ids that
-its tokens are given and can say later which place a hit points at. The model's own banks are never written. Everything
-here is a collective: all ranks read the same documents. Letters: Q queries with a place, K hits, H heads.
+Entries hold vectors and no words. A fork, which starts empty or as a copy, gives every token that it reads an id; from those
+ids a hit is mapped back to a position in the text. The model's own banks are never written. Everything here is a collective:
+all ranks read the same documents. Letters: Q queries at known positions, K hits, H heads.
 """
 
 from __future__ import annotations

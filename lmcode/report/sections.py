@@ -87,7 +87,7 @@ def gates_section(facts: ReportFacts) -> Markup:
               for layer, one in layers.items()]
     charts = [figure(share_bars(shares), title="Where the read looked", legend=("own past", "bank", "null slot"),
                      caption="Mean share of the softmax over tokens and heads: the window\u2019s own earlier tokens, the "
-                             "retrieved entries, and the null slot, which stands for nothing.")]
+                             "retrieved entries, and the null slot, which means: nothing was found.")]
     for layer, one in layers.items():
         counts, edges = np.histogram(np.clip(one.gate_X, 0, 1), np.linspace(0, 1, 21))
         charts.append(figure(

@@ -83,12 +83,12 @@ def _run(config: RunConfig, me: Rank, watch: NullWatch, request: Request, resume
         with clock("finishing"):
             finish(session, session.training_seconds)
     except Preempted:
-        return give_way(session)
+        return save_and_end(session)
     return 0 if session.saved == resuming.place_of(session) else 1
 
 
 def fit(session: Session) -> None:
-    """Trains from `session.step` to `session.last_step`, evaluating, logging and saving on the way. A collective.
+    """Trains from `session.step` to `session.last_step`, with evaluations, logging and checkpoints in between. A collective.
 
     Raises:
         Preempted: on every rank, if any was asked to save and end; the session is then as after `session.step` steps.
@@ -260,9 +260,9 @@ def digest(session: Session, result: StepResult, *, whole: bool) -> int:
     return digest_of(result.loss, result.applied, counters, session.engine.module.parameters() if whole else ())
 
 
-def give_way(session: Session) -> int:
-    """Saves what a job that was asked to end has trained, and ends it. Returns the exit code: 1 if nothing was saved that
-    was worth it. A collective."""
+def save_and_end(session: Session) -> int:
+    """Ends a job that was asked to end, with a checkpoint of its last step. Returns the exit code: 1 if that step could not
+    be saved. A collective."""
     log.warning("asked to end by %s", session.request.reason or "another rank")
     with session.clock("saving"):
         saving.settle(session, wait=True)
@@ -270,7 +270,7 @@ def give_way(session: Session) -> int:
             saving.save(session)
     safe = not session.step or session.saved == resuming.place_of(session)
     if safe:
-        log.warning("stopped after step %d: go on with --resume auto train.run_dir=%s", session.step, session.run_folder)
+        log.warning("stopped after step %d: resume with --resume auto train.run_dir=%s", session.step, session.run_folder)
         session.request.honoured()
     session.close()
     return preempt.REQUEUE if safe else 1
