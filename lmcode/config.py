@@ -66,14 +66,14 @@ class Section(BaseModel):
 
 
 class LMCODEConfig(Section):
-    """Shape of the model. Sizes are counts or widths; letters are those of the glossary (C width, H heads, D key width)."""
+    """Shape of the model. Sizes are counts or widths; capital letters are those of `protocol` (H heads, D width)."""
 
     backbone: str = Field("lmcode", description="kind of model, a name in lmcode.opening.BACKBONES")
     vocab_size: int = Field(50257, ge=2)
-    hidden_size: int = Field(512, ge=8, description="C, the width of the residual stream")
+    hidden_size: int = Field(512, ge=8, description="width of the residual stream")
     num_layers: int = Field(6, ge=1)
     num_heads: int = Field(8, ge=1)
-    feed_forward_size: int | None = Field(None, ge=1, description="inner width of the feed-forward; 4C when None")
+    feed_forward_size: int | None = Field(None, ge=1, description="inner width; 4 x hidden_size when None")
     context_length: int = Field(1024, ge=2, description="most tokens of one stream in one forward pass")
     positions: Literal["rotary", "learned"] = "rotary"
     dropout: float = Field(0.0, ge=0.0, lt=1.0)

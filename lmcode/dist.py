@@ -272,12 +272,12 @@ class Group:
         """Every rank's number, in rank order."""
         return self.all_gather(torch.tensor([number], device=device), phase=phase).tolist()
 
-    def all_gather_rows(self, rows: Tensor, count_R: Sequence[int], *, phase: str) -> Tensor:
-        """Concatenates along axis 0 the rows of all ranks, `count_R` of them each."""
-        padded = rows.new_zeros(max(1, *count_R), *rows.shape[1:])
+    def all_gather_rows(self, rows: Tensor, counts: Sequence[int], *, phase: str) -> Tensor:
+        """Concatenates along axis 0 the rows of all ranks, `counts` of them each."""
+        padded = rows.new_zeros(max(1, *counts), *rows.shape[1:])
         padded[:len(rows)] = rows
         parts = self.all_gather(padded, phase=phase).split(len(padded))
-        return torch.cat([part[:count] for part, count in zip(parts, count_R, strict=True)])
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def all_to_all(self, tensor: Tensor, *, phase: str) -> Tensor:
         """Sends the r-th equal part of axis 0 to rank r; returns the parts received, in rank order."""

@@ -210,8 +210,8 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
         moved_BT = None if labels is None else labels.gather(1, order_BT).where(valid_BT, -100)
         ids_BT = input_ids.gather(1, order_BT).where(valid_BT, 0)  # a pad token may lie outside the vocabulary
         output = self.lmcode(ids_BT, moved_BT, valid_BT=valid_BT, namespace_B=namespace_B)
-        back_BTV = order_BT.argsort(dim=1)[..., None].expand_as(output.logits)
-        return CausalLMOutput(loss=loss_of(output, num_items_in_batch), logits=output.logits.gather(1, back_BTV))
+        back_BTX = order_BT.argsort(dim=1)[..., None].expand_as(output.logits)
+        return CausalLMOutput(loss=loss_of(output, num_items_in_batch), logits=output.logits.gather(1, back_BTX))
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None,  # type: ignore[override]  # as `from_pretrained`

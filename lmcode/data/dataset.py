@@ -107,13 +107,13 @@ def create_synthetic_dataset(num_samples: int = 1000, seq_len: int = 50, vocab_s
                                 ("seed", seed, 0)):
         if value < lowest:
             raise ConfigError(f"{name} must be at least {lowest}: got {value}")
-    phrase_PX = torch.randint(vocab_size, (PHRASES, PHRASE_TOKENS), generator=torch.Generator().manual_seed(vocab_size))
+    phrase_XX = torch.randint(vocab_size, (PHRASES, PHRASE_TOKENS), generator=torch.Generator().manual_seed(vocab_size))
     draws = torch.Generator().manual_seed(seed)
     pieces = seq_len // PHRASE_TOKENS + 2
     own_N3 = torch.randint(PHRASES, (num_samples, PHRASES_PER_SAMPLE), generator=draws)
-    which_NY = own_N3.gather(1, torch.randint(PHRASES_PER_SAMPLE, (num_samples, pieces), generator=draws))
+    which_NX = own_N3.gather(1, torch.randint(PHRASES_PER_SAMPLE, (num_samples, pieces), generator=draws))
     start_N1 = torch.randint(PHRASE_TOKENS, (num_samples, 1), generator=draws)
-    return phrase_PX[which_NY].flatten(1).gather(1, start_N1 + torch.arange(seq_len))
+    return phrase_XX[which_NX].flatten(1).gather(1, start_N1 + torch.arange(seq_len))
 
 
 def _samples(data: Tensor | Sequence[Any], tokenizer: Tokenizer | None) -> list[np.ndarray]:

@@ -136,7 +136,7 @@ class Reader:
                 self.live[stream] = token != eos_id
 
     def logits(self) -> Tensor:
-        """Logits [B, V] of each stream's next token, of which the best are right; of ended streams, any numbers."""
+        """Logits [B, vocabulary] of each stream's next token, of which the best are right; of ended streams, any numbers."""
         self._close_full()
         if self._decoder is not None and self._cache is not None and self._cache.lengths:
             last_B = torch.tensor([row[-1] for row in self.rows], device=self._device)
