@@ -22,6 +22,7 @@ from lmcode.config import LMCODEConfig, build
 from lmcode.model.cache import Cache
 from lmcode.model.layer import MemoryAugmentedLayer, norm
 from lmcode.model.long_term import LongTermRead, ReadTape, Window
+from lmcode.model.past import length_after, visible
 from lmcode.model.rotary import rotary_table
 from lmcode.model.short_term import ShortTermMemory
 from lmcode.protocol import EntryShape, LayerMemory, NullRetriever, Retriever
@@ -31,24 +32,28 @@ INITIAL_STD = 0.02  # of every matrix (Radford et al. 2019)
 
 
 class StreamState(NamedTuple):
-    """What a batch of streams carries from one window to the next; all detached.
+    """What a batch of streams carries from one window to the next; all detached. S slots of width E, a cache of L tokens.
 
-    slots: fp32 [B, M, D] for each layer; empty without short-term memory.
+    slots: fp32 [B, S, E] for each layer; empty without short-term memory.
     pending_key: fp32 [B, H, D] for each memory layer, ascending: the key of the last token, whose successor is to come.
     pending_valid_B: bool, False until a stream has seen a token.
     pending_surprise_B: fp32, the loss of predicting the token to come, in nats; 0 where unknown.
+    past: [B, L, C] for each layer, the cache of `cache_windows` (`past.py`); empty without one.
+    past_length: int64 [B], alone: how many of its last tokens are of the document that the stream is in; empty without one.
     """
 
     slots: tuple[Tensor, ...]
     pending_key: tuple[Tensor, ...]
     pending_valid_B: Tensor
     pending_surprise_B: Tensor
+    past: tuple[Tensor, ...] = ()
+    past_length: tuple[Tensor, ...] = ()
 
 
 class LMCODEOutput(NamedTuple):
     """What `MemoryLM` returns.
 
-    logits: [B, T, vocabulary] in the model's dtype.
+    logits: [B, T, V] in the model's dtype.
     loss: fp32 scalar, mean of `token_loss` over counted targets (0 if none is counted); None without targets.
     token_loss: fp32 [B, T], nats, 0 where ignored; None without targets.
     state: for the streams' next window.
@@ -122,8 +127,8 @@ class MemoryLM(nn.Module):
                 nn.init.zeros_(module.null_logit_H)
         for read in (module for module in self.modules() if isinstance(module, LongTermRead)):
             # Queries start out as keys, so that a head begins by matching equal contexts and need not find that first.
-            query_XD, key_XD, _ = read.query_key_value.weight.chunk(3)
-            query_XD.copy_(key_XD)
+            query_PC, key_PC, _ = read.query_key_value.weight.chunk(3)
+            query_PC.copy_(key_PC)
 
     @torch.no_grad()
     def resize_token_embeddings(self, vocab_size: int) -> nn.Embedding:
@@ -138,16 +143,16 @@ class MemoryLM(nn.Module):
         """
         if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 2:
             raise ValueError(f"a vocabulary has at least 2 ids: got {vocab_size!r}")
-        old_XD = self.embedding.weight
-        own = type(self.embedding) is nn.Embedding and type(self.head) is nn.Linear and self.head.weight is old_XD
-        if not own or tuple(old_XD.shape) != (self.config.vocab_size, self.config.hidden_size):
+        old_VC = self.embedding.weight
+        own = type(self.embedding) is nn.Embedding and type(self.head) is nn.Linear and self.head.weight is old_VC
+        if not own or tuple(old_VC.shape) != (self.config.vocab_size, self.config.hidden_size):
             raise ValueError("the embedding can be resized only where it is this model's own and whole: got "
-                             f"{type(self.embedding).__name__} {list(old_XD.shape)} and {type(self.head).__name__}")
+                             f"{type(self.embedding).__name__} {list(old_VC.shape)} and {type(self.head).__name__}")
         config = build(LMCODEConfig, {**self.config.model_dump(), "vocab_size": vocab_size})
-        kept_XD = old_XD[:vocab_size]
-        added_XD = old_XD.float().mean(0).to(old_XD.dtype).expand(vocab_size - len(kept_XD), -1)
-        weight_XD = nn.Parameter(torch.cat([kept_XD, added_XD]), requires_grad=old_XD.requires_grad)
-        self.embedding.weight = self.head.weight = weight_XD
+        kept_VC = old_VC[:vocab_size]
+        added_VC = old_VC.float().mean(0).to(old_VC.dtype).expand(vocab_size - len(kept_VC), -1)
+        weight_VC = nn.Parameter(torch.cat([kept_VC, added_VC]), requires_grad=old_VC.requires_grad)
+        self.embedding.weight = self.head.weight = weight_VC
         self.embedding.num_embeddings = self.head.out_features = vocab_size
         self.config = config
         return self.embedding
@@ -214,36 +219,45 @@ class MemoryLM(nn.Module):
                 raise ValueError("documents that share a window need their namespaces, and targets instead of labels; they "
                                  "cannot fill a cache")
             window = window._replace(piece_BT=piece_BT, seen_BTT=same_piece(piece_BT))
+        if window.past_length_B is not None:
+            window = window._replace(seen_past_BTL=visible(window.past_length_B, self.config.cache_tokens, piece_BT))
         if cache is not None:
             self._begin(cache, input_ids_BT, valid_BT)
-        x_BTD = self.embedding(input_ids_BT)
+        x_BTC = self.embedding(input_ids_BT)
         if self.positions is not None:
-            x_BTD = x_BTD + self.positions(places(input_ids_BT, piece_BT))
-        x_BTD, tapes = self._run_layers(self.dropout(x_BTD), window, state, cache)
-        logits_BTX = self.head(self.norm(x_BTD))
+            x_BTC = x_BTC + self.positions(places(input_ids_BT, piece_BT))
+        x_BTC, tapes = self._run_layers(self.dropout(x_BTC), window, state, cache)
+        logits_BTV = self.head(self.norm(x_BTC))
 
         loss = token_loss_BT = None
         target_BT = aligned_targets(labels_BT, targets_BT, valid_BT)
         if target_BT is not None:
-            loss, token_loss_BT = next_token_loss(logits_BTX, target_BT)
+            loss, token_loss_BT = next_token_loss(logits_BTV, target_BT)
         known_BT = (torch.zeros_like(input_ids_BT, dtype=torch.float32) if token_loss_BT is None
                     else token_loss_BT.detach())
         surprise_BT, pending_surprise_B = surprises(known_BT, window, state)
         memory = {index: layer_memory(tapes[index], surprise_BT) for index in self.config.memory_layer_indices}
-        return LMCODEOutput(logits_BTX, loss, token_loss_BT, next_state(tapes, window, pending_surprise_B), memory)
+        return LMCODEOutput(logits_BTV, loss, token_loss_BT,
+                            self._next_state(tapes, window, pending_surprise_B, input_ids_BT.shape[1]), memory)
 
     def blank_state(self, num_streams: int, *, device: torch.device | None = None) -> StreamState:
         """The state of streams that are yet to start: zeros with nothing pending, to be passed with `reset_B` all True."""
         config, B = self.config, num_streams
-        slots_BMD = torch.zeros(B, config.short_term_memory_size, config.short_term_dim, device=device)
+        slots_BSE = torch.zeros(B, config.short_term_memory_size, config.short_term_dim, device=device)
         key_BHD = torch.zeros(B, config.memory_heads, config.memory_head_dim, device=device)
-        return StreamState((slots_BMD,) * (config.num_layers if config.short_term_memory_size else 0),
+        past_BLC = torch.zeros(B, config.cache_tokens, config.hidden_size, device=device)
+        cached = config.cache_tokens > 0
+        return StreamState((slots_BSE,) * (config.num_layers if config.short_term_memory_size else 0),
                            (key_BHD,) * len(config.memory_layer_indices),
-                           torch.zeros(B, dtype=torch.bool, device=device), torch.zeros(B, device=device))
+                           torch.zeros(B, dtype=torch.bool, device=device), torch.zeros(B, device=device),
+                           (past_BLC,) * config.num_layers * cached,
+                           (torch.zeros(B, dtype=torch.int64, device=device),) * cached)
 
     def _begin(self, cache: Cache, input_ids_BT: Tensor, valid_BT: Tensor | None) -> None:
         """Makes an empty cache ready for its first pass."""
         (B, T), config = input_ids_BT.shape, self.config
+        if config.cache_tokens:
+            raise ValueError("a model with cache_windows reads whole windows: it fills no cache for single tokens")
         if cache.lengths:
             raise ValueError("a window is read into an empty cache: this one has streams of "
                              f"{cache.lengths} tokens")
@@ -256,23 +270,28 @@ class MemoryLM(nn.Module):
                 namespace_B: Tensor | None, document_B: Tensor | None, valid_BT: Tensor | None) -> Window:
         """What all layers share about this window; the carried state of each layer is added by `_run_layers`."""
         (B, T), device = input_ids_BT.shape, input_ids_BT.device
-        rotation = None
+        rotation, past_length_B = None, None
+        if state is not None and state.past_length:
+            past_length_B = state.past_length[0]
+            past_length_B = past_length_B if reset_B is None else past_length_B.masked_fill(reset_B, 0)
         if self.positions is None:
-            rotation = rotary_table(T, self.config.hidden_size // self.config.num_heads, device=device)
+            past = 0 if past_length_B is None else self.config.cache_tokens
+            rotation = rotary_table(past + T, self.config.hidden_size // self.config.num_heads, device=device)
         if namespace_B is None:
             namespace_B = torch.arange(B, device=device)
         pending_valid_B = (torch.zeros(B, dtype=torch.bool, device=device) if state is None
                            else state.pending_valid_B)
         if reset_B is not None:
             pending_valid_B = pending_valid_B & ~reset_B
-        return Window(namespace_B, pending_valid_B, reset_B, valid_BT, rotation, document_B=document_B)
+        return Window(namespace_B, pending_valid_B, reset_B, valid_BT, rotation, document_B=document_B,
+                      past_length_B=past_length_B)
 
-    def _run_layers(self, x_BTD: Tensor, window: Window, state: StreamState | None,
+    def _run_layers(self, x_BTC: Tensor, window: Window, state: StreamState | None,
                     cache: Cache | None) -> tuple[Tensor, list[ReadTape]]:
         """All layers in turn, each with its own tape; recomputed in the backward pass if so wished."""
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
-        if recompute and not x_BTD.requires_grad:
-            x_BTD.requires_grad_()  # a frozen embedding: reentrant checkpoints need an input with a gradient
+        if recompute and not x_BTC.requires_grad:
+            x_BTC.requires_grad_()  # a frozen embedding: reentrant checkpoints need an input with a gradient
         tapes = [ReadTape() for _ in self.layers]
         for index, (layer, tape) in enumerate(zip(self.layers, tapes, strict=True)):
             layer_window = self._layer_window(index, window, state)
@@ -280,8 +299,22 @@ class MemoryLM(nn.Module):
                 layer_window = layer_window._replace(cache=cache.layers[index])
             run = functools.partial(layer, window=layer_window, tape=tape)
             # Reentrant, since only this kind runs the hooks with which ZeRO-3 gathers parameters in the recomputation.
-            x_BTD = checkpoint(run, x_BTD, use_reentrant=True) if recompute else run(x_BTD)
-        return x_BTD, tapes
+            x_BTC = checkpoint(run, x_BTC, use_reentrant=True) if recompute else run(x_BTC)
+        return x_BTC, tapes
+
+    def _next_state(self, tapes: list[ReadTape], window: Window, pending_surprise_B: Tensor, num_tokens: int) -> StreamState:
+        """What the streams carry to their next window; a stream that had only padding here carries what it came with."""
+        pending_valid_B = (torch.ones_like(window.pending_valid_B) if window.valid_BT is None
+                           else window.valid_BT.any(dim=1) | window.pending_valid_B)
+        past_length: tuple[Tensor, ...] = ()
+        if size := self.config.cache_tokens:
+            before_B = (torch.zeros_like(pending_valid_B, dtype=torch.int64) if window.past_length_B is None
+                        else window.past_length_B)
+            past_length = (length_after(before_B, num_tokens, window.valid_BT, window.piece_BT, size),)
+        return StreamState(tuple(tape.slots_BSE for tape in tapes if tape.slots_BSE is not None),
+                           tuple(tape.pending_key_BHD for tape in tapes if tape.pending_key_BHD is not None),
+                           pending_valid_B, pending_surprise_B,
+                           tuple(tape.past_BLC for tape in tapes if tape.past_BLC is not None), past_length)
 
     def _layer_window(self, index: int, window: Window, state: StreamState | None) -> Window:
         """`window` with the state that layer `index` carried over."""
@@ -289,14 +322,15 @@ class MemoryLM(nn.Module):
             return window
         memory_layers = self.config.memory_layer_indices
         return window._replace(
-            slots_BMD=state.slots[index] if state.slots else None,
+            slots_BSE=state.slots[index] if state.slots else None,
+            past_BLC=state.past[index] if state.past else None,
             pending_key_BHD=state.pending_key[memory_layers.index(index)] if index in memory_layers else None)
 
     def _check(self, input_ids_BT: Tensor, labels_BT: Tensor | None, targets_BT: Tensor | None,
                state: StreamState | None, reset_B: Tensor | None, namespace_B: Tensor | None,
                document_B: Tensor | None, valid_BT: Tensor | None, piece_BT: Tensor | None) -> None:
         """Refuses what `forward` cannot run, before anything is computed."""
-        ids, longest = self.config.vocab_size, self.config.context_length
+        V, longest = self.config.vocab_size, self.config.context_length
         if not isinstance(input_ids_BT, Tensor):
             raise ValueError(f"input_ids must be an integer tensor [B, T]: got {type(input_ids_BT).__name__}")
         if input_ids_BT.dim() != 2 or 0 in input_ids_BT.shape or input_ids_BT.dtype not in (torch.int64, torch.int32):
@@ -317,10 +351,10 @@ class MemoryLM(nn.Module):
                                            ("valid_BT", valid_BT, torch.bool, (B, T))):
             if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape):
                 raise ValueError(f"{name} must be {dtype} {list(shape)}: got {tensor.dtype} {list(tensor.shape)}")
-        _check_ids("input_ids", input_ids_BT, ids)
+        _check_ids("input_ids", input_ids_BT, V)
         for name, tensor in (("labels", labels_BT), ("targets", targets_BT)):
             if tensor is not None:
-                _check_ids(name, tensor.masked_fill(tensor == IGNORED, 0), ids)
+                _check_ids(name, tensor.masked_fill(tensor == IGNORED, 0), V)
         if valid_BT is not None and bool((valid_BT[:, 1:] & ~valid_BT[:, :-1]).any()):
             raise ValueError("padding must trail: valid_BT has a True after a False")
         if piece_BT is not None and namespace_B is not None:
@@ -331,12 +365,16 @@ class MemoryLM(nn.Module):
     def check_state(self, state: StreamState, num_streams: int) -> None:
         """Refuses the state of another number of streams or of a model of another shape."""
         config = self.config
-        B, M = num_streams, config.short_term_memory_size
-        slots = [(B, M, config.short_term_dim)] * (config.num_layers if M else 0)
+        B, S = num_streams, config.short_term_memory_size
+        slots = [(B, S, config.short_term_dim)] * (config.num_layers if S else 0)
         keys = [(B, config.memory_heads, config.memory_head_dim)] * len(config.memory_layer_indices)
+        cached = config.cache_tokens > 0
+        past = [(B, config.cache_tokens, config.hidden_size)] * config.num_layers * cached
         for name, expected, tensors in (("slots", slots, state.slots), ("pending_key", keys, state.pending_key),
                                         ("pending_valid_B", [(B,)], [state.pending_valid_B]),
-                                        ("pending_surprise_B", [(B,)], [state.pending_surprise_B])):
+                                        ("pending_surprise_B", [(B,)], [state.pending_surprise_B]),
+                                        ("past", past, state.past),
+                                        ("past_length", [(B,)] * cached, state.past_length)):
             shapes = [tuple(tensor.shape) for tensor in tensors]
             if shapes != expected:
                 raise ValueError(f"the state must be this model's, of as many streams as input_ids has rows: {name} "
@@ -385,9 +423,9 @@ def aligned_targets(labels_BT: Tensor | None, targets_BT: Tensor | None, valid_B
     return given_BT if labels_BT is None else F.pad(given_BT[:, 1:], (0, 1), value=IGNORED)
 
 
-def next_token_loss(logits_BTX: Tensor, target_BT: Tensor) -> tuple[Tensor, Tensor]:
+def next_token_loss(logits_BTV: Tensor, target_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy in nats: the mean over counted targets, and per token [B, T], 0 where ignored; both fp32."""
-    flat_N = F.cross_entropy(logits_BTX.flatten(0, 1).float(), target_BT.flatten(), ignore_index=IGNORED,
+    flat_N = F.cross_entropy(logits_BTV.flatten(0, 1).float(), target_BT.flatten(), ignore_index=IGNORED,
                              reduction="none")
     counted = (target_BT != IGNORED).sum().clamp(min=1)
     return flat_N.sum() / counted, flat_N.view_as(target_BT)
@@ -406,15 +444,6 @@ def surprises(token_loss_BT: Tensor, window: Window, state: StreamState | None) 
     count_B = window.valid_BT.sum(dim=1)
     last_B = token_loss_BT.gather(1, (count_B - 1).clamp(min=0)[:, None]).squeeze(1)
     return surprise_BT, last_B.where(count_B > 0, first_B)
-
-
-def next_state(tapes: list[ReadTape], window: Window, pending_surprise_B: Tensor) -> StreamState:
-    """What the streams carry to their next window; a stream that had only padding here carries what it came with."""
-    pending_valid_B = (torch.ones_like(window.pending_valid_B) if window.valid_BT is None
-                       else window.valid_BT.any(dim=1) | window.pending_valid_B)
-    return StreamState(tuple(tape.slots_BMD for tape in tapes if tape.slots_BMD is not None),
-                       tuple(tape.pending_key_BHD for tape in tapes if tape.pending_key_BHD is not None),
-                       pending_valid_B, pending_surprise_B)
 
 
 def layer_memory(tape: ReadTape, surprise_BT: Tensor) -> LayerMemory:

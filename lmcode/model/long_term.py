@@ -2,7 +2,7 @@
 
 The module asks a `Retriever` exactly once per forward pass, whatever the data, since collectives hide behind it. Stored
 entries are constants; the local part is what trains the key and value projections. All scores, softmaxes, log-sum-exps
-and mixed values are fp32, under autocast, too. X is the axis of partial softmaxes.
+and mixed values are fp32, under autocast, too. Letters here: P partial softmaxes.
 """
 
 from __future__ import annotations
@@ -35,13 +35,16 @@ class Window(NamedTuple):
     reset_B: bool or None, streams that start a document here (`pending_valid_B` is already False there).
     valid_BT: bool or None, False at (trailing) padding.
     rotation: rotary tables, or None where positions are learned.
-    slots_BMD: this layer's carried short-term slots; None starts afresh.
+    slots_BSE: this layer's carried short-term slots; None starts afresh.
     pending_key_BHD: this layer's key of each stream's last token; None where there is none.
     cache: what this layer is to keep for later tokens of the window; None outside generation.
     document_B: int64, the text that each stream reads, negative where unknown; None: unknown everywhere.
     piece_BT: int64, the document within the window that each token belongs to, ascending from 0; None: there is one, and
         else `namespace_B` and `document_B` are [B, P], of each such document.
     seen_BTT: bool, which tokens (last dim) each token may attend to; None: itself and all before it.
+    past_BLC: this layer's cache of the tokens before the window; None where there is none. See `past.py`.
+    past_length_B: int64, how many of its last tokens are of the document that each stream is in.
+    seen_past_BTL: bool, which of them (last dim) each token may attend to, [B, T or 1, L].
     """
 
     namespace_B: Tensor
@@ -49,12 +52,15 @@ class Window(NamedTuple):
     reset_B: Tensor | None = None
     valid_BT: Tensor | None = None
     rotation: Rotation | None = None
-    slots_BMD: Tensor | None = None
+    slots_BSE: Tensor | None = None
     pending_key_BHD: Tensor | None = None
     cache: LayerCache | None = None
     document_B: Tensor | None = None
     piece_BT: Tensor | None = None
     seen_BTT: Tensor | None = None
+    past_BLC: Tensor | None = None
+    past_length_B: Tensor | None = None
+    seen_past_BTL: Tensor | None = None
 
     def of_tokens(self, of_B: Tensor, length: int) -> Tensor:
         """A property of streams, or of their documents, for each token: [B, length]."""
@@ -76,7 +82,8 @@ class ReadTape:
     null_share_HN: Tensor | None = None
     credit_HN: Tensor | None = None
     pending_key_BHD: Tensor | None = None
-    slots_BMD: Tensor | None = None
+    slots_BSE: Tensor | None = None
+    past_BLC: Tensor | None = None
 
     def record(self, **products: Any) -> None:
         """Stores what was not recorded before; the first execution wins."""
@@ -98,10 +105,10 @@ def merge_partials(values_HND: Sequence[Tensor], lses_HN: Sequence[Tensor]) -> t
     Returns:
         The joint value [..., D], and the share of the joint softmax of each set, [P, ...].
     """
-    share_XHN = torch.stack(tuple(lses_HN)).softmax(dim=0)
+    share_PHN = torch.stack(tuple(lses_HN)).softmax(dim=0)
     parts = [share_HN.unsqueeze(-1) * value_HND
-             for share_HN, value_HND in zip(share_XHN, values_HND, strict=False)]
-    return torch.stack(parts).sum(dim=0), share_XHN
+             for share_HN, value_HND in zip(share_PHN, values_HND, strict=False)]
+    return torch.stack(parts).sum(dim=0), share_PHN
 
 
 def attend_own_past(query_HBTD: Tensor, key_HBTD: Tensor, value_HBTD: Tensor, *, successor_values: bool,
@@ -223,40 +230,40 @@ class LongTermRead(nn.Module):
 
     def __init__(self, config: LMCODEConfig) -> None:
         super().__init__()
-        width, H, D = config.hidden_size, config.memory_heads, config.memory_head_dim
+        C, H, D = config.hidden_size, config.memory_heads, config.memory_head_dim
         self.num_heads, self.head_dim = H, D
         self.successor_values = config.successor_values
         self.stride = config.retrieval_stride
-        self.query_key_value = nn.Linear(width, 3 * H * D, bias=False)
-        self.output = nn.Linear(H * D, width, bias=False)
-        self.gate = nn.Linear(width, 1)
+        self.query_key_value = nn.Linear(C, 3 * H * D, bias=False)
+        self.output = nn.Linear(H * D, C, bias=False)
+        self.gate = nn.Linear(C, 1)
         self.log_temperature_H = nn.Parameter(torch.empty(H))
         self.retrieved_bias_H = nn.Parameter(torch.empty(H))
         self.null_logit_H = nn.Parameter(torch.empty(H))
 
-    def forward(self, x_BTD: Tensor, *, window: Window, retriever: Retriever, tape: ReadTape) -> Tensor:
-        """What each token recalls, gated: [B, T, D] in the dtype of x. Everything else goes on the tape."""
-        B, T, _ = x_BTD.shape
-        query_HBTD, key_HBTD, value_HBTD = self._project(x_BTD)
+    def forward(self, x_BTC: Tensor, *, window: Window, retriever: Retriever, tape: ReadTape) -> Tensor:
+        """What each token recalls, gated: [B, T, C] in the dtype of x. Everything else goes on the tape."""
+        B, T, _ = x_BTC.shape
+        query_HBTD, key_HBTD, value_HBTD = self._project(x_BTC)
         if window.cache is not None:
             fill_cache(window.cache, query_HBTD, key_HBTD, value_HBTD, successor_values=self.successor_values)
-        merged_HBTD, share_XHBT = self._read(query_HBTD, key_HBTD, value_HBTD, window, retriever, tape)
-        gate_BT1, share_HBT = torch.sigmoid(self.gate(x_BTD)), share_XHBT[1].detach()
+        merged_HBTD, share_PHBT = self._read(query_HBTD, key_HBTD, value_HBTD, window, retriever, tape)
+        gate_BT1, share_HBT = torch.sigmoid(self.gate(x_BTC)), share_PHBT[1].detach()
         tape.record(pending_key_BHD=last_keys(key_HBTD, window),
                     candidates=make_candidates(key_HBTD, value_HBTD, window, successor_values=self.successor_values),
                     gate_BT=gate_BT1.detach().squeeze(-1).float(),
                     share_HN=share_per_query(share_HBT, self.stride),
                     credit_HN=attention_paid(share_HBT, window.valid_BT, self.stride),
-                    null_share_HN=share_per_query(share_XHBT[2].detach(), self.stride))
-        merged_BTX = merged_HBTD.permute(1, 2, 0, 3).reshape(B, T, -1)
-        recalled_BTD: Tensor = gate_BT1 * self.output(merged_BTX.to(x_BTD.dtype))
-        return recalled_BTD
+                    null_share_HN=share_per_query(share_PHBT[2].detach(), self.stride))
+        merged_BTP = merged_HBTD.permute(1, 2, 0, 3).reshape(B, T, -1)
+        recalled_BTC: Tensor = gate_BT1 * self.output(merged_BTP.to(x_BTC.dtype))
+        return recalled_BTC
 
-    def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of length temperature, unit keys and values, each fp32 [H, B, T, D]: a score is then q . k."""
-        B, T, _ = x_BTD.shape
-        qkv_BTXHD = self.query_key_value(x_BTD).float().view(B, T, 3, self.num_heads, self.head_dim)
-        query_HBTD, key_HBTD, value_HBTD = qkv_BTXHD.permute(2, 3, 0, 1, 4).contiguous()
+        B, T, _ = x_BTC.shape
+        qkv_BTPHD = self.query_key_value(x_BTC).float().view(B, T, 3, self.num_heads, self.head_dim)
+        query_HBTD, key_HBTD, value_HBTD = qkv_BTPHD.permute(2, 3, 0, 1, 4).contiguous()
         temperature_H = self.log_temperature_H.float().exp()
         query_HBTD = F.normalize(query_HBTD, dim=-1) * temperature_H[:, None, None, None]
         return query_HBTD, F.normalize(key_HBTD, dim=-1), value_HBTD
@@ -291,13 +298,13 @@ class LongTermRead(nn.Module):
             hits = retriever.search(query_HND.detach(), namespace_N, document_N)
             tape.record(hits=hits)
         value_HND, lse_HN = retriever.attend(query_HND, hits)
-        value_HBXD = value_HND.float().view(H, B, -1, D)
-        lse_HBX = lse_HN.float().view(H, B, -1) + self.retrieved_bias_H.float()[:, None, None]
+        value_HBGD = value_HND.float().view(H, B, -1, D)
+        lse_HBG = lse_HN.float().view(H, B, -1) + self.retrieved_bias_H.float()[:, None, None]
         if self.stride > 1:
-            value_HBXD = value_HBXD.repeat_interleave(self.stride, dim=2)[:, :, :T]
-            lse_HBX = lse_HBX.repeat_interleave(self.stride, dim=2)[:, :, :T]
+            value_HBGD = value_HBGD.repeat_interleave(self.stride, dim=2)[:, :, :T]
+            lse_HBG = lse_HBG.repeat_interleave(self.stride, dim=2)[:, :, :T]
             if window.piece_BT is not None:  # a document must not see what another one asked for
                 asked_BT = per_query(window.piece_BT, self.stride).repeat_interleave(self.stride, dim=1)[:, :T]
                 own_BT = window.piece_BT == asked_BT
-                value_HBXD, lse_HBX = value_HBXD.where(own_BT[..., None], 0.0), lse_HBX.where(own_BT, NO_SCORE)
-        return value_HBXD, lse_HBX
+                value_HBGD, lse_HBG = value_HBGD.where(own_BT[..., None], 0.0), lse_HBG.where(own_BT, NO_SCORE)
+        return value_HBGD, lse_HBG
