@@ -115,6 +115,16 @@ class Backbone(Remembering, nn.Module):
         """Writes the model as a folder that other people load: see `LMCODE.save_pretrained`."""
 
     @property
+    def memory_layers(self) -> tuple[int, ...]:
+        """The layers that read a long-term memory, ascending."""
+        return tuple(sorted(self.memory_shapes(self.config)))
+
+    def learned_numbers(self, layer: int) -> dict[str, list[float]]:
+        """What the read of a memory layer has learned, by head: "temperature", "bias" on hits and "null" logit, for reports.
+        Empty where the model has no such read."""
+        return {}
+
+    @property
     def memory_config(self) -> MemoryConfig:
         """How the banks store, search and exchange."""
         return self.memories.memory_config

@@ -29,7 +29,7 @@ class BankFacts:
     """One bank. age_E, received_E, importance_E: of every live entry, in id order: steps since it was written, units of
     attention, importance. shard_live_X, shard_slots_X, shard_rank_X: of every virtual shard. namespaces: name and entries
     of the largest. most_read: the entries read most. temperature_H, bias_H, null_H: learned numbers of the read by head,
-    empty where they are not at hand (ZeRO-3)."""
+    empty where they are not at hand (ZeRO-3, other models)."""
 
     layer: int
     stats: dict[str, Any]
@@ -137,8 +137,7 @@ def experience_facts(model: Backbone) -> ExperienceFacts | None:
 def bank_facts(model: Backbone, layer: int, efficiency: dict[str, Any], step: int | None, ranks: int) -> BankFacts:
     """The facts of one bank. A collective."""
     bank = model.banks[layer]
-    temperature_H, bias_H, null_H = (model.get_parameter(f"layers.{layer}.long_term_read.{name}").detach()
-                                     for name in ("log_temperature_H", "retrieved_bias_H", "null_logit_H"))
+    learned = model.learned_numbers(layer)
     columns, shards = entry_columns(bank), bank.config.virtual_shards
     names = {namespace_number(one): str(one) for one in model.experiences.namespaces()} if model.has_experiences else {}
     now = step if step is not None else int(columns["step"].max(initial=0))
@@ -148,8 +147,8 @@ def bank_facts(model: Backbone, layer: int, efficiency: dict[str, Any], step: in
         received_E=attention_received(columns), importance_E=columns["importance"], shard_live_X=live_X.tolist(),
         shard_slots_X=[capacity_of(shard, bank.slots, shards) for shard in range(shards)],
         shard_rank_X=rank_of(np.arange(shards), ranks).tolist(), namespaces=largest_namespaces(columns, names),
-        most_read=most_read(columns, now, names), temperature_H=temperature_H.exp().tolist(),
-        bias_H=bias_H.tolist(), null_H=null_H.tolist())
+        most_read=most_read(columns, now, names), temperature_H=learned.get("temperature", []),
+        bias_H=learned.get("bias", []), null_H=learned.get("null", []))
 
 
 def largest_namespaces(columns: Mapping[str, np.ndarray], names: Mapping[int, str]) -> list[tuple[str, int]]:

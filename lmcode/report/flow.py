@@ -60,7 +60,7 @@ def memory_flow(model: Backbone, input_sequence: Any, *, namespace: Namespace | 
         ValueError: a model without memory layers; a sequence that is empty, too long or no sequence at all; a negative
             namespace.
     """
-    layers = model.config.memory_layer_indices
+    layers = model.memory_layers
     if not layers:
         raise ValueError("the model has no memory layer whose reads could be shown: memory_layers is empty")
     number = 0 if namespace is None else namespace_number(namespace)

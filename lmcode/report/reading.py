@@ -167,7 +167,7 @@ class _Reader:
 
     def result(self, tokenizer: Tokenizer | None) -> Reading:
         on, off = np.array(list(self.losses.values()), float).T
-        whole = {layer: Asked(*(np.concatenate(part, axis=1 if part[0].ndim == 3 or name.endswith("HQ") else 0)
+        whole = {layer: Asked(*(np.concatenate(part, axis=1 if part[0].ndim == 3 or name.endswith("HN") else 0)
                                 for name, part in zip(Asked._fields, zip(*parts, strict=True), strict=True)))
                  for layer, parts in self.seen.items()}
         layers = {layer: summary(one, self.origin[layer], self.documents) for layer, one in whole.items()}
