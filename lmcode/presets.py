@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from lmcode.backbone_config import resolved
 from lmcode.config import (
     ConfigError,
     DataConfig,
@@ -103,4 +104,7 @@ def load_run_config(source: str | Path | None, overrides: Iterable[str] = ()) ->
             raise ConfigError(f"'{source}' must hold a mapping of sections: got {type(values).__name__}")
     else:
         values = by_name(source).model_dump()
-    return build(RunConfig, with_overrides(values, overrides))
+    overrides = list(overrides)
+    if any(one.startswith("model.backbone=") for one in overrides) and not source.endswith((".yaml", ".yml")):
+        values["model"] = {}  # a preset's shape is not that of a backbone
+    return build(RunConfig, resolved(with_overrides(values, overrides)))
