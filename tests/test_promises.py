@@ -116,6 +116,7 @@ OWN_LETTERS = {
                        "shard": "CFGLQW", "ticket": "GQRUW", "write": "QR"},
     "lmcode/model/": {"attention": "ACL", "cache": "S", "generation/decode": "ACFGLOQS", "layer": "CLS", "lm": "CLSV",
                       "long_term": "CGLS", "past": "CLU", "short_term": "CGLS"},
+    "lmcode/recipes/": {"attached": "CRV", "camelot": "Q", "carried": "R", "joint": "GQ", "own_read": "C", "recipe": "CQ"},
 }
 STORED_NAMES = {"initial_slots_SE", "address_SE"}  # parameters: their names are in every checkpoint
 
