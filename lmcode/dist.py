@@ -292,8 +292,8 @@ class Group:
             td.all_to_all_single(received, tensor, group=self._handle)
         return received
 
-    def all_to_all_rows(self, rows: Tensor, sent_R: Sequence[int], arriving_R: Sequence[int], *, phase: str) -> Tensor:
-        """Sends the next `sent_R[r]` rows to rank r; returns the rows received, `arriving_R[r]` from rank r, in rank order.
+    def all_to_all_rows(self, rows: Tensor, sent_X: Sequence[int], arriving_X: Sequence[int], *, phase: str) -> Tensor:
+        """Sends the next `sent_X[r]` rows to rank r; returns the rows received, `arriving_X[r]` from rank r, in rank order.
 
         Every rank must know how many rows come from each other one.
         """
@@ -302,10 +302,10 @@ class Group:
         import torch.distributed as td
 
         rows = rows.contiguous()
-        received = rows.new_empty(sum(arriving_R), *rows.shape[1:])
-        others = sum(arriving_R) - arriving_R[self.rank]
+        received = rows.new_empty(sum(arriving_X), *rows.shape[1:])
+        others = sum(arriving_X) - arriving_X[self.rank]
         with self._counted(phase, others * math.prod(rows.shape[1:]) * rows.element_size()):
-            td.all_to_all_single(received, rows, list(arriving_R), list(sent_R), group=self._handle)
+            td.all_to_all_single(received, rows, list(arriving_X), list(sent_X), group=self._handle)
         return received
 
     def reduce_scatter(self, tensor: Tensor, *, phase: str) -> Tensor:

@@ -111,9 +111,9 @@ def test_security_names_only_what_exists() -> None:
 
 # Files some of whose tensors still have letters of their own, which the files' docstrings explain.
 OWN_LETTERS = {
-    "lmcode/memory/": {"bank": "W", "consolidate": "FL", "entry": "C", "evict": "C", "read": "GQR", "rounds": "FGLR",
-                       "search/draw": "Q", "search/exact": "GLQRW", "search/faiss_index": "LQ", "search/tier": "Q",
-                       "shard": "CFGLQW", "ticket": "GQRUW", "write": "QR"},
+    "lmcode/memory/": {"bank": "W", "consolidate": "FL", "entry": "C", "ledger": "W", "read": "GQR", "ring": "CV",
+                       "rounds": "FGLR", "search/draw": "Q", "search/exact": "GLQRW", "search/faiss_index": "LQ",
+                       "search/tier": "Q", "shard": "FGLQW", "ticket": "GQRUW", "values": "C", "write": "QR"},
     "lmcode/model/": {"attention": "ACL", "cache": "S", "generation/decode": "ACFGLOQS", "layer": "CLS", "lm": "CLSV",
                       "long_term": "CGLS", "past": "CLU", "short_term": "CGLS"},
     "lmcode/recipes/": {"attached": "CRV", "camelot": "Q", "carried": "R", "joint": "GQ", "own_read": "C", "recipe": "CQ"},
