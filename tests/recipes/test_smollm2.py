@@ -10,7 +10,7 @@ import torch
 import lmcode
 
 FOLDER = os.environ.get("LMCODE_SMOLLM2", "")
-TEXT = "The caretaker of the lighthouse at Vardal was called Oswin Tarrabel. Every evening Oswin Tarrabel climbed the stairs."
+TEXT = "The caretaker of the lighthouse at Vardal was called Oswin Tarrabel. Every day Oswin Tarrabel climbed the stairs."
 
 
 @pytest.mark.skipif(not FOLDER, reason="no real model: python tools/smollm2.py FOLDER, then LMCODE_SMOLLM2=FOLDER")
