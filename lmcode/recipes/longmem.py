@@ -160,11 +160,6 @@ class LongMem(recipe.Recipe):
             share_HN=share_HN, credit_HN=share_HN.where(valid_N, 0.0), null_share_HN=torch.zeros_like(share_HN),
             gate_BT=gate.expand_as(current.valid_BT))
 
-    def learned_numbers(self, layer: int) -> tuple[list[float], list[float], list[float]]:
-        """As biases the gates' numbers, the mean of the attention's heads that share one of the bank's."""
-        temperature_H, _, null_H = super().learned_numbers(layer)
-        return temperature_H, self.memory_gate_Q.detach().float().view(len(null_H), -1).mean(dim=1).tolist(), null_H
-
     # What is stored
 
     def offered(self, layer: int, current: Pass, left: Left, known_BT: Tensor) -> Candidates:
