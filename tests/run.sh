@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All set-up plus the tests: `bash tests/run.sh` for the whole suite, `bash tests/run.sh tests/test_cli.py -k train` for
+# All set-up plus the tests: `bash tests/run.sh` for the whole suite, `bash tests/run.sh tests/cli/test_command.py -k train` for
 # a part. Arguments are pytest's, and so is the exit code. Without arguments ruff and mypy come first, and what they find
 # ends it; then the whole suite runs in two processes of one thread, a file at a time.
 set -euo pipefail

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from ranks import run_on_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +21,7 @@ from lmcode.dist import Group
 from lmcode.eval.held_out import evaluate
 from lmcode.eval.reading import MODES
 from lmcode.protocol import Candidates, EntryShape, LayerMemory, NullRetriever, Retriever
+from tests.helpers.ranks import run_on_ranks
 
 SHAPES = {0: EntryShape(1, 4, 4), 1: EntryShape(3, 6, 6)}
 CONFIG = LMCODEConfig(backbone="toy", vocab_size=257, context_length=8, long_term_memory_slots=480, memory_top_k=4)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from ranks import run_on_ranks
 
 from lmcode import LMCODE, LMCODEConfig, MemoryAwareTrainer, MemoryDataset
 from lmcode.config import MemoryConfig
@@ -26,6 +25,7 @@ from lmcode.memory.shard import Shard
 from lmcode.protocol import Hits, LayerMemory
 from lmcode.train import loop
 from lmcode.train.session import StepResult
+from tests.helpers.ranks import run_on_ranks
 
 END, LENGTH, TEXTS, COPIES = 0, 20, 6, 2  # the first texts occur twice
 LAYER, WINDOW, STREAMS, EPOCHS = 1, 6, 4, 2

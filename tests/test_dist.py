@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_on_ranks
 
 from lmcode import dist
 from lmcode.dist import Group
 from lmcode.jobs import network
+from tests.helpers.ranks import run_on_ranks
 
 
 def test_on_one_rank_collectives_are_identities_and_free() -> None:

@@ -9,7 +9,6 @@ import json
 
 import pytest
 import torch
-from ranks import run_on_ranks
 
 from lmcode.cli import command as cli
 from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, RunConfig, TrainConfig
@@ -28,6 +27,7 @@ from lmcode.language_model import LMCODE
 from lmcode.memory.bank import LongTermMemory
 from lmcode.presets import ALL, load_run_config
 from lmcode.protocol import Candidates
+from tests.helpers.ranks import run_on_ranks
 
 
 def config_of(**memory: object) -> RunConfig:

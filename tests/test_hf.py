@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from patience import PATIENCE_S
 from torch import Tensor
 from torch.nn import functional as F
 
 from lmcode import LMCODE, BPETokenizer, ByteTokenizer, LMCODEConfig, MemoryConfig
 from lmcode.config import ConfigError
+from tests.helpers.patience import PATIENCE_S
+from tests.helpers.sources import CHECKOUT
 
 transformers = pytest.importorskip("transformers")
 import lmcode.hf  # noqa: E402, F401  (registers the Auto classes)
@@ -108,7 +109,7 @@ model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=
 print(model.generate(**tokenizer("the quick", return_tensors="pt"), max_new_tokens=3).shape[1])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S,
-                          cwd=Path(__file__).parents[1])
+                          cwd=CHECKOUT)
     assert done.returncode == 0, done.stderr[-2000:]
     refused, length = done.stdout.split()
     assert refused == "refused" and int(length) > 3

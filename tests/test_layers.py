@@ -9,15 +9,12 @@ import ast
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
-from pathlib import Path
 
 import pytest
-from patience import PATIENCE_S
 
-CHECKOUT = Path(__file__).parents[1]
-PACKAGE = CHECKOUT / "lmcode"
-FILES = sorted(path.relative_to(CHECKOUT).as_posix() for path in PACKAGE.rglob("*.py"))
+from tests.helpers.patience import PATIENCE_S
+from tests.helpers.sources import CHECKOUT, FILES, imported_names, imports, tree
+
 COLLECTIVES = {"all_gather", "all_gather_int", "all_gather_rows", "all_to_all", "reduce_scatter", "all_reduce",
                "all_gather_object", "broadcast"}
 OWNERS = {  # the one file or folder that may import a package
@@ -43,26 +40,6 @@ MAY_PRINT = ("lmcode/cli/command.py",)
 ORDER = ("version", "processor", "config", "precision", "protocol", "presets", "effects", "dist", "files", "model",
          "memory", "data", "memories", "jobs", "backbone", "saved", "language_model", "opening", "eval", "train",
          "report", "estimate", "doctor", "cli", "hf")
-
-
-@cache
-def tree(file: str) -> ast.Module:
-    return ast.parse((CHECKOUT / file).read_text(encoding="utf-8"), file)
-
-
-def imported_names(module: ast.Module, file: str) -> Iterator[str]:
-    """Every dotted name that a file imports: 'import a.b' gives a.b, 'from a import b' gives a.b."""
-    for node in ast.walk(module):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            package = file.removesuffix(".py").split("/")[:-node.level] if node.level else []
-            base = ".".join([*package, *([node.module] if node.module else [])])
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-
-
-def imports(file: str) -> set[str]:
-    return set(imported_names(tree(file), file))
 
 
 def reaches(names: set[str], package: str) -> set[str]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_on_ranks
 
 from lmcode import LMCODE, LMCODEConfig, MemoryAwareTrainer, MemoryDataset
 from lmcode.cli import command as cli
@@ -16,6 +15,7 @@ from lmcode.config import ConfigError
 from lmcode.files.replace import beside
 from lmcode.opening import open_model, shape_of
 from lmcode.saved.places import Kind, place_of
+from tests.helpers.ranks import run_on_ranks
 
 SHAPE = LMCODEConfig(vocab_size=257, hidden_size=16, num_layers=2, num_heads=2, context_length=16, short_term_memory_size=4,
                      short_term_dim=8, memory_layers=(1,), memory_head_dim=8, memory_heads=1, long_term_memory_slots=200,

@@ -10,9 +10,10 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
-from patience import PATIENCE_S
 
-CHECKOUT = Path(__file__).parents[1]
+from tests.helpers.patience import PATIENCE_S
+from tests.helpers.sources import CHECKOUT
+
 SOURCES = sorted(path.relative_to(CHECKOUT).as_posix() for part in ("lmcode", "tests", "tools")
                  for path in (CHECKOUT / part).rglob("*.py"))
 DIRECTIVE = re.compile(r"#\s*(type:\s*ignore|noqa)\b(.*)")
@@ -81,7 +82,7 @@ def test_the_suite_begins_with_ruff_and_mypy_and_a_part_of_it_does_not(tmp_path:
         return done.stdout.split(), done.returncode == 0
 
     assert modules() == (["ruff", "mypy", "pytest"], True)
-    assert modules("tests/test_cli.py") == (["pytest"], True)
+    assert modules("tests/cli/test_command.py") == (["pytest"], True)
     assert modules(fails="ruff") == (["ruff"], False)
     assert modules(fails="mypy") == (["ruff", "mypy"], False)
     assert modules(fails="pytest") == (["ruff", "mypy", "pytest"], False)

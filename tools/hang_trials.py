@@ -20,10 +20,10 @@ from pathlib import Path
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import small_job  # noqa: E402
-from small_job import Job  # noqa: E402
+from tests.helpers import small_job  # noqa: E402
+from tests.helpers.small_job import Job  # noqa: E402
 
 KINDS = {"kill -9": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP, "one rank raises": small_job.raise_,
          "one rank diverges": small_job.diverge}

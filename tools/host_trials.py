@@ -23,11 +23,11 @@ from pathlib import Path
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/cluster"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import bed  # noqa: E402
-from bed import Job  # noqa: E402
-from disturbed import GO, gate_file, raised_file  # noqa: E402
+from tests.helpers import bed  # noqa: E402
+from tests.helpers.bed import Job  # noqa: E402
+from tests.helpers.disturbed import GO, gate_file, raised_file  # noqa: E402
 
 SIGNALS = {"kill -9": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP}
 RAISES, CABLE = "one rank raises", "cable pulled"

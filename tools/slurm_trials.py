@@ -17,11 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/cluster"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import bed  # noqa: E402
-from bed import Job  # noqa: E402
-from disturbed import PHASES  # noqa: E402
+from tests.helpers import bed  # noqa: E402
+from tests.helpers.bed import Job  # noqa: E402
+from tests.helpers.disturbed import PHASES  # noqa: E402
 
 SETTINGS = [*bed.SETTINGS, "train.total_steps=10", "train.log_every=1", "eval.every=5", "eval.windows=2",
             "train.save_every=6", "train.memory_consolidation_interval=3"]

@@ -12,9 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-import bed
 import pytest
-from bed import Job, losses, on, unplugged
+
+from tests.helpers import bed
+from tests.helpers.bed import Job, losses, on, unplugged
 
 pytestmark = [
     pytest.mark.cluster, pytest.mark.timeout(3600),

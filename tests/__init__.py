@@ -1,0 +1,1 @@
+"""Tests: a folder per package of lmcode/, a file per module."""

@@ -1,0 +1,1 @@
+"""What tests share among themselves and with the programs in tools/: nothing in here is a test."""

@@ -1,0 +1,97 @@
+"""Exact search against sort-everything, with ties on purpose; the same bits wherever a row lies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lmcode.memory.merge import merge_hits
+from lmcode.memory.search import exact
+from lmcode.memory.search.exact import search_by_sorting, search_exact
+from lmcode.protocol import NO_SCORE
+from tests.helpers.rows import assert_same, whole_numbers, with_twins
+
+
+@pytest.mark.parametrize(("N", "M", "k"), [(5, 40, 7), (300, 700, 33), (1, 1, 1), (3, 5, 20), (2, 600, 600),
+                                           (20, 900, 1)])
+def test_equals_sorting_everything(N: int, M: int, k: int) -> None:
+    for seed in range(3):
+        arguments = whole_numbers(seed, N, M)
+        assert_same(search_exact(*arguments, k), search_by_sorting(*arguments, k))
+
+
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = whole_numbers(3, 50, 1500)
+    whole = search_exact(*arguments, 30)
+    monkeypatch.setattr(exact, "CHUNK", 256)
+    monkeypatch.setattr(exact, "QUERY_BLOCK", 16)
+    assert_same(search_exact(*arguments, 30), whole)
+    monkeypatch.setattr(exact, "CHUNK", 10)  # fewer rows than hits wanted
+    assert_same(search_exact(*arguments, 30), whole)
+
+
+def test_rows_may_be_anywhere() -> None:
+    query, key, ids = with_twins(0, 70, 1300)
+    score, found, slot = search_exact(query, key, ids, 20)
+    assert torch.equal(ids[slot], found)
+    order = torch.randperm(1300, generator=torch.Generator().manual_seed(1))
+    assert_same(search_exact(query, key[:, order], ids[order], 20)[:2], (score, found))
+    for ranks in (2, 3, 4):
+        parts = [search_exact(query, key[:, part], ids[part], 20) for part in
+                 (order[rank::ranks] for rank in range(ranks))]
+        merged = merge_hits(torch.cat([p[0] for p in parts], -1), torch.cat([p[1] for p in parts], -1), 20)
+        assert torch.equal(merged[0], score) and torch.equal(merged[1], found)
+
+
+def test_bf16_rows_are_scored_in_fp32() -> None:
+    query, key, ids = with_twins(1, 9, 300)
+    found = search_exact(query, key.bfloat16(), ids, 5)
+    assert found[0].dtype == torch.float32
+    assert_same(found, search_exact(query, key.bfloat16().float(), ids, 5))
+
+
+@pytest.mark.parametrize(("N", "M"), [(0, 10), (4, 0), (0, 0)])
+def test_nothing_to_search(N: int, M: int) -> None:
+    score, ids, slot = search_exact(*whole_numbers(0, N, M), 3)
+    assert score.shape == ids.shape == slot.shape == (2, N, 3)
+    assert ids.eq(-1).all() and slot.eq(-1).all() and score.eq(NO_SCORE).all()
+
+
+def test_empty_slots_are_never_hits() -> None:
+    query, key, ids = whole_numbers(2, 30, 200)
+    score, found, slot = search_exact(query, key, ids, 200)
+    live = int((ids >= 0).sum())
+    assert (found[..., :live] >= 0).all() and found[..., live:].eq(-1).all() and slot[..., live:].eq(-1).all()
+    assert score[..., live:].eq(NO_SCORE).all()
+
+
+@pytest.mark.parametrize("k", [1, 4, 30, 31])
+@pytest.mark.parametrize("make", [whole_numbers, with_twins])
+def test_attending_to_the_best_of_stacked_rows_is_searching_unless_it_says_so(make: object, k: int) -> None:
+    """Groups of different lengths, one of them empty and one of fewer rows than k, with one query each and with several."""
+    query_HNE, key_HME, id_M = make(7, 12, 90)
+    slots, doubts = [torch.arange(31), torch.arange(0), torch.arange(31, 34), torch.arange(34, 90)], 0
+    slots = [slot_P[id_M[slot_P] >= 0] for slot_P in slots]
+    value_HMD = torch.randn(len(key_HME), 90, 5, generator=torch.Generator().manual_seed(1))
+    longest = float(query_HNE.norm(dim=-1).max())
+    for groups, Q in ((slots, 1), (slots[3:], 12), (slots[:1], 3)):
+        stack = exact.stack_rows(key_HME, groups)
+        query_HQE = query_HNE[:, :len(groups) * Q]
+        value_XQD, lse_XQ, doubtful_XQ = exact.attend_best(query_HQE.reshape(-1, Q, query_HNE.shape[-1]), stack,
+                                                           value_HMD.flatten(0, 1), k, longest)
+        assert stack.empty_G.tolist() == [len(slot_P) == 0 for slot_P in groups] and stack.has_empty == (Q == 1)
+        for x, (head, group) in enumerate((h, g) for h in range(len(key_HME)) for g in groups):
+            if not len(group):
+                continue
+            queries = query_HQE[head:head + 1, x % len(groups) * Q:][:, :Q]
+            score_1QK, _, slot_1QK = search_by_sorting(queries, key_HME[head:head + 1, group], id_M[group], k)
+            sure_Q = ~doubtful_XQ[x]
+            value_QKD = value_HMD[head, group][slot_1QK[0].clamp(min=0)]
+            expected_QD = (score_1QK[0].softmax(-1).unsqueeze(1) @ value_QKD).squeeze(1)
+            assert torch.allclose(value_XQD[x][sure_Q], expected_QD[sure_Q], atol=1e-5)
+            assert torch.allclose(lse_XQ[x], score_1QK[0].logsumexp(-1), atol=1e-5)
+            doubts += int(doubtful_XQ[x].sum())
+            ranked_QK = search_by_sorting(queries, key_HME[head:head + 1, group], id_M[group], k + 1)[0][0]
+            equals_Q = (ranked_QK[:, k - 1] == ranked_QK[:, k]) & (len(group) > k)
+            assert bool((doubtful_XQ[x] | ~equals_Q).all())
+    assert doubts or make is with_twins

@@ -1,0 +1,143 @@
+"""FAISS as a proposer: the same hits as exact search, in total order, whatever FAISS makes of ties and batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lmcode.config import ConfigError, MemoryConfig
+from lmcode.memory.merge import merge_hits
+from lmcode.memory.search import faiss_index
+from lmcode.memory.search.exact import search_by_sorting, search_exact
+from lmcode.memory.search.faiss_index import AUTO_FAISS_SLOTS, choose_tier, search_flat
+from tests.helpers.rows import assert_same, whole_numbers, with_twins
+from tests.helpers.same_hits import assert_same_hits
+
+faiss = pytest.importorskip("faiss")
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("N", "M", "k"), [(5, 40, 7), (300, 700, 33), (1, 1, 1), (3, 5, 20), (2, 600, 600),
+                                           (20, 900, 1), (0, 10, 3), (4, 0, 3)])
+def test_equals_sorting_everything(N: int, M: int, k: int) -> None:
+    for seed in range(3):
+        arguments = whole_numbers(seed, N, M)
+        assert_same(search_flat(*arguments, k), search_by_sorting(*arguments, k) if M else search_exact(*arguments, k))
+
+
+def test_agrees_with_exact_on_real_numbers() -> None:
+    arguments = with_twins(0, 200, 1500)
+    score, ids, _ = search_flat(*arguments, 32)
+    wanted_score, wanted_id, _ = search_exact(*arguments, 32)
+    assert torch.allclose(score, wanted_score, atol=1e-5)
+    assert_same_hits((score, ids), (wanted_score, wanted_id), tolerance=1e-5)
+
+
+def test_the_same_bits_however_rows_and_queries_are_batched() -> None:
+    query, key, ids = with_twins(1, 70, 1300)
+    score, found, slot = search_flat(query, key, ids, 20)
+    assert torch.equal(ids[slot], found)
+    order = torch.randperm(1300, generator=torch.Generator().manual_seed(1))
+    for ranks in (2, 3, 4):
+        parts = [search_flat(query, key[:, part], ids[part], 20) for part in
+                 (order[rank::ranks] for rank in range(ranks))]
+        merged = merge_hits(torch.cat([p[0] for p in parts], -1), torch.cat([p[1] for p in parts], -1), 20)
+        assert torch.equal(merged[0], score) and torch.equal(merged[1], found)
+    one_by_one = [search_flat(query[:, at:at + 1], key, ids, 20) for at in range(5)]
+    assert torch.equal(torch.cat([one[1] for one in one_by_one], 1), found[:, :5])
+    assert torch.equal(torch.cat([one[0] for one in one_by_one], 1), score[:, :5])
+
+
+def test_scores_and_order_of_faiss_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another BLAS rounds differently and lists equals otherwise; what it fails to find it calls -1."""
+    query, key, ids = with_twins(1, 70, 1300)
+    wanted = search_flat(query, key, ids, 20)
+    knn, generator = faiss_index._knn, torch.Generator().manual_seed(0)
+
+    def rounded_otherwise(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+        score, slot = knn(*arguments)
+        score = score + 2e-6 * (torch.rand(score.shape, generator=generator) - 0.5)
+        order = score.argsort(descending=True)
+        return score.gather(1, order), slot.gather(1, order)
+
+    monkeypatch.setattr(faiss_index, "_knn", rounded_otherwise)
+    assert_same(search_flat(query, key, ids, 20), wanted)
+    monkeypatch.setattr(faiss_index, "_knn", lambda query, key, k: (torch.full((len(query), k), -3.4e38),
+                                                                    torch.full((len(query), k), -1)))
+    _, found, slot = search_flat(query, key, ids, 20)
+    assert found.eq(-1).all() and slot.eq(-1).all()
+
+
+def test_what_rounding_may_hide_from_faiss_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are tied but for a few times the last bit, of which FAISS rates all but K as low as its rounding may."""
+    k, generator = 20, torch.Generator().manual_seed(0)
+    query = torch.nn.functional.pad(torch.randn(1, 40, 32, generator=generator), (0, 1), value=1.0)
+    key = torch.randn(1, 1, 33, generator=generator) + 1e-6 * torch.randn(1, 600, 33, generator=generator)
+    ids, favoured = (torch.randperm(600, generator=generator) for _ in range(2))
+    slack_N1 = 0.9 * faiss_index.ROUNDING * (query[0].norm(dim=1, keepdim=True) * key[0, :, :-1].norm(dim=1).max() + 10)
+
+    def unfair(query_NE: torch.Tensor, key_ME: torch.Tensor, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
+        score_NM = query_NE.double() @ key_ME.double().T - slack_N1
+        score_NM[:, favoured[:k]] += slack_N1
+        score_NL, slot_NL = score_NM.topk(wanted)
+        return score_NL.float(), slot_NL
+
+    wanted = faiss_index._redo(query[0], key[0], ids, k)
+    monkeypatch.setattr(faiss_index, "_knn", unfair)
+    assert_same([part[0] for part in search_flat(query, key, ids, k)], wanted)
+
+
+def test_unclear_cuts_are_redone_and_clear_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    redone = []
+    redo = faiss_index._redo
+    monkeypatch.setattr(faiss_index, "_redo", lambda query, *rest: redone.append(len(query)) or redo(query, *rest))
+    query, key, ids = with_twins(2, 100, 800)
+    key[:, 1:] = key[:, :1]  # every row is a twin
+    search_flat(query, key, ids, 8)
+    assert sum(redone) == 200
+    redone.clear()
+    search_flat(query, torch.randn_like(key), ids, 8)
+    assert sum(redone) < 10
+
+
+def test_bf16_rows_are_scored_in_fp32() -> None:
+    query, key, ids = with_twins(1, 9, 300)
+    assert_same(search_flat(query, key.bfloat16(), ids, 5), search_flat(query, key.bfloat16().float(), ids, 5))
+
+
+def test_threads_follow_torch() -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 1):
+            torch.set_num_threads(threads)
+            search_flat(*whole_numbers(0, 30, 100), 3)
+            assert faiss.omp_get_max_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("k", [0, -1, 2049])
+def test_refuses_k_that_faiss_cannot_return(k: int) -> None:
+    with pytest.raises(ValueError, match=rf"1\.\.2048: got {k}"):
+        search_flat(*whole_numbers(0, 2, 3000), k)
+
+
+def test_the_largest_k() -> None:
+    arguments = whole_numbers(0, 2, 3000)
+    assert_same(search_flat(*arguments, 2048), search_by_sorting(*arguments, 2048))
+
+
+def test_choice_of_tier(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto, many = MemoryConfig(), AUTO_FAISS_SLOTS
+    assert choose_tier(auto, "global", many, CPU) == "faiss-flat"
+    assert choose_tier(auto, "global", many - 1, CPU) == choose_tier(auto, "document", many, CPU) == "exact"
+    for tier in ("exact", "faiss-flat"):
+        assert choose_tier(MemoryConfig(tier=tier), "document", many, CPU) == tier
+
+
+def test_without_faiss(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(faiss_index, "available", lambda device: False)
+    with pytest.raises(ConfigError, match="faiss-flat needs a FAISS build for cpu"):
+        choose_tier(MemoryConfig(tier="faiss-flat"), "document", 100, CPU)
+    assert choose_tier(MemoryConfig(scope="global"), "global", AUTO_FAISS_SLOTS, CPU) == "exact"
+    assert "no FAISS build" in caplog.text
