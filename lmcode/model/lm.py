@@ -368,7 +368,7 @@ def _check_pieces(piece_BT: Tensor, namespace_BP: Tensor) -> None:
 
 
 def unit(x_BTC: Tensor) -> Tensor:
-    """Vectors of mean square 1, as the norms make them: embeddings differ a lot in length between rare and frequent tokens."""
+    """Vectors of mean square 1, as the norms make them: embeddings of rare and of frequent tokens differ a lot in length."""
     return F.rms_norm(x_BTC, x_BTC.shape[-1:], eps=NORM_EPSILON)
 
 

@@ -121,7 +121,7 @@ class LayerDecoder:
             self._short_term_in = Product(weight_OC, bias_O, norm=layer.short_term_norm, rows=rows, copy=copies)
             self._short_term_out = product(layer.short_term.output)
         if layer.long_term_read is not None:
-            read, heads = layer.long_term_read, layer.long_term_read.num_heads
+            read = layer.long_term_read
             state_OC, tokens_OI = long_term_maps(read)
             self._long_term_in = Product(torch.cat([state_OC, read.gate.weight]),
                                          F.pad(read.gate.bias, (len(state_OC), 0)),
