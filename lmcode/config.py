@@ -76,6 +76,8 @@ class LMCODEConfig(Section):
     feed_forward_size: int | None = Field(None, ge=1, description="inner width of the feed-forward; 4C when None")
     context_length: int = Field(1024, ge=2, description="most tokens of one stream in one forward pass")
     positions: Literal["rotary", "learned"] = "rotary"
+    cache_windows: int = Field(0, ge=0, description="windows of context_length tokens before its own that attention sees, "
+                               "too, within the document (a Transformer-XL cache)")
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
 
     short_term_memory_size: int = Field(512, ge=0, description="slots per stream and layer; 0 leaves the module out")
@@ -104,6 +106,8 @@ class LMCODEConfig(Section):
         if self.positions == "rotary" and (self.hidden_size // self.num_heads) % 2:
             raise ValueError("rotary positions need an even head width: "
                              f"hidden_size / num_heads = {self.hidden_size // self.num_heads}")
+        if self.cache_windows and self.positions != "rotary":
+            raise ValueError(f"cache_windows needs relative positions, positions=rotary: got '{self.positions}'")
         if self.memory_layers != "all":
             for layer in self.memory_layers:
                 if not 0 <= layer < self.num_layers:
@@ -119,6 +123,11 @@ class LMCODEConfig(Section):
     def reads_embeddings(self) -> bool:
         """Whether keys or values are made from the tokens' embeddings, too."""
         return self.memory_key_tokens > 0 or self.memory_values == "token"
+
+    @property
+    def cache_tokens(self) -> int:
+        """L, tokens of the cache of `cache_windows`."""
+        return self.cache_windows * self.context_length
 
     @property
     def memory_layer_indices(self) -> tuple[int, ...]:

@@ -140,6 +140,7 @@ def step_bytes(config: RunConfig, R: int) -> dict[str, int]:
     if model.short_term_memory_size:
         per_token += 2 * C + 5 * model.short_term_dim + 3 * model.short_term_memory_size
     layer = B * T * per_token * b
+    layer += B * model.cache_tokens * 7 * C * b  # of a cache of former windows: itself, before and after; q, k, v, k turned
     own_past = 3 * model.memory_heads * B * T * T * 4 + 12 * B * T * model.memory_heads * model.memory_head_dim * 4
     reads = len(model.memory_layer_indices)
     if config.train.activation_checkpointing:
@@ -225,7 +226,8 @@ def checkpoint_bytes(config: RunConfig, parameters: int) -> dict[str, int]:
     layers = len(model.memory_layer_indices)
     slot = 2 * model.memory_heads * model.memory_head_dim * BYTES[config.memory.dtype] + COLUMN_BYTES
     carried = (model.num_layers * model.short_term_memory_size * model.short_term_dim
-               + layers * model.memory_heads * model.memory_head_dim)
+               + layers * model.memory_heads * model.memory_head_dim
+               + model.num_layers * model.cache_tokens * model.hidden_size * BYTES[config.train.precision] // 4)
     return {"weights": 4 * parameters, "optimizer": 8 * parameters,
             "banks": layers * model.long_term_memory_slots * slot, "streams": 4 * config.train.streams * carried}
 

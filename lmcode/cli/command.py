@@ -188,7 +188,7 @@ def _add_train(commands: Any) -> None:
 
 def _add_eval(commands: Any) -> None:
     parser = _command(
-        commands, "eval", evaluate, overrides=True, help="held-out loss of a run, with the memory on, off and shuffled",
+        commands, "eval", evaluate, overrides=True, help="held-out loss of a run, with the memory on and its controls",
         usage="lmcode eval RUN [--windows N] [--task NAME] [--json] [section.key=value ...]",
         examples="  lmcode eval runs/books\n  lmcode eval runs/books --windows 16 eval.slots=4096")
     parser.add_argument("path", metavar="RUN", type=Path, help="a run folder, or one checkpoint in it")

@@ -1,4 +1,4 @@
-"""Held-out loss with the memory on, off and shuffled.
+"""Held-out loss with the memory on, and with its controls: off, shuffled, random.
 
 Each evaluation reads held-out documents window by window, as training does, with a bank of its own: forked from the
 model's, written as the documents are read, thrown away at the end. The training bank is never touched.
@@ -46,7 +46,7 @@ def void_controls(sampler: StreamSampler, *, scope: str, windows: int) -> dict[s
     batches = [sampler.batch(step) for step in steps]
     if scope == "document" and not any(bool((batch.window_B > 0).any()) for batch in batches):
         reason = "no held-out document was read beyond its first window, so that there is nothing in its memory to read"
-        return {"off": reason, "shuffled": reason}
+        return {"off": reason, "shuffled": reason, "random": reason}
     if not any(others(batch.namespace_B.tolist()) for batch in batches):
         return {"shuffled": f"no two held-out documents are read side by side ({len(sampler.documents)} held out, "
                             f"eval.streams = {sampler.streams}), so that there is no other document's memory"}
@@ -64,8 +64,7 @@ def evaluate(model: Backbone, sampler: StreamSampler, *, banks: Mapping[int, Lon
         model: the module itself (not DeepSpeed's wrapper); left in the mode it came in.
         sampler: held-out documents, one pass, no shuffling.
         banks: the model's banks; only forked, never written.
-        mode: "on", "off" (no retrieval, the rest unchanged) or "shuffled" (another document's memory); `void_controls` says
-            which of them tell nothing.
+        mode: a name in `reading.MODES`; `void_controls` says which of them tell nothing.
         slots: slots of the evaluation banks; None keeps those of `banks`.
         upkeep: called after each window with its number, from 0, and every evaluation bank; may be a collective.
         between: called before each window; may be a collective, and what it raises ends the evaluation.

@@ -15,8 +15,9 @@ from lmcode.backbone import Backbone, forward_batch
 from lmcode.data.streams import Batch
 from lmcode.memories.memories import fork_banks
 from lmcode.memory.bank import LongTermMemory
+from lmcode.memory.search.draw import lots
 from lmcode.model.mode import in_eval_mode
-from lmcode.protocol import Hits, InTwoSteps, Output, Retriever, State
+from lmcode.protocol import NO_SCORE, Hits, InTwoSteps, Output, Retriever, State
 
 APART = 2**62 + 2**61  # from here on namespaces are those of readings that only measure: beyond all that training gives out
 
@@ -43,12 +44,39 @@ class ShuffledRetriever(InTwoSteps):
         return self._bank.attend(query_HND, hits)
 
 
+class RandomRetriever(InTwoSteps):
+    """Reads entries drawn by lot from those that a query may see: the control that keeps entries and attention over them,
+    and takes away the search.
+
+    A draw follows from the ids, the namespace, the query's place in its window and the number of windows read, so it is the
+    same on any number of ranks. What was drawn is weighed by query . key, without importance, and credited evenly.
+    """
+
+    def __init__(self, bank: LongTermMemory) -> None:
+        self._bank, self._turn = bank, 0
+        self.top_k = bank.top_k
+
+    def search(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None) -> Hits:
+        lot_HND = torch.zeros_like(query_HND, dtype=torch.float32)
+        lot_HN = lots(namespace_N.cpu().numpy(), len(query_HND), self._turn)
+        lot_HND[..., 0] = torch.from_numpy(lot_HN).to(lot_HND)
+        self._turn += 1
+        return self._bank.search(lot_HND, namespace_N, document_N, tier="draw")
+
+    def attend(self, query_HND: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
+        key_HNKD, value_HNKD = self._bank.fetch(hits)
+        score_HNK = torch.einsum("hnd,hnkd->hnk", query_HND.float(), key_HNKD).where(hits.valid_HNK, NO_SCORE)
+        value_HND = torch.einsum("hnk,hnkd->hnd", score_HNK.softmax(-1), value_HNKD)
+        return value_HND.to(query_HND.dtype), score_HNK.logsumexp(-1).where(hits.valid_HNK[..., 0], NO_SCORE)
+
+
 Forks = Mapping[int, LongTermMemory]
 # From the memories that a reading writes to what its layers read; a layer that is left out finds nothing.
 MODES: dict[str, Callable[[Forks], dict[int, Retriever]]] = {
     "on": dict,
     "off": lambda forks: {},
     "shuffled": lambda forks: {layer: ShuffledRetriever(fork) for layer, fork in forks.items()},
+    "random": lambda forks: {layer: RandomRetriever(fork) for layer, fork in forks.items()},
 }
 
 
@@ -57,7 +85,8 @@ class Reading:
 
     Args:
         model: the module itself, not DeepSpeed's wrapper.
-        mode: "on", "off" (no retrieval, the rest unchanged) or "shuffled" (another document's memory).
+        mode: "on", "off" (no retrieval, the rest unchanged), "shuffled" (another document's memory) or "random" (entries
+            drawn by lot from those that may be seen).
         banks: what is forked; the model's own when None.
         slots: of the forks; those of `banks` when None.
 

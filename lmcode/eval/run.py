@@ -17,7 +17,7 @@ from lmcode.opening import open_model
 
 
 def evaluate_path(path: Path, overrides: list[str], *, as_json: bool = False) -> str:
-    """Held-out loss of what lies at a path, with the memory on, off and shuffled, as text or JSON. A collective.
+    """Held-out loss of what lies at a path, in every mode of `reading.MODES`, as text or JSON. A collective.
 
     What these documents cannot tell (`void_controls`) is named with the reason: "not measurable", or null in JSON.
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lmcode.config import LMCODEConfig
 from lmcode.model.attention import SelfAttention
 from lmcode.model.long_term import LongTermRead, ReadTape, Window
+from lmcode.model.past import carried_on
 from lmcode.model.short_term import ShortTermMemory
 from lmcode.protocol import NullRetriever, Retriever
 
@@ -49,6 +50,7 @@ class MemoryAugmentedLayer(nn.Module):
         super().__init__()
         C = config.hidden_size
         has_slots, has_read = config.short_term_memory_size > 0, index in config.memory_layer_indices
+        self.cache_tokens = config.cache_tokens
         self.dropout = nn.Dropout(config.dropout)
         self.attention_norm, self.attention = norm(C), SelfAttention(config)
         self.short_term_norm = norm(C) if has_slots else None
@@ -64,8 +66,12 @@ class MemoryAugmentedLayer(nn.Module):
 
     def forward(self, x_BTC: Tensor, *, window: Window, tape: ReadTape) -> Tensor:
         """Runs one window of each stream; [B, T, C] -> [B, T, C], side products on `tape`."""
-        x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), rotation=window.rotation,
-                                                     cache=window.cache, seen_BTT=window.seen_BTT))
+        normed_BTC = self.attention_norm(x_BTC)
+        x_BTC = x_BTC + self.dropout(self.attention(normed_BTC, rotation=window.rotation, cache=window.cache,
+                                                    seen_BTT=window.seen_BTT, past_BLC=window.past_BLC,
+                                                    seen_past_BTL=window.seen_past_BTL))
+        if self.cache_tokens:
+            tape.record(past_BLC=carried_on(window.past_BLC, normed_BTC, window.valid_BT, self.cache_tokens))
         if self.short_term is not None and self.short_term_norm is not None:
             read_BTC, slots_BSE = self.short_term(self.short_term_norm(x_BTC), slots_BSE=window.slots_BSE,
                                                   reset_B=window.reset_B, valid_BT=window.valid_BT,

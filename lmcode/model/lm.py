@@ -22,6 +22,7 @@ from lmcode.config import LMCODEConfig, build
 from lmcode.model.cache import Cache
 from lmcode.model.layer import NORM_EPSILON, MemoryAugmentedLayer, norm
 from lmcode.model.long_term import LongTermRead, ReadTape, Window
+from lmcode.model.past import length_after, visible
 from lmcode.model.rotary import rotary_table
 from lmcode.model.short_term import ShortTermMemory
 from lmcode.protocol import EntryShape, LayerMemory, NullRetriever, Retriever
@@ -32,18 +33,22 @@ COPY_SCALE = 0.5  # how much of a token's embedding a read that finds nothing el
 
 
 class StreamState(NamedTuple):
-    """What a batch of streams carries from one window to the next; all detached. S slots of width E.
+    """What a batch of streams carries from one window to the next; all detached. S slots of width E, a cache of L tokens.
 
     slots: fp32 [B, S, E] for each layer; empty without short-term memory.
     pending_key: fp32 [B, H, D] for each memory layer, ascending: the key of the last token, whose successor is to come.
     pending_valid_B: bool, False until a stream has seen a token.
     pending_surprise_B: fp32, the loss of predicting the token to come, in nats; 0 where unknown.
+    past: [B, L, C] for each layer, the cache of `cache_windows` (`past.py`); empty without one.
+    past_length: int64 [B], alone: how many of its last tokens are of the document that the stream is in; empty without one.
     """
 
     slots: tuple[Tensor, ...]
     pending_key: tuple[Tensor, ...]
     pending_valid_B: Tensor
     pending_surprise_B: Tensor
+    past: tuple[Tensor, ...] = ()
+    past_length: tuple[Tensor, ...] = ()
 
 
 class LMCODEOutput(NamedTuple):
@@ -220,6 +225,8 @@ class MemoryLM(nn.Module):
                 raise ValueError("documents that share a window need their namespaces, and targets instead of labels; they "
                                  "cannot fill a cache")
             window = window._replace(piece_BT=piece_BT, seen_BTT=same_piece(piece_BT))
+        if window.past_length_B is not None:
+            window = window._replace(seen_past_BTL=visible(window.past_length_B, self.config.cache_tokens, piece_BT))
         if cache is not None:
             self._begin(cache, input_ids_BT, valid_BT)
         x_BTC = self.embedding(input_ids_BT)
@@ -238,20 +245,27 @@ class MemoryLM(nn.Module):
                     else token_loss_BT.detach())
         surprise_BT, pending_surprise_B = surprises(known_BT, window, state)
         memory = {index: layer_memory(tapes[index], surprise_BT) for index in self.config.memory_layer_indices}
-        return LMCODEOutput(logits_BTV, loss, token_loss_BT, next_state(tapes, window, pending_surprise_B), memory)
+        return LMCODEOutput(logits_BTV, loss, token_loss_BT,
+                            self._next_state(tapes, window, pending_surprise_B, input_ids_BT.shape[1]), memory)
 
     def blank_state(self, num_streams: int, *, device: torch.device | None = None) -> StreamState:
         """The state of streams that are yet to start: zeros with nothing pending, to be passed with `reset_B` all True."""
         config, B = self.config, num_streams
         slots_BSE = torch.zeros(B, config.short_term_memory_size, config.short_term_dim, device=device)
         key_BHD = torch.zeros(B, config.memory_heads, config.memory_head_dim, device=device)
+        past_BLC = torch.zeros(B, config.cache_tokens, config.hidden_size, device=device)
+        cached = config.cache_tokens > 0
         return StreamState((slots_BSE,) * (config.num_layers if config.short_term_memory_size else 0),
                            (key_BHD,) * len(config.memory_layer_indices),
-                           torch.zeros(B, dtype=torch.bool, device=device), torch.zeros(B, device=device))
+                           torch.zeros(B, dtype=torch.bool, device=device), torch.zeros(B, device=device),
+                           (past_BLC,) * config.num_layers * cached,
+                           (torch.zeros(B, dtype=torch.int64, device=device),) * cached)
 
     def _begin(self, cache: Cache, input_ids_BT: Tensor, valid_BT: Tensor | None) -> None:
         """Makes an empty cache ready for its first pass."""
         (B, T), config = input_ids_BT.shape, self.config
+        if config.cache_tokens:
+            raise ValueError("a model with cache_windows reads whole windows: it fills no cache for single tokens")
         if cache.lengths:
             raise ValueError("a window is read into an empty cache: this one has streams of "
                              f"{cache.lengths} tokens")
@@ -264,16 +278,21 @@ class MemoryLM(nn.Module):
                 namespace_B: Tensor | None, document_B: Tensor | None, valid_BT: Tensor | None) -> Window:
         """What all layers share about this window; the carried state of each layer is added by `_run_layers`."""
         (B, T), device = input_ids_BT.shape, input_ids_BT.device
-        rotation = None
+        rotation, past_length_B = None, None
+        if state is not None and state.past_length:
+            past_length_B = state.past_length[0]
+            past_length_B = past_length_B if reset_B is None else past_length_B.masked_fill(reset_B, 0)
         if self.positions is None:
-            rotation = rotary_table(T, self.config.hidden_size // self.config.num_heads, device=device)
+            past = 0 if past_length_B is None else self.config.cache_tokens
+            rotation = rotary_table(past + T, self.config.hidden_size // self.config.num_heads, device=device)
         if namespace_B is None:
             namespace_B = torch.arange(B, device=device)
         pending_valid_B = (torch.zeros(B, dtype=torch.bool, device=device) if state is None
                            else state.pending_valid_B)
         if reset_B is not None:
             pending_valid_B = pending_valid_B & ~reset_B
-        return Window(namespace_B, pending_valid_B, reset_B, valid_BT, rotation, document_B=document_B)
+        return Window(namespace_B, pending_valid_B, reset_B, valid_BT, rotation, document_B=document_B,
+                      past_length_B=past_length_B)
 
     def _run_layers(self, x_BTC: Tensor, window: Window, state: StreamState | None,
                     cache: Cache | None) -> tuple[Tensor, list[ReadTape]]:
@@ -291,6 +310,20 @@ class MemoryLM(nn.Module):
             x_BTC = checkpoint(run, x_BTC, use_reentrant=True) if recompute else run(x_BTC)
         return x_BTC, tapes
 
+    def _next_state(self, tapes: list[ReadTape], window: Window, pending_surprise_B: Tensor, num_tokens: int) -> StreamState:
+        """What the streams carry to their next window; a stream that had only padding here carries what it came with."""
+        pending_valid_B = (torch.ones_like(window.pending_valid_B) if window.valid_BT is None
+                           else window.valid_BT.any(dim=1) | window.pending_valid_B)
+        past_length: tuple[Tensor, ...] = ()
+        if size := self.config.cache_tokens:
+            before_B = (torch.zeros_like(pending_valid_B, dtype=torch.int64) if window.past_length_B is None
+                        else window.past_length_B)
+            past_length = (length_after(before_B, num_tokens, window.valid_BT, window.piece_BT, size),)
+        return StreamState(tuple(tape.slots_BSE for tape in tapes if tape.slots_BSE is not None),
+                           tuple(tape.pending_key_BHD for tape in tapes if tape.pending_key_BHD is not None),
+                           pending_valid_B, pending_surprise_B,
+                           tuple(tape.past_BLC for tape in tapes if tape.past_BLC is not None), past_length)
+
     def _layer_window(self, index: int, window: Window, state: StreamState | None) -> Window:
         """`window` with the state that layer `index` carried over."""
         if state is None:
@@ -298,6 +331,7 @@ class MemoryLM(nn.Module):
         memory_layers = self.config.memory_layer_indices
         return window._replace(
             slots_BSE=state.slots[index] if state.slots else None,
+            past_BLC=state.past[index] if state.past else None,
             pending_key_BHD=state.pending_key[memory_layers.index(index)] if index in memory_layers else None)
 
     def _check(self, input_ids_BT: Tensor, labels_BT: Tensor | None, targets_BT: Tensor | None,
@@ -342,9 +376,13 @@ class MemoryLM(nn.Module):
         B, S = num_streams, config.short_term_memory_size
         slots = [(B, S, config.short_term_dim)] * (config.num_layers if S else 0)
         keys = [(B, config.memory_heads, config.memory_head_dim)] * len(config.memory_layer_indices)
+        cached = config.cache_tokens > 0
+        past = [(B, config.cache_tokens, config.hidden_size)] * config.num_layers * cached
         for name, expected, tensors in (("slots", slots, state.slots), ("pending_key", keys, state.pending_key),
                                         ("pending_valid_B", [(B,)], [state.pending_valid_B]),
-                                        ("pending_surprise_B", [(B,)], [state.pending_surprise_B])):
+                                        ("pending_surprise_B", [(B,)], [state.pending_surprise_B]),
+                                        ("past", past, state.past),
+                                        ("past_length", [(B,)] * cached, state.past_length)):
             shapes = [tuple(tensor.shape) for tensor in tensors]
             if shapes != expected:
                 raise ValueError(f"the state must be this model's, of as many streams as input_ids has rows: {name} "
@@ -419,15 +457,6 @@ def surprises(token_loss_BT: Tensor, window: Window, state: StreamState | None) 
     count_B = window.valid_BT.sum(dim=1)
     last_B = token_loss_BT.gather(1, (count_B - 1).clamp(min=0)[:, None]).squeeze(1)
     return surprise_BT, last_B.where(count_B > 0, first_B)
-
-
-def next_state(tapes: list[ReadTape], window: Window, pending_surprise_B: Tensor) -> StreamState:
-    """What the streams carry to their next window; a stream that had only padding here carries what it came with."""
-    pending_valid_B = (torch.ones_like(window.pending_valid_B) if window.valid_BT is None
-                       else window.valid_BT.any(dim=1) | window.pending_valid_B)
-    return StreamState(tuple(tape.slots_BSE for tape in tapes if tape.slots_BSE is not None),
-                       tuple(tape.pending_key_BHD for tape in tapes if tape.pending_key_BHD is not None),
-                       pending_valid_B, pending_surprise_B)
 
 
 def layer_memory(tape: ReadTape, surprise_BT: Tensor) -> LayerMemory:

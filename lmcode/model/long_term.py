@@ -43,6 +43,9 @@ class Window(NamedTuple):
         else `namespace_B` and `document_B` are [B, P], of each such document.
     seen_BTT: bool, which tokens (last dim) each token may attend to; None: itself and all before it.
     token_BTC: the tokens' embeddings, of mean square 1; None where no layer makes keys or values from them.
+    past_BLC: this layer's cache of the tokens before the window; None where there is none. See `past.py`.
+    past_length_B: int64, how many of its last tokens are of the document that each stream is in.
+    seen_past_BTL: bool, which of them (last dim) each token may attend to, [B, T or 1, L].
     """
 
     namespace_B: Tensor
@@ -57,6 +60,9 @@ class Window(NamedTuple):
     piece_BT: Tensor | None = None
     seen_BTT: Tensor | None = None
     token_BTC: Tensor | None = None
+    past_BLC: Tensor | None = None
+    past_length_B: Tensor | None = None
+    seen_past_BTL: Tensor | None = None
 
     def of_tokens(self, of_B: Tensor, length: int) -> Tensor:
         """A property of streams, or of their documents, for each token: [B, length]."""
@@ -79,6 +85,7 @@ class ReadTape:
     credit_HN: Tensor | None = None
     pending_key_BHD: Tensor | None = None
     slots_BSE: Tensor | None = None
+    past_BLC: Tensor | None = None
 
     def record(self, **products: Any) -> None:
         """Stores what was not recorded before; the first execution wins."""

@@ -152,7 +152,8 @@ def training_section(facts: ReportFacts) -> Markup:
         return empty("There is no metrics.jsonl: this model\u2019s training was not recorded, or the run was not given.")
     losses = [Line(name, *curves[key]) for key, name in (
         ("train/loss", "training"), ("eval/loss", "held out"), ("eval/loss_memory_off", "held out, memory off"),
-        ("eval/loss_memory_shuffled", "held out, memory of another document")) if key in curves]
+        ("eval/loss_memory_shuffled", "held out, memory of another document"),
+        ("eval/loss_memory_random", "held out, entries drawn by lot")) if key in curves]
     missing = [name for key, name in (("eval/loss_memory_off", "off"), ("eval/loss_memory_shuffled", "of another document"))
                if key not in curves and "eval/loss" in curves]
     charts: list[Markup | None] = [figure(line_chart(losses, x="step", y="loss (nats per token)"), title="Loss",

@@ -25,7 +25,8 @@ from lmcode.version import __version__
 
 log = logging.getLogger("lmcode")
 
-EVAL_TAGS = {"on": "eval/loss", "off": "eval/loss_memory_off", "shuffled": "eval/loss_memory_shuffled"}
+EVAL_TAGS = {"on": "eval/loss", "off": "eval/loss_memory_off", "shuffled": "eval/loss_memory_shuffled",
+             "random": "eval/loss_memory_random"}
 
 
 def describe_start(config: RunConfig, me: Rank, model: Backbone) -> str:

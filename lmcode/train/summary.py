@@ -55,7 +55,8 @@ def render(facts: Facts) -> str:
 
 
 def _losses(results: dict[str, EvalResult], void: dict[str, str]) -> list[str]:
-    says = {"on": "memory on", "off": "memory off (no retrieval)", "shuffled": "memory shuffled (another document's)"}
+    says = {"on": "memory on", "off": "memory off (no retrieval)", "shuffled": "memory shuffled (another document's)",
+            "random": "memory random (entries drawn by lot)"}
     tokens = results["on"].tokens
     lines = [f"held-out loss, nats per token over {tokens:,} tokens      all    >= 16 windows into a document"]
     for mode, result in results.items():

@@ -273,8 +273,8 @@ def test_padding_is_as_if_the_tokens_were_not_there() -> None:
                                short.state.slots + short.state.pending_key, strict=True):
         torch.testing.assert_close(after[1], expected[1], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.state.pending_surprise_B[1], short.state.pending_surprise_B[1])
-    for after, carried in zip(output.state.slots + output.state.pending_key + output.state[2:],
-                              before.slots + before.pending_key + before[2:], strict=True):
+    for after, carried in zip(output.state.slots + output.state.pending_key + output.state[2:4],
+                              before.slots + before.pending_key + before[2:4], strict=True):
         assert torch.equal(after[2], carried[2])
     rows = output.memory[MEMORY_LAYER].candidates
     assert torch.equal(rows.valid_N.view(B, T), valid)
@@ -291,7 +291,7 @@ def test_state_and_memory_are_detached_and_a_forward_pass_repeats_exactly() -> N
     model, _ = build()
     first, second = (model(ids(), targets_BT=targets()) for _ in range(2))
     assert same(first, second)
-    flat = [*first.state.slots, *first.state.pending_key, *first.state[2:], *first.memory[MEMORY_LAYER].candidates]
+    flat = [*first.state.slots, *first.state.pending_key, *first.state[2:4], *first.memory[MEMORY_LAYER].candidates]
     assert not any(tensor.requires_grad for tensor in flat)
 
 

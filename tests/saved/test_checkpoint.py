@@ -50,7 +50,7 @@ def values_of(folder: Path, name: str, stage: str = "zero2", **train: Any) -> di
     stage, _, precision = stage.partition("-")
     changes = {"total_steps": WHOLE, "deepspeed": stage, "precision": precision or "fp32",
                "gradient_accumulation_steps": 2, **train}
-    return settings(folder, name, model={"dropout": 0.1}, train=changes)
+    return settings(folder, name, model={"dropout": 0.1, "cache_windows": 1}, train=changes)
 
 
 def advance(session: Session, steps: int) -> list:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lmcode.config import TIERS
 
+CONTROLS = {"draw": "lmcode.memory.search.draw:DrawTier"}  # tiers that no setting may name: their hits are not the best
 Found = tuple[Tensor, Tensor, Tensor]  # score fp32, id int64, slot int64; (NO_SCORE, -1, -1) where invalid
 Hidden = Sequence[tuple[Tensor, Tensor]]
 
@@ -61,8 +62,8 @@ class Tier:
 
 
 def tier_of(name: str) -> type[Tier]:
-    """The tier of this name; ValueError if there is none."""
-    if name not in TIERS:
+    """The tier of this name, one of `TIERS` or `CONTROLS`; ValueError if there is none."""
+    if name not in TIERS and name not in CONTROLS:
         raise ValueError(f"tier must be one of {', '.join(map(repr, TIERS))}: got '{name}'")
-    tier: type[Tier] = pkgutil.resolve_name(TIERS[name])
+    tier: type[Tier] = pkgutil.resolve_name({**CONTROLS, **TIERS}[name])
     return tier

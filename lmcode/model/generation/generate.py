@@ -13,7 +13,7 @@ the text is the one that would be written outside of it: nothing here runs under
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ def generate(model: MemoryLM, prompts: Prompts, decoding: Decoding | None = None
         window: tokens of a window; the model's context length when None.
         state: what the streams carry over from an earlier call; the prompts then continue them, in a new window.
         use_cache: False reads the whole window again for every token: slow, the oracle of the cache. So it is for a model
-            with adapters or hooks in it, and under ZeRO-3 (`decode.steppable`).
+            with adapters or hooks in it or a cache of former windows, and under ZeRO-3 (`decode.steppable`).
         finish: read the last token and close the last windows, which are committed too, and return the state.
         commit: called with the output of every closed window (and rows of these streams only), to write what was read.
         on_token: called with the tokens int64 [B] of every step, those of ended streams being `eos_id`.
@@ -125,7 +125,8 @@ class Reader:
         self._starts = [0] * len(rows)  # where each stream's window begins
         self._state = model.blank_state(len(rows), device=device) if state is None else state
         self._fresh_B = torch.full((len(rows),), state is None, device=device)
-        self._cache = Cache(window) if use_cache and steppable(model) else None
+        # The keys and values of a cache of former windows are made anew in every pass, so such a model reads whole windows.
+        self._cache = Cache(window) if use_cache and not model.config.cache_tokens and steppable(model) else None
         self._decoder = None if self._cache is None else Decoder(model, rows=len(rows), copies=copies, best=best)
 
     def append(self, tokens: Sequence[int], eos_id: int | None) -> None:
@@ -194,8 +195,7 @@ class Reader:
 def rows_of(state: StreamState, streams: Sequence[int]) -> StreamState:
     """The state of some of the streams."""
     index = list(streams)
-    return StreamState(tuple(slots[index] for slots in state.slots), tuple(keys[index] for keys in state.pending_key),
-                       state.pending_valid_B[index], state.pending_surprise_B[index])
+    return _with_each(lambda rows: rows[index], state)
 
 
 def with_rows(state: StreamState, streams: Sequence[int], part: StreamState) -> StreamState:
@@ -205,9 +205,14 @@ def with_rows(state: StreamState, streams: Sequence[int], part: StreamState) -> 
     def put(whole: Tensor, rows: Tensor) -> Tensor:
         return whole.index_copy(0, where, rows.to(whole.dtype))
 
-    return StreamState(tuple(map(put, state.slots, part.slots)), tuple(map(put, state.pending_key, part.pending_key)),
-                       put(state.pending_valid_B, part.pending_valid_B),
-                       put(state.pending_surprise_B, part.pending_surprise_B))
+    return _with_each(put, state, part)
+
+
+def _with_each(function: Callable[..., Tensor], *states: StreamState) -> StreamState:
+    """A state of what `function` makes of the tensors that stand in one place of all these."""
+    made: Any = (tuple(map(function, *parts)) if isinstance(parts[0], tuple) else function(*parts)
+                 for parts in zip(*states, strict=True))
+    return StreamState(*made)
 
 
 def padded_prompts(prompts: Prompts, attention_mask: Tensor | None, decoding: Decoding, *,

@@ -1,0 +1,54 @@
+"""A Transformer-XL cache: what each layer's attention also sees of the windows before this one (Dai et al. 2019).
+
+A layer keeps the normalised inputs of its attention, detached, of the stream's last L tokens, ending with the last one read;
+keys and values are made from them anew, so their projections are trained by what lies in the cache, too. Positions are
+rotary and count on from the cache's first token, hence relative. Of another document nothing is seen: `length_B` says how
+many of the L are of the document that goes on.
+Letters: L tokens of the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def visible(length_B: Tensor, size: int, piece_BT: Tensor | None) -> Tensor:
+    """Which tokens of a cache of `size` tokens (last dim) a window's tokens may see: bool [B, T, L], or [B, 1, L] where all
+    see the same.
+
+    Args:
+        length_B: int64, how many of the cache's last tokens are of the document that the window begins with.
+        piece_BT: int64, the document within the window that each token belongs to; only those of 0 go on. None: all do.
+    """
+    kept_B1L = (torch.arange(size, device=length_B.device) >= size - length_B[:, None])[:, None]
+    return kept_B1L if piece_BT is None else kept_B1L & (piece_BT == 0)[:, :, None]
+
+
+def carried_on(past_BLC: Tensor | None, x_BTC: Tensor, valid_BT: Tensor | None, size: int) -> Tensor:
+    """The last `size` inputs after a window, detached [B, L, C]; a stream of padding keeps those that it came with."""
+    B, T, C = x_BTC.shape
+    x_BTC = x_BTC.detach()
+    both_BUC = (F.pad(x_BTC, (0, 0, size, 0)) if past_BLC is None
+                else torch.cat([past_BLC.to(x_BTC.dtype), x_BTC], dim=1))
+    if valid_BT is None:
+        return both_BUC[:, T:].clone()
+    index_BL = valid_BT.sum(dim=1)[:, None] + torch.arange(size, device=x_BTC.device)
+    return both_BUC.gather(1, index_BL[:, :, None].expand(-1, -1, C))
+
+
+def length_after(length_B: Tensor, num_tokens: int, valid_BT: Tensor | None, piece_BT: Tensor | None,
+                 size: int) -> Tensor:
+    """How many of the tokens that `carried_on` returns are of the document that a window of `num_tokens` ends with, [B].
+
+    Args:
+        length_B: the same before the window; 0 where a document begins with it.
+    """
+    if valid_BT is None:
+        valid_BT = torch.ones(len(length_B), num_tokens, dtype=torch.bool, device=length_B.device)
+    if piece_BT is not None:
+        last_B1 = piece_BT[:, -1:]
+        valid_BT = valid_BT & (piece_BT == last_B1)
+        length_B = length_B.where(last_B1[:, 0] == 0, 0)
+    return (length_B + valid_BT.sum(dim=1)).clamp(max=size)
