@@ -1,11 +1,11 @@
 """python tools/recurrence.py RUN [--reach 5 32 0] [--windows 96] [section.key=value ...]
 
-What far text is worth to a model that knows nothing of it: its held-out loss with the memory off, beside that of its mixture
-with a longest-match cache of the same document (Grave et al. 2017 for caches; the match as in Khandelwal et al. 2020, but of
-tokens). Where the last 4 tokens or fewer have occurred before the current window, no further back than `reach` windows (0: the
-whole document), the cache predicts what followed them there. The weight of the cache depends on how long the match was, how
-often it occurred and how much it agreed, and is fitted (by expectation maximisation) to the first half of each document's
-windows; losses are those of the second half. So it is no bound, but what a reader that only copies could have.
+What far text is worth to a model that knows nothing of it: its held-out loss with the memory off, beside that of its
+mixture with a longest-match cache of the same document (caches: Grave et al. 2017; here what is compared are tokens). Where
+the last 4 tokens or fewer have occurred before the current window, no further back than `reach` windows (0: the whole
+document), the cache predicts what followed them there. The weight of the cache depends on how long the match was, how often
+it occurred and how much it agreed, and is fitted (by expectation maximisation) to the first half of each document's windows;
+losses are those of the second half. So it is no bound, but what a reader that only copies could have.
 """
 
 from __future__ import annotations
