@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lmcode.model.lm import LMCODEOutput, StreamState
     from lmcode.model.short_term import ShortTermMemory
     from lmcode.presets import load_run_config
+    from lmcode.recipes.attach import attach
     from lmcode.report.analysis import analyze_memory_capacity, compute_memory_efficiency
     from lmcode.report.monitor import MemoryMonitor
     from lmcode.report.plots import plot_training_history, visualize_memory_flow
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BPETokenizer", "ByteTokenizer", "ConfigError", "LMCODE", "LMCODEConfig", "LMCODEOutput", "LongTermMemory",
            "MemoryAugmentedLayer", "MemoryAwareTrainer", "MemoryConfig", "MemoryDataset", "MemoryMonitor", "Retrieved",
-           "RunConfig", "ShortTermMemory", "StreamState", "TrainConfig", "analyze_memory_capacity",
+           "RunConfig", "ShortTermMemory", "StreamState", "TrainConfig", "analyze_memory_capacity", "attach",
            "compute_memory_efficiency", "create_synthetic_dataset", "generate_memory_report", "load_run_config",
            "load_tokenizer", "plot_training_history", "visualize_memory_flow"]
 
@@ -42,6 +43,7 @@ _MODULES = {
     "lmcode.model.lm": ("LMCODEOutput", "StreamState"),
     "lmcode.model.short_term": ("ShortTermMemory",),
     "lmcode.presets": ("load_run_config",),
+    "lmcode.recipes.attach": ("attach",),
     "lmcode.report.analysis": ("analyze_memory_capacity", "compute_memory_efficiency"),
     "lmcode.report.monitor": ("MemoryMonitor",),
     "lmcode.report.plots": ("plot_training_history", "visualize_memory_flow"),

@@ -7,8 +7,8 @@ a subclass that has what is abstract here; everything else comes with it.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -113,6 +113,21 @@ class Backbone(Remembering, nn.Module):
     @abstractmethod
     def save_pretrained(self, *args: Any, **settings: Any) -> Any:
         """Writes the model as a folder that other people load: see `LMCODE.save_pretrained`."""
+
+    def storing(self) -> AbstractContextManager[None]:
+        """Inside the block texts are read in order to be stored: all of a window is offered at once."""
+        return nullcontext()
+
+    def kept_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that are saved with the model; the others come from elsewhere."""
+        return self.named_parameters()
+
+    def identity(self) -> dict[str, Any] | None:
+        """What else the model is made of, as JSON: its memories belong to that alone. None: it is all here."""
+        return None
+
+    def check_identity(self, saved: Mapping[str, Any]) -> None:
+        """Refuses, by ConfigError, memories and weights that were made beside something else."""
 
     @property
     def memory_config(self) -> MemoryConfig:

@@ -25,6 +25,7 @@ from pydantic import (
 # What a setting may name besides its other values, and where that is, "module:name". Who adds a line can choose it.
 TIERS = {"exact": "lmcode.memory.search.exact:ExactTier", "faiss-flat": "lmcode.memory.search.faiss_index:FlatTier"}
 EVICTIONS = {"fifo": "lmcode.memory.evict:second_chance", "clock": "lmcode.memory.evict:second_chance"}
+RECIPES = {"camelot": "lmcode.recipes.camelot:Camelot", "lmcode": "lmcode.recipes.own_read:OwnRead"}
 FAISS_GPU_MAX_K = 2048  # largest k of GPU FAISS without cuVS; kept on every machine so that a config is portable
 
 
@@ -68,7 +69,11 @@ class Section(BaseModel):
 class LMCODEConfig(Section):
     """Shape of the model. Sizes are counts or widths; letters are those of the glossary (C width, H heads, D key width)."""
 
-    backbone: str = Field("lmcode", description="kind of model, a name in lmcode.opening.BACKBONES")
+    backbone: str = Field("lmcode", description="kind of model, a name in lmcode.opening.BACKBONES; or the folder of a "
+                          "transformers model, from which the sizes are taken")
+    recipe: str | None = Field(None, description="how the memory enters a backbone of transformers, a name in RECIPES")
+    recipe_options: dict[str, Any] = Field({}, description="settings of the recipe alone: see lmcode/recipes/README.md")
+    train_backbone: bool = Field(False, description="train the weights of a backbone of transformers, too")
     vocab_size: int = Field(50257, ge=2)
     hidden_size: int = Field(512, ge=8, description="C, the width of the residual stream")
     num_layers: int = Field(6, ge=1)
@@ -101,6 +106,9 @@ class LMCODEConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> LMCODEConfig:
+        if self.recipe is not None and self.backbone == "lmcode":
+            raise ValueError("model.recipe belongs to a model.backbone that is the folder of a transformers model: got "
+                             f"'{self.recipe}' and no backbone")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size must be a multiple of num_heads: {self.hidden_size} % {self.num_heads} != 0")
         if self.positions == "rotary" and (self.hidden_size // self.num_heads) % 2:

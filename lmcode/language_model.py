@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lmcode.backbone import Backbone
-from lmcode.config import LMCODEConfig, MemoryConfig
+from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig
 from lmcode.data.tokenizer import check_vocab
 from lmcode.dist import Group, check_same, on_rank_0
 from lmcode.memories.experiences import Namespace, is_number_of_a_name, namespace_number
@@ -40,6 +40,9 @@ class LMCODE(MemoryLM, Backbone):  # type: ignore[misc]  # its forward takes its
 
     def __init__(self, config: LMCODEConfig, *, memory: MemoryConfig | None = None, group: Group | None = None,
                  device: torch.device | str = "cpu") -> None:
+        if config.recipe is not None:
+            raise ConfigError(f"these settings are of the backbone '{config.backbone}' with the recipe '{config.recipe}': "
+                              "open them by lmcode.opening.open_model, or by a command")
         self.begin(config, memory, group=group, device=device)
         super().__init__(config, self.memories.banks)
 

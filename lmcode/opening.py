@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from lmcode.backbone import Backbone
-from lmcode.config import ConfigError, RunConfig, build, near_match, with_overrides
+from lmcode.backbone_config import read_sizes, resolved
+from lmcode.config import RECIPES, ConfigError, RunConfig, build, near_match, with_overrides
 from lmcode.dist import Group, on_rank_0
 from lmcode.files import durable
 from lmcode.language_model import LMCODE
@@ -24,7 +25,7 @@ from lmcode.saved.places import Kind, Place, place_of
 # Settings of a model that its weights do not depend on, in value or in meaning.
 FREE = ("context_length", "dropout", "memory_top_k", "memory_temperature", "memory_bias", "memory_update_rate",
         "retrieval_stride")
-BACKBONES: dict[str, type[Backbone]] = {"lmcode": LMCODE}  # by `model.backbone`
+BACKBONES: dict[str, type[Backbone]] = {"lmcode": LMCODE}  # by `model.backbone`; with a recipe it names a folder
 
 
 class Opened(NamedTuple):
@@ -45,6 +46,10 @@ class Opened(NamedTuple):
 def kind_of(config: RunConfig) -> type[Backbone]:
     """The kind of model that the settings name. ConfigError for one that there is not."""
     name = config.model.backbone
+    if config.model.recipe is not None:
+        from lmcode.recipes.attached import Attached
+
+        return Attached
     if name not in BACKBONES:
         raise ConfigError(f"model.backbone must be one of {', '.join(BACKBONES)}: got '{name}'."
                           f"{near_match(name, BACKBONES)}")
@@ -97,6 +102,19 @@ def init_from(model: Backbone, path: str | Path, *, memory: bool) -> None:
         load_memory(other.folder, model.memories)
 
 
+def plain_values(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Settings of a transformers model in a folder that is opened with a recipe, which the overrides must name.
+
+    Raises:
+        ConfigError: if they do not.
+    """
+    if not any(setting.startswith("model.recipe=") for setting in overrides):
+        raise ConfigError(f"'{folder}' holds a model of transformers: say how it is to remember, by --recipe or "
+                          f"model.recipe=, one of {', '.join(RECIPES)}")
+    length = read_sizes(str(folder))["positions"]
+    return {"preset": "saved", "model": {"backbone": str(folder)}, "train": {"sequence_length": min(256, length // 4)}}
+
+
 def open_model(path: str | Path, overrides: Sequence[str] = (), *, group: Group | None = None,
                device: torch.device | str = "cpu", memory: bool = True) -> Opened:
     """The model at a path: a run's newest checkpoint that verifies, a checkpoint, or a saved model. A collective of `group`.
@@ -111,11 +129,15 @@ def open_model(path: str | Path, overrides: Sequence[str] = (), *, group: Group 
     """
     group = group or Group()
     place = on_rank_0(group, lambda: place_of(path))
-    if place.kind in (Kind.SAVED_MODEL, Kind.HUGGING_FACE):
-        model: Backbone = pretrained.read(place.folder, LMCODE, include_memory=memory, group=group, device=device)
+    if place.kind is Kind.HUGGING_FACE:
+        config: RunConfig = build(RunConfig, resolved(with_overrides(plain_values(place.folder, overrides), overrides)))
+        return Opened(make_model(config, group=group, device=torch.device(device)).eval(), place, place.folder, config, 0)
+    if place.kind is Kind.SAVED_MODEL:
+        saved = RunConfig().model_copy(update={"model": pretrained.settings(place.folder)[0]})
+        model: Backbone = pretrained.read(place.folder, kind_of(saved), include_memory=memory, group=group, device=device)
         values = {"preset": "saved", "model": model.config.model_dump(), "memory": model.memory_config.model_dump(),
                   "train": {"sequence_length": model.config.context_length}}
-        config: RunConfig = build(RunConfig, with_overrides(values, overrides))
+        config = build(RunConfig, with_overrides(values, overrides))
         if config.model != model.config:
             raise ConfigError(f"the model in '{path}' has its settings: leave out what begins with model.")
         return Opened(model, place, place.folder, config, 0)

@@ -26,7 +26,7 @@ OWNERS = {  # the one file or folder that may import a package
     "torch.distributed": "lmcode/dist.py",
     "tokenizers": "lmcode/data/tokenizer.py",
     "matplotlib": "lmcode/report/plots.py",
-    "transformers": "lmcode/hf.py",
+    "transformers": ("lmcode/hf.py", "lmcode/recipes/foreign.py"),
     "huggingface_hub": "lmcode/saved/pretrained.py",
     "zstandard": "lmcode/data/zstd.py",
     "pyarrow": "lmcode/data/parquet.py",
@@ -37,9 +37,9 @@ LAZY = ("deepspeed", "faiss", "tensorboard", "tokenizers", "yaml", "mpi4py", "ma
         "zstandard", "pyarrow", "wandb", "mlflow")
 MAY_PRINT = ("lmcode/cli/command.py",)
 # The parts of lmcode from the ground up: each imports only those before it.
-ORDER = ("version", "processor", "config", "precision", "protocol", "presets", "effects", "dist", "files", "model",
-         "memory", "data", "memories", "jobs", "backbone", "saved", "language_model", "opening", "eval", "train",
-         "report", "estimate", "doctor", "cli", "hf")
+ORDER = ("version", "processor", "config", "backbone_config", "precision", "protocol", "presets", "effects", "dist", "files",
+         "model", "memory", "data", "memories", "jobs", "backbone", "saved", "language_model", "recipes", "opening", "eval",
+         "train", "report", "estimate", "doctor", "cli", "hf")
 
 
 def reaches(names: set[str], package: str) -> set[str]:

@@ -73,7 +73,7 @@ def test_what_a_kill_has_left_beside_a_path_is_found(saved: Path, tmp_path: Path
 def test_another_kind_of_model_is_told_apart(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert place_of(tmp_path).kind is Kind.HUGGING_FACE
-    with pytest.raises(ConfigError, match="must have the model_type 'lmcode': got 'llama'"):
+    with pytest.raises(ConfigError, match="holds a model of transformers: say how it is to remember"):
         open_model(tmp_path)
     with pytest.raises(ConfigError, match="nor a saved model. Did you mean"):
         place_of(tmp_path.with_name(tmp_path.name + "x"))

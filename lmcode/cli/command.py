@@ -189,23 +189,35 @@ def _add_train(commands: Any) -> None:
 def _add_eval(commands: Any) -> None:
     parser = _command(
         commands, "eval", evaluate, overrides=True, help="held-out loss of a run, with the memory on and its controls",
-        usage="lmcode eval RUN [--windows N] [--task NAME] [--json] [section.key=value ...]",
-        examples="  lmcode eval runs/books\n  lmcode eval runs/books --windows 16 eval.slots=4096")
+        usage="lmcode eval RUN [--recipe NAME] [--windows N] [--task NAME] [--json] [section.key=value ...]",
+        examples="  lmcode eval runs/books\n  lmcode eval runs/books --windows 16 eval.slots=4096\n"
+                 "  lmcode eval models/smollm2 --recipe camelot data.path=books/")
     parser.add_argument("path", metavar="RUN", type=Path, help="a run folder, or one checkpoint in it")
+    _add_recipe(parser)
     parser.add_argument("--windows", metavar="N", type=_number(int, lowest=1),
                         help="windows that each held-out stream reads; short for eval.final_windows=N")
     parser.add_argument("--task", metavar="NAME", help="ask it the cases of a task instead ('recall': a value by its key)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
+def _add_recipe(parser: Parser) -> None:
+    parser.add_argument("--recipe", metavar="NAME",
+                        help="how a model of transformers is to remember; short for model.recipe=NAME")
+
+
+def _recipe(arguments: argparse.Namespace) -> list[str]:
+    return [] if arguments.recipe is None else [f"model.recipe={arguments.recipe}"]
+
+
 def _add_generate(commands: Any) -> None:
     parser = _command(
         commands, "generate", generate, overrides=False, help="continue a text with a trained model",
-        usage="lmcode generate RUN --prompt TEXT [options]",
+        usage="lmcode generate RUN --prompt TEXT [--recipe NAME] [options]",
         examples="  lmcode generate runs/books --prompt 'Call me'\n"
                  "  lmcode generate runs/books --prompt 'def main(' --temperature 0 --no-memory\n"
                  "  lmcode generate my_model --prompt 'The key is' --namespace house")
     parser.add_argument("path", metavar="RUN", type=Path, help="a run folder, one checkpoint in it, or a saved model")
+    _add_recipe(parser)
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="what comes before; at least one token")
     parser.add_argument("--max-new-tokens", metavar="N", type=_number(int, lowest=1), default=128,
                         help="tokens to add (%(default)s)")
@@ -317,11 +329,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from lmcode.eval.run import ask_path, evaluate_path
 
     windows = [] if arguments.windows is None else [f"eval.final_windows={arguments.windows}"]
+    settings = [*_recipe(arguments), *arguments.overrides]
     with dist.running() as me:
         if arguments.task is None:
-            report = evaluate_path(arguments.path, [*windows, *arguments.overrides], as_json=arguments.json)
+            report = evaluate_path(arguments.path, [*windows, *settings], as_json=arguments.json)
         else:
-            report = ask_path(arguments.path, arguments.task, arguments.overrides, as_json=arguments.json)
+            report = ask_path(arguments.path, arguments.task, settings, as_json=arguments.json)
     if me.rank == 0:
         print(report)
     return DONE
@@ -335,7 +348,8 @@ def generate(arguments: argparse.Namespace) -> int:
     with dist.running() as me:
         text = generate_text(arguments.path, arguments.prompt, max_new_tokens=arguments.max_new_tokens,
                              temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
-                             seed=arguments.seed, namespace=arguments.namespace, memory=arguments.memory)
+                             seed=arguments.seed, namespace=arguments.namespace, memory=arguments.memory,
+                             overrides=_recipe(arguments))
     if me.rank == 0:
         print(text)
     return DONE

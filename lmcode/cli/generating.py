@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,13 +17,15 @@ from lmcode.opening import open_model
 
 def generate_text(path: Path, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.8, top_k: int = 50,
                   top_p: float = 0.9, repetition_penalty: float = 1.0, no_repeat_ngram_size: int = 0, seed: int = 0,
-                  namespace: Namespace = 0, stop_at_end: bool = True, memory: bool = True) -> str:
+                  namespace: Namespace = 0, stop_at_end: bool = True, memory: bool = True,
+                  overrides: Sequence[str] = ()) -> str:
     """Continues `prompt` with the model at a path; returns prompt and continuation. A collective.
 
     Args:
         namespace: what is read of the banks; experiences are in 0 unless they were stored under another.
         stop_at_end: stop where the model ends the document, and not only after `max_new_tokens`.
         memory: read its banks.
+        overrides: dotted settings that differ from the saved ones.
 
     Raises:
         ConfigError: for an empty prompt, a name of a namespace in which there is nothing, or if nothing can be opened there.
@@ -30,7 +33,7 @@ def generate_text(path: Path, prompt: str, *, max_new_tokens: int = 128, tempera
     if not prompt:
         raise ConfigError("the prompt must not be empty")
     group, device = Group.world(), dist.device()
-    model = open_model(path, group=group, device=device, memory=memory).model
+    model = open_model(path, overrides, group=group, device=device, memory=memory).model
     if (tokenizer := model.tokenizer) is None:
         raise ConfigError(f"the model in '{path}' has no tokenizer for the prompt")
     ids = torch.tensor([[tokenizer.end_id, *tokenizer.encode(prompt)]], device=dist.device())

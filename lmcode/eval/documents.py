@@ -45,7 +45,7 @@ def held_out_documents(opened: Opened) -> HeldOut:
             tokenizer than the model's; and what `load_corpus` raises.
     """
     checkpoint, config, data = opened.folder, opened.config, opened.config.data
-    if opened.place.kind is Kind.SAVED_MODEL:
+    if opened.place.kind in (Kind.SAVED_MODEL, Kind.HUGGING_FACE):
         if not _texts(data):
             raise ConfigError(f"a saved model has no text of its own to hold out: name one by data.path= for '{checkpoint}'")
         own_tokens = data.model_copy(update={"tokenizer": str(checkpoint)})

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import time
+from abc import abstractmethod
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -60,6 +62,10 @@ class Remembering:
     memories: Memories
     replay: Spans | None
     _tokenizer: Tokenizer | None
+
+    @abstractmethod
+    def storing(self) -> AbstractContextManager[None]:
+        """See `Backbone.storing`."""
 
     @property
     def banks(self) -> dict[int, LongTermMemory]:
@@ -130,7 +136,8 @@ class Remembering:
         ids: list[int] = []
         for start in range(0, len(batch), STORED_AT_ONCE):
             part = slice(start, start + STORED_AT_ONCE)
-            offered = read_texts(self, rows[part])
+            with self.storing():
+                offered = read_texts(self, rows[part])
             entries = write_token_entries(self.banks, batch[part], offered, first_id=self.experiences.bank.next_id,
                                           step=step)
             stored, gone = self.experiences.store(

@@ -68,6 +68,21 @@ class LMCODEOutput(NamedTuple):
     memory: dict[int, LayerMemory]
 
 
+@torch.no_grad()
+def begin_read(read: LongTermRead, config: LMCODEConfig) -> None:
+    """Sets the learned numbers of a read, and its queries to its keys, so that a head begins by matching equal contexts and
+    need not find that first."""
+    nn.init.constant_(read.log_temperature_H, math.log(config.memory_temperature))
+    nn.init.constant_(read.retrieved_bias_H, config.memory_bias)
+    nn.init.zeros_(read.null_logit_H)
+    query_PI, key_PI = read.query_key_value.weight.chunk(3 if read.value is None else 2)[:2]
+    query_PI.copy_(key_PI)
+    if read.value is not None:
+        # What is read points to where the tied head looks for it, so that a hit raises its token's logit at once.
+        nn.init.normal_(read.value.weight, std=config.hidden_size ** -0.5)
+        read.output.weight.copy_(COPY_SCALE * read.value.weight.T)
+
+
 def memory_shapes(config: LMCODEConfig) -> dict[int, EntryShape]:
     """The entries of each memory layer."""
     return {layer: EntryShape(config.memory_heads, config.memory_head_dim, config.memory_head_dim)
@@ -123,18 +138,8 @@ class MemoryLM(nn.Module):
             if isinstance(module, ShortTermMemory):
                 nn.init.normal_(module.initial_slots_SE, std=INITIAL_STD)
                 nn.init.normal_(module.address_SE)
-            if isinstance(module, LongTermRead):
-                nn.init.constant_(module.log_temperature_H, math.log(self.config.memory_temperature))
-                nn.init.constant_(module.retrieved_bias_H, self.config.memory_bias)
-                nn.init.zeros_(module.null_logit_H)
         for read in (module for module in self.modules() if isinstance(module, LongTermRead)):
-            # Queries start out as keys, so that a head begins by matching equal contexts and need not find that first.
-            query_PI, key_PI = read.query_key_value.weight.chunk(3 if read.value is None else 2)[:2]
-            query_PI.copy_(key_PI)
-            if read.value is not None:
-                # What is read points to where the tied head looks for it, so that a hit raises its token's logit at once.
-                nn.init.normal_(read.value.weight, std=self.config.hidden_size ** -0.5)
-                read.output.weight.copy_(COPY_SCALE * read.value.weight.T)
+            begin_read(read, self.config)
 
     @torch.no_grad()
     def resize_token_embeddings(self, vocab_size: int) -> nn.Embedding:

@@ -7,7 +7,7 @@ and mixed values are fp32, under autocast, too. Letters here: P partial softmaxe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,6 +43,8 @@ class Window(NamedTuple):
         else `namespace_B` and `document_B` are [B, P], of each such document.
     seen_BTT: bool, which tokens (last dim) each token may attend to; None: itself and all before it.
     token_BTC: the tokens' embeddings, of mean square 1; None where no layer makes keys or values from them.
+    with_past: puts keys and values [H, B, N, D] of the window's tokens that were read before in front of these ones, where a
+        window is read in parts; `seen_BTT` then has a column for each of them.
     past_BLC: this layer's cache of the tokens before the window; None where there is none. See `past.py`.
     past_length_B: int64, how many of its last tokens are of the document that each stream is in.
     seen_past_BTL: bool, which of them (last dim) each token may attend to, [B, T or 1, L].
@@ -60,6 +62,7 @@ class Window(NamedTuple):
     piece_BT: Tensor | None = None
     seen_BTT: Tensor | None = None
     token_BTC: Tensor | None = None
+    with_past: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     past_BLC: Tensor | None = None
     past_length_B: Tensor | None = None
     seen_past_BTL: Tensor | None = None
@@ -136,15 +139,17 @@ def attend_own_past(query_HBTD: Tensor, key_HBTD: Tensor, value_HBTD: Tensor, *,
                     seen_BTT: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Softmax attention of token i over tokens j < i of its sequence: logit q_i . k_j, value v_{j+1} (or v_j).
 
+    There may be more keys than queries, which then belong to the last tokens.
+
     Args:
         seen_BTT: which tokens j are of the sequence of i; None: all.
 
     Returns:
         Value [H, B, T, D] and log-sum-exp [H, B, T]; 0 and `NO_SCORE` for the first token, which has no past.
     """
-    T = query_HBTD.shape[2]
-    earlier_TT = torch.ones(T, T, dtype=torch.bool, device=query_HBTD.device).tril(-1)
-    has_past_T = torch.arange(T, device=query_HBTD.device) > 0
+    T, N = query_HBTD.shape[2], key_HBTD.shape[2]
+    earlier_TT = torch.ones(T, N, dtype=torch.bool, device=query_HBTD.device).tril(N - T - 1)
+    has_past_T = torch.arange(N - T, N, device=query_HBTD.device) > 0
     if seen_BTT is not None:
         earlier_TT = earlier_TT & seen_BTT
         has_past_T = earlier_TT.any(dim=-1)
@@ -272,7 +277,8 @@ class LongTermRead(nn.Module):
             fill_cache(window.cache, query_HBTD, key_HBTD, value_HBTD, successor_values=self.successor_values)
             if self.key_tokens > 1:
                 window.cache.fill("token", embeddings(window).unsqueeze(1))
-        merged_HBTD, share_PHBT = self._read(query_HBTD, key_HBTD, value_HBTD, window, retriever, tape)
+        own = (key_HBTD, value_HBTD) if window.with_past is None else window.with_past(key_HBTD, value_HBTD)
+        merged_HBTD, share_PHBT = self._read(query_HBTD, *own, window, retriever, tape)
         gate_BT1, share_HBT = torch.sigmoid(self.gate(x_BTC)), share_PHBT[1].detach()
         tape.record(pending_key_BHD=last_keys(key_HBTD, window),
                     candidates=make_candidates(key_HBTD, value_HBTD, window, successor_values=self.successor_values),

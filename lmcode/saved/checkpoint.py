@@ -30,6 +30,7 @@ Made = TypeVar("Made", bound=Backbone)
 # logging and evaluation may change; the corpus is compared by its digest.
 FIXED = ("model.", "memory.virtual_shards", "memory.dtype", "train.streams", "train.sequence_length", "train.seed",
          "train.precision", "train.weight_decay", "train.betas")
+IDENTITY = "backbone.json"  # what a model's memory belongs to: `Backbone.identity`
 STORED_SIZES = ("memory.virtual_shards", "memory.experience_slots", "model.long_term_memory_slots")
 
 
@@ -119,9 +120,11 @@ def read_model(folder: Path, make: Callable[..., Made], config: RunConfig, *, gr
         config: the checkpoint's own, perhaps with overrides.
 
     Raises:
-        ConfigError: if the settings have a shape that the weights do not have.
+        ConfigError: if the settings have a shape that the weights do not have, or the backbone is another one.
     """
     model = make(config.model, memory=config.memory, group=group, device=device)
+    if (identity := folder / IDENTITY).is_file():
+        model.check_identity(json.loads(identity.read_text(encoding="utf-8")))
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     except RuntimeError as error:

@@ -155,7 +155,7 @@ def exact_weights(model: Backbone) -> dict[str, Tensor]:
     """All weights, fp32 on the CPU, on rank 0 (elsewhere none): the optimizer's where the model is, or was, trained. A
     collective."""
     weights: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.kept_parameters():
         weight = parameter.detach().float().cpu() if model.masters is None else model.masters(parameter)
         if model.group.rank == 0:
             weights[name] = weight.contiguous()
@@ -167,7 +167,7 @@ def _begin(stack: ExitStack, model: Backbone, weights: Mapping[str, Tensor], pla
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    check_weights("the model", weights, model.config)
+    check_weights("the model", weights, shapes_of(model))
     stack.enter_context(files.replacing(place))
     draft = files.draft(place)
     if include_memory:
@@ -200,12 +200,13 @@ def config_json(model: Backbone, holds_memory: bool) -> dict[str, Any]:
             "num_attention_heads": config.num_heads, "max_position_embeddings": config.context_length,
             "tie_word_embeddings": True, "bos_token_id": end, "eos_token_id": end, "dtype": "float32",
             "lmcode_model": config.model_dump(mode="json"), "lmcode_memory": model.memory_config.model_dump(mode="json"),
-            "lmcode_holds_memory": holds_memory and bool(model.banks), "lmcode_tokenizer": model.tokenizer is not None}
+            "lmcode_backbone": model.identity(), "lmcode_holds_memory": holds_memory and bool(model.banks),
+            "lmcode_tokenizer": model.tokenizer is not None}
 
 
 def card(model: Backbone, include_memory: bool) -> str:
     """The model card, as Markdown. A collective of the model's group."""
-    weights = sum(math.prod(shape) for shape in weight_shapes(model.config).values())  # ZeRO-3 empties parameters
+    weights = sum(math.prod(shape) for shape in shapes_of(model).values())
     return f"""---
 library_name: lmcode
 pipeline_tag: text-generation
@@ -292,7 +293,7 @@ def read(folder: Path, make: Callable[..., Made], *, include_memory: bool, group
     try:
         check_links(folder)
         config, memory, holds_memory = settings(folder)
-        weights = load_weights(folder / WEIGHTS, config)
+        weights = {} if config.recipe else load_weights(folder / WEIGHTS, config)
     except ConfigError as error:
         problem = str(error)
     raise_together(group, problem)  # memory groups are made by all ranks or by none
@@ -302,6 +303,10 @@ def read(folder: Path, make: Callable[..., Made], *, include_memory: bool, group
         except (RuntimeError, MemoryError) as error:
             raise ConfigError(f"'{folder / CONFIG}': there is no memory for banks of long_term_memory_slots = "
                               f"{config.long_term_memory_slots}: {' '.join(str(error).split())[:80]}") from None
+        if config.recipe:
+            model.check_identity(json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("lmcode_backbone") or {})
+            weights = read_weights(folder / WEIGHTS)
+            check_weights(f"'{folder / WEIGHTS}'", weights, shapes_of(model))
         model.load_state_dict(weights, strict=False)
         if has_tokenizer(folder):
             model.tokenizer = load_tokenizer(folder)
@@ -320,17 +325,31 @@ def load_weights(file: Path, config: LMCODEConfig) -> dict[str, Tensor]:
     Raises:
         ConfigError: no safetensors file; a weight that is missing, additional, of another shape or kind, or not finite.
     """
+    weights = read_weights(file)
+    if len(weights) < config.num_layers:  # before a stranger's config.json makes layers without number
+        raise ConfigError(f"'{file}' holds {len(weights)} tensors, too few for {config.num_layers} layers")
+    try:
+        wanted = weight_shapes(config)
+    except RuntimeError as error:
+        raise ConfigError(f"'{file}': no tensor has the sizes that the settings ask for: {error!s:.120}") from None
+    check_weights(f"'{file}'", weights, wanted)
+    return weights
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The weights of a file. ConfigError if it is no safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        weights = load_file(file)
+        return load_file(file)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"'{file}' is not a readable safetensors file: {error}") from None
-    if len(weights) < config.num_layers:  # before a stranger's config.json makes layers without number
-        raise ConfigError(f"'{file}' holds {len(weights)} tensors, too few for {config.num_layers} layers")
-    check_weights(f"'{file}'", weights, config)
-    return weights
+
+
+def shapes_of(model: Backbone) -> dict[str, list[int]]:
+    """The weights that are saved with a model; of a parameter that ZeRO-3 has emptied the shape that it has in whole."""
+    return {name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in model.kept_parameters()}
 
 
 def weight_shapes(config: LMCODEConfig) -> dict[str, list[int]]:
@@ -339,12 +358,8 @@ def weight_shapes(config: LMCODEConfig) -> dict[str, list[int]]:
         return {name: list(p.shape) for name, p in MemoryLM(config).named_parameters()}
 
 
-def check_weights(where: str, weights: Mapping[str, Tensor], config: LMCODEConfig) -> None:
-    """Refuses weights that are not those of a model of this config."""
-    try:
-        wanted = weight_shapes(config)
-    except RuntimeError as error:
-        raise ConfigError(f"{where}: no tensor has the sizes that the settings ask for: {error!s:.120}") from None
+def check_weights(where: str, weights: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]) -> None:
+    """Refuses weights that have not these names and shapes, or are not finite."""
     for name in sorted(wanted.keys() | weights.keys()):
         came = list(weights[name].shape) if name in weights else "nothing"
         if name not in wanted:

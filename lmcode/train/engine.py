@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lmcode.backbone import Backbone
-from lmcode.config import RunConfig
+from lmcode.config import ConfigError, RunConfig
 from lmcode.train.ds_config import resolve
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of torch's AdamW
@@ -29,9 +29,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decay: list[nn.Parameter] = []
     keep: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    for parameter in (one for one in model.parameters() if one.requires_grad):
         (keep if parameter.ndim < 2 or id(parameter) in embeddings else decay).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 class Masters:
@@ -55,6 +56,9 @@ class Engine:
     """DeepSpeed's engine for one run. Make it on every rank, after `dist.start`. The model keeps it alive."""
 
     def __init__(self, model: Backbone, config: RunConfig, *, world_size: int) -> None:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError("there is nothing to train: the backbone is frozen and the recipe has no weights; set "
+                              "model.train_backbone=true, or measure it as it is by lmcode eval")
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         import deepspeed
 
@@ -160,7 +164,7 @@ class Engine:
         "exp_avg" and "exp_avg_sq" unless it is frozen. A collective for each; the order is that of the model."""
         moments = MOMENTS if self.updates else ()
         self._link_moments()
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self.module.kept_parameters():
             state = {"weight": self._whole_weight(parameter)}
             if parameter.requires_grad:
                 state.update({moment: self._whole_moment(parameter, moment) for moment in moments})
@@ -168,7 +172,7 @@ class Engine:
 
     def weights(self) -> dict[str, Tensor]:
         """All weights, fp32 on the CPU, on every rank. A collective."""
-        return {name: self._whole_weight(parameter) for name, parameter in self.module.named_parameters()}
+        return {name: self._whole_weight(parameter) for name, parameter in self.module.kept_parameters()}
 
     def exact_weight(self, parameter: nn.Parameter) -> Tensor:
         """The fp32 weight behind a parameter of the model, whole and on the CPU, on every rank. A collective.
@@ -211,7 +215,7 @@ class Engine:
         """
         if updates:
             self._make_moments(updates)
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self.module.kept_parameters():
             state = read(name)
             self._set_weight(parameter, state["weight"])
             for moment in MOMENTS if updates and parameter.requires_grad else ():

@@ -32,7 +32,7 @@ EVAL_TAGS = {"on": "eval/loss", "off": "eval/loss_memory_off", "shuffled": "eval
 def describe_start(config: RunConfig, me: Rank, model: Backbone) -> str:
     """One line: who trains what on how many ranks, and how many of the weights serve the memory."""
     total = count_parameters(model.parameters())
-    memory = count_parameters(p for name, p in model.named_parameters() if "_term" in name)
+    memory = count_parameters(p for name, p in model.named_parameters() if "_term" in name or name.startswith("recipe."))
     layers = ", ".join(str(layer) for layer in model.banks) or "none"
     in_group = config.memory.ranks_per_group(me.world_size)
     groups = f", {me.world_size // in_group} memory groups of {in_group} rank(s)" if in_group < me.world_size else ""

@@ -23,6 +23,7 @@ from lmcode.data.streams import Pass
 from lmcode.dist import on_rank_0
 from lmcode.files import durable
 from lmcode.memories.files import load_memory
+from lmcode.saved.checkpoint import IDENTITY
 from lmcode.train import optimizer_files
 from lmcode.train.engine import MOMENTS
 from lmcode.train.session import Session
@@ -61,6 +62,8 @@ def restore(session: Session, folder: Path) -> None:
 def load_into(session: Session, folder: Path, trainer: Mapping[str, Any]) -> None:
     """Everything of a verified checkpoint into `session`; `trainer` is its trainer.json. A collective."""
     config, rank = session.config, session.group.rank
+    if (identity := folder / IDENTITY).is_file():
+        session.model.check_identity(json.loads(identity.read_text(encoding="utf-8")))
     weights = load_file(folder / "model.safetensors")
     session.engine.load(trainer["updates"], optimizer_files.reader(folder, weights, MOMENTS))
     load_memory(folder, session.model.memories)

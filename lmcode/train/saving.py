@@ -24,6 +24,7 @@ from lmcode.files import durable
 from lmcode.files.commit import Commit, SaveFailed
 from lmcode.files.durable import DamagedCheckpoint, Facts, Parts, write_json
 from lmcode.memories.files import memory_folders, memory_parts
+from lmcode.saved.checkpoint import IDENTITY
 from lmcode.train import optimizer_files, stream_files
 from lmcode.train.resuming import RNG_FOLDER, place_of, rng_file
 from lmcode.train.session import Session
@@ -137,6 +138,8 @@ def snapshot(session: Session) -> Parts:
                    "corpus": session.corpus.meta["digest"], "pass": dataclasses.asdict(session.data_pass)}
         parts["model.safetensors"] = partial(save_file, weights)
         parts["config.yaml"] = partial(_write_text, text=to_yaml(config))
+        if (identity := session.model.identity()) is not None:
+            parts[IDENTITY] = partial(write_json, value=identity)
         parts["trainer.json"] = partial(write_json, value=trainer)
         parts["tokenizer"] = session.corpus.tokenizer.save  # a folder, sealed when the commit is published
         if session.replay is not None:

@@ -1,0 +1,96 @@
+"""Recipe `camelot`: keys and values that leave the row become slots of a bank, and join the attention's own softmax.
+
+After CAMELoT (He et al., "CAMELoT: Towards Large Language Models with Training-Free Consolidated Associative Memory",
+arXiv 2402.13449). Nothing is trained. The one thing to know: keys are stored before their rotation and read as if all of
+them lay at one constant distance; README.md says what the paper does, what this does, and what each choice earned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lmcode.config import ConfigError
+from lmcode.protocol import NO_SCORE, Candidates, NullRetriever
+from lmcode.recipes import recipe
+from lmcode.recipes.joint import answers_of, per_query, queries_of, share_per_query
+from lmcode.recipes.recipe import Left, Pass
+
+
+class Options(recipe.Options):
+    """Settings of this recipe beside `sinks` and `cache`."""
+
+    distance: int = Field(256, ge=0, description="positions that every slot lies before the query that reads it")
+
+
+class Camelot(recipe.Recipe):
+    """A slot is a key and a value of every key-value head of a layer. See the module."""
+
+    Options = Options
+    joins_attention = True
+
+    @staticmethod
+    def settings(sizes: Mapping[str, int], options: Any) -> dict[str, Any]:
+        """Memories in the upper half of the layers, with a bias of -2 on what they hold: see README.md."""
+        layers = sizes["num_layers"]
+        return {"memory_layers": tuple(range(layers // 2, layers)), "memory_heads": sizes["kv_heads"],
+                "memory_head_dim": sizes["head_dim"], "memory_bias": -2.0, "successor_values": False}
+
+    @staticmethod
+    def check(model: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+        for name, wanted in (("memory_heads", sizes["kv_heads"]), ("memory_head_dim", sizes["head_dim"]),
+                             ("retrieval_stride", 1), ("successor_values", False)):
+            if model.get(name, wanted) != wanted:
+                raise ConfigError(f"with the recipe camelot model.{name} must be {wanted!r} for this backbone: got "
+                                  f"{model[name]!r}")
+
+    def recall(self, layer: int, query_BQTD: Tensor, current: Pass, *, scaling: float) -> tuple[Tensor, Tensor] | None:
+        """The slots nearest to each query, under a softmax of their own, with its log-sum-exp."""
+        tape, retriever = current.tape(layer), current.retrievers[layer]
+        heads, (B, Q, T, _) = self.config.memory_heads, query_BQTD.shape
+        group = Q // heads
+        namespace_N = per_query(current.namespace_B[:, None].expand(B, T).where(current.valid_BT, -1), group)
+        query_HND = queries_of(self._placed(query_BQTD), heads).float()
+        if isinstance(retriever, NullRetriever):
+            tape.record(hits=retriever.search(query_HND, namespace_N))
+            self.joined(layer, query_HND.new_zeros(B, Q, T), current)
+            return None
+        if current.state is None:  # nobody will ask for the hits
+            value_HND, lse_HN = (retriever.look_up(query_HND, namespace_N) if not query_HND.requires_grad
+                                 else retriever.attend(query_HND, retriever.search(query_HND.detach(), namespace_N)))
+        else:
+            document_N = None if current.document_B is None else per_query(
+                current.document_B[:, None].expand(B, T), group)
+            if tape.hits is None:
+                tape.record(hits=retriever.search(query_HND.detach(), namespace_N, document_N))
+            assert tape.hits is not None
+            value_HND, lse_HN = retriever.attend(query_HND, tape.hits)
+        lse_HN = torch.where(lse_HN > NO_SCORE / 2, lse_HN + self.config.memory_bias, lse_HN)
+        return (answers_of(value_HND.float(), query_BQTD), answers_of(lse_HN.unsqueeze(-1), query_BQTD).squeeze(-1))
+
+    def _placed(self, query_BQTD: Tensor) -> Tensor:
+        """Queries turned by the constant distance, which is as good as turning every stored key back by it."""
+        distance = torch.full((1, 1), self.options.distance, device=query_BQTD.device)
+        return self.anatomy.rotate(query_BQTD, self.anatomy.tables(distance, query_BQTD))
+
+    def joined(self, layer: int, share_BQT: Tensor, current: Pass) -> None:
+        share_HN = share_per_query(share_BQT.float(), self.config.memory_heads)
+        valid_N = per_query(current.valid_BT, share_HN.shape[1] // current.valid_BT.numel())
+        current.tape(layer).record(share_HN=share_HN, credit_HN=share_HN.where(valid_N, 0.0),
+                                   null_share_HN=torch.zeros_like(share_HN),
+                                   gate_BT=torch.ones_like(current.valid_BT, dtype=torch.float32))
+
+    def offered(self, layer: int, current: Pass, left: Left, known_BT: Tensor) -> Candidates:
+        """What has left the row, keys scaled as the attention scales its logits."""
+        B, T = left.valid_BT.shape
+        scaling: Any = self.anatomy.attention(layer).scaling
+        namespace_BT = current.namespace_B[:, None].expand(B, T)
+        document_B = torch.full_like(current.namespace_B, -1) if current.document_B is None else current.document_B
+        return Candidates((left.key_BHTD.float() * scaling).transpose(0, 1).flatten(1, 2),
+                          left.value_BHTD.float().transpose(0, 1).flatten(1, 2), namespace_BT.flatten(),
+                          left.surprise_BT.flatten(), (left.valid_BT & (namespace_BT >= 0)).flatten(),
+                          document_B[:, None].expand(B, T).flatten())

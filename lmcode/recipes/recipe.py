@@ -1,0 +1,152 @@
+"""The protocol of a recipe, and what it is told of a pass of the backbone.
+
+A recipe is one class in one file, and a line in `config.RECIPES`. It says which layers have a memory and what their entries
+are (`settings`), how what was found enters the model (`recall` joins the softmax of a layer's attention, `after_layer`
+changes what a layer hands on, `after_model` what the head is given), and what is offered for writing (`offered`). All else,
+searching over ranks, commits, checkpoints, deletion, is the product's. A recipe reads and never writes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from lmcode.config import LMCODEConfig, Section
+from lmcode.model.long_term import ReadTape
+from lmcode.protocol import Candidates, Retriever
+from lmcode.recipes.anatomy import Anatomy, Tables
+from lmcode.recipes.carried import Carried
+
+
+class Options(Section):
+    """Settings that every recipe has."""
+
+    sinks: int = Field(4, ge=0, description="first tokens of a document that stay visible")
+    cache: int = Field(128, ge=0, description="last tokens of the windows before that stay visible")
+
+
+@dataclass
+class Pass:
+    """One pass of the backbone, from before its first layer until its state and candidates were made.
+
+    A layer that is recomputed in the backward pass gets the same object: what is on its tape is not asked for again.
+
+    Attributes:
+        retrievers: who answers, by layer.
+        namespace_B, document_B, valid_BT: as in `Backbone.forward`; of a call in transformers' manner [B], None, [B, T].
+        reset_B: bool, streams that start a document here, or None.
+        state: what the streams carried here; None in a call in transformers' manner, which keeps its past in its own cache.
+        tables, row_tables: of rotation, for the tokens of this window and for the row that was carried here.
+        own: by layer, keys before their rotation and values of this window's tokens, detached: [B, H, T, D].
+        tapes: by layer, as in our own model.
+        notes: whatever the recipe keeps for the length of the pass.
+    """
+
+    retrievers: Mapping[int, Retriever]
+    namespace_B: Tensor
+    document_B: Tensor | None
+    valid_BT: Tensor
+    reset_B: Tensor | None = None
+    state: Carried | None = None
+    tables: Tables | None = None
+    row_tables: Tables | None = None
+    own: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tapes: dict[int, ReadTape] = field(default_factory=dict)
+    notes: dict[Any, Any] = field(default_factory=dict)
+    attend: Any = None  # what `foreign.attend` calls
+
+    def tape(self, layer: int) -> ReadTape:
+        """The tape of a layer."""
+        return self.tapes.setdefault(layer, ReadTape())
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a memory may be written from: the tokens that left a layer's carried row in this pass; [B, T], in their order.
+
+    key_BHTD: before rotation. surprise_BT: fp32. valid_BT: bool, False beyond the last one.
+    """
+
+    key_BHTD: Tensor
+    value_BHTD: Tensor
+    surprise_BT: Tensor
+    valid_BT: Tensor
+
+
+class Recipe(nn.Module, ABC):
+    """How one kind of memory works in a backbone. Its parameters are what is trained; they may be none.
+
+    Class attributes:
+        Options: its settings, a subclass of `recipe.Options`.
+        joins_attention: whether `recall` is asked in the memory layers.
+        changes_layers: whether `after_layer` is.
+        changes_model: whether `after_model` is.
+    """
+
+    Options: ClassVar[type[Options]] = Options
+    joins_attention: ClassVar[bool] = False
+    changes_layers: ClassVar[bool] = False
+    changes_model: ClassVar[bool] = False
+
+    def __init__(self, anatomy: Anatomy, config: LMCODEConfig, options: Any) -> None:
+        super().__init__()
+        object.__setattr__(self, "anatomy", anatomy)  # the backbone is no part of the recipe's weights
+        self.config, self.options = config, options
+
+    anatomy: Anatomy
+
+    @staticmethod
+    @abstractmethod
+    def settings(sizes: Mapping[str, int], options: Any) -> dict[str, Any]:
+        """Settings of the model that follow from a backbone of these sizes, unless others are given: memory_layers,
+        memory_heads and memory_head_dim at least."""
+
+    @staticmethod
+    def check(model: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+        """Refuses settings of the model that do not fit this recipe, by ConfigError."""
+
+    def recall(self, layer: int, query_BQTD: Tensor, current: Pass, *, scaling: float) -> tuple[Tensor, Tensor] | None:
+        """What joins the softmax of a layer's attention: fp32 value [B, Q, T, D] and log-sum-exp [B, Q, T], `NO_SCORE` where
+        nothing was found. Queries are those before rotation."""
+        return None
+
+    def joined(self, layer: int, share_BQT: Tensor, current: Pass) -> None:
+        """Told afterwards the share of that softmax which went to what was recalled."""
+
+    def after_layer(self, layer: int, hidden_BTC: Tensor, current: Pass, call: LayerCall) -> Tensor:
+        """What a layer hands on."""
+        return hidden_BTC
+
+    def after_model(self, hidden_BTC: Tensor, current: Pass) -> Tensor:
+        """What the head is given: the last hidden states, normalised."""
+        return hidden_BTC
+
+    @abstractmethod
+    def offered(self, layer: int, current: Pass, left: Left, known_BT: Tensor) -> Candidates:
+        """Entries that this pass offers to the bank of a layer.
+
+        Args:
+            known_BT: fp32, the surprise of each token of this window, nats; 0 where unknown.
+        """
+
+    def blank_state(self, num_streams: int, device: torch.device | None) -> tuple[Tensor, ...]:
+        """What this recipe's streams carry before they start, tensors [B, ...]."""
+        return ()
+
+    def next_state(self, current: Pass) -> tuple[Tensor, ...]:
+        """What they carry after a pass, detached."""
+        return ()
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """How a layer was called. seen_B1TN: which keys each query saw, the window's own last. cache: transformers', or None."""
+
+    seen_B1TN: Tensor
+    cache: Any
