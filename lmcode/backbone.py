@@ -141,6 +141,16 @@ class Backbone(Remembering, nn.Module):
         self.set_retrievers(self.banks)
         return count
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
+        """What torch calls for `to`, `cuda`, `half` and the like: banks and experiences go where the weights go."""
+        before = [parameter.device for parameter in self.parameters()][:1]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own is not annotated
+        after = [parameter.device for parameter in self.parameters()][:1]
+        if before != after and after != [self.memories.device]:
+            self.memories.to(after[0])
+            self.set_retrievers(self.banks)
+        return self
+
     def share(self, group: Group, device: torch.device) -> None:
         """Gives all ranks of `group` the weights of rank 0 and spreads the banks over them. A collective.
 

@@ -204,9 +204,10 @@ def traffic_bytes(config: RunConfig, R: int, stage: int, parameters: int) -> dic
                 "writes": (G - 1) * N * H * 4}  # the attention that each query paid
         traffic = {phase: layers * micro * size for phase, size in once.items()}
         vectors = math.ceil(share * offered) * 2 * H * D * BYTES[memory.dtype]
-        # Between memory groups the hits of every slot are added up, 8 bytes each.
-        counted = 2 * 8 * slots_per_rank(config, R, model.long_term_memory_slots) * (R // G - 1) // (R // G)
-        traffic["writes"] += layers * ((R - 1) * (8 + offered * FACT_BYTES + vectors) + counted)
+        # Between memory groups the hits of every slot that won are added up, 16 bytes each.
+        won = min(slots_per_rank(config, R, model.long_term_memory_slots), micro * N * H * K)
+        counted = (R // G - 1) * (8 + 16 * won) if G < R else 0
+        traffic["writes"] += layers * ((R - 1) * (8 + offered * FACT_BYTES) + (R - 1) * vectors // G + counted)
         # A logged step measures recall on a sample: one search as it is, one exact.
         sample = min(memory.recall_queries, N)
         traffic["recall"] = 2 * layers * sum(search_traffic(config, G, sample).values()) // train.log_every
