@@ -34,11 +34,11 @@ def test_a_bank_is_neither_module_nor_parameter_nor_buffer() -> None:
     model = LMCODE(CONFIG, memory=MemoryConfig(virtual_shards=4))
     bank = model.banks[0]
     assert not isinstance(bank, nn.Module)
-    tables = {id(bank.shard.key_HME), id(bank.shard.value_HMD)}
+    tables = {id(bank.shard.key_HMD), id(bank.shard.value_HMD)}
     for tensor in [*model.parameters(), *model.buffers(), *model.state_dict().values()]:
         assert id(tensor) not in tables
     model.to(torch.bfloat16)
-    assert bank.shard.key_HME.dtype == torch.float32, "a cast of the model leaves the bank alone"
+    assert bank.shard.key_HMD.dtype == torch.float32, "a cast of the model leaves the bank alone"
 
 
 def test_two_models_in_one_process_share_no_memory() -> None:
@@ -56,6 +56,18 @@ def test_a_forward_pass_reads_and_never_writes() -> None:
     for layer, bank in model.banks.items():
         bank.commit([output.memory[layer].candidates], [output.memory[layer].hits], step=0)
     assert {layer: bank.content_hash() for layer, bank in model.banks.items()} != before
+
+
+def test_banks_and_experiences_go_where_the_weights_go() -> None:
+    model = LMCODE(CONFIG, memory=MemoryConfig(virtual_shards=4, tier="exact"))
+    model.store_experience([1, 2, 3])
+    banks = model.banks
+    assert model.half().banks is banks, "another dtype of the weights is no reason to move"
+    model.to("meta")
+    shards = [bank.shard for bank in [*model.banks.values(), model.experiences.bank]]
+    assert {table.device.type for shard in shards for table in vars(shard).values() if isinstance(table, torch.Tensor)} == {
+        "meta"}
+    assert all(model.layer(number).long_term_memory is bank for number, bank in model.banks.items())
 
 
 def test_without_slots_there_is_no_bank_and_the_parameters_are_the_same() -> None:

@@ -1,7 +1,7 @@
 """The `lmcode` command. Exit codes: 0 done, 1 failed, 2 bad usage or config, 75 saved and asks to be requeued
 (130 after Ctrl-C).
 
-Every rank of a job runs this same program, so what is wrong with a command line is said once, by rank 0. Subcommands
+Every rank of a job runs this same program, so an error in the command line is reported once, by rank 0. Subcommands
 import what they need when they run: `lmcode --help` and `lmcode config` do not wait for torch.
 """
 
@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lmcode.cli import bench as bench_commands
 from lmcode.cli import cluster as cluster_commands
 from lmcode.cli import doctor as doctor_commands
 from lmcode.cli import memory as memory_commands
@@ -135,6 +136,7 @@ def build_parser() -> Parser:
     _add_report(commands)
     _add_export(commands)
     memory_commands.add_memory(commands, partial(_command, run=memory, overrides=False), _number, _ignore_local_rank)
+    bench_commands.add_bench(commands, partial(_command, run=bench, overrides=False), _number, _ignore_local_rank)
     doctor_commands.add_doctor(partial(_command, commands, "doctor", doctor), _number, _add_source)
     _add_config(commands)
     return parser
@@ -181,7 +183,7 @@ def _add_train(commands: Any) -> None:
     _add_source(parser)
     _add_init_from(parser)
     parser.add_argument("--resume", metavar="auto|PATH|none", default="none",
-                        help="go on from the newest checkpoint in train.run_dir that verifies, or from step 0 if there is "
+                        help="resume from the newest checkpoint in train.run_dir that verifies, or from step 0 if there is "
                              "none (auto); from a run folder or a checkpoint, with its settings unless others are given "
                              "(PATH); or never (%(default)s)")
 
@@ -189,14 +191,22 @@ def _add_train(commands: Any) -> None:
 def _add_eval(commands: Any) -> None:
     parser = _command(
         commands, "eval", evaluate, overrides=True, help="held-out loss of a run, with the memory on and its controls",
-        usage="lmcode eval RUN [--recipe NAME] [--windows N] [--task NAME] [--json] [section.key=value ...]",
+        usage="lmcode eval RUN [--recipe NAME] [--windows N] [--task NAME] [--json] [section.key=value ...]\n"
+              "       lmcode eval --suite NAME [--trial NAME] [--seed N] [--books PATH] [--out FOLDER] [--json]",
         examples="  lmcode eval runs/books\n  lmcode eval runs/books --windows 16 eval.slots=4096\n"
-                 "  lmcode eval models/smollm2 --recipe camelot data.path=books/")
-    parser.add_argument("path", metavar="RUN", type=Path, help="a run folder, or one checkpoint in it")
+                 "  lmcode eval models/smollm2 --recipe camelot data.path=books/\n"
+                 "  lmcode eval --suite smoke --out runs/smoke")
+    parser.add_argument("path", metavar="RUN", type=Path, nargs="?", help="a run folder, or one checkpoint in it")
     _add_recipe(parser)
     parser.add_argument("--windows", metavar="N", type=_number(int, lowest=1),
                         help="windows that each held-out stream reads; short for eval.final_windows=N")
     parser.add_argument("--task", metavar="NAME", help="ask it the cases of a task instead ('recall': a value by its key)")
+    parser.add_argument("--suite", metavar="NAME", help="train small models for tasks and ask them, beside their controls: "
+                                                        "'smoke' or 'small'")
+    parser.add_argument("--trial", metavar="NAME", action="append", default=[], help="only this trial of the suite")
+    parser.add_argument("--seed", metavar="N", type=_number(int, lowest=0), action="append", help="only this seed")
+    parser.add_argument("--books", metavar="PATH", type=Path, help="prose for the suite 'small', which has none of its own")
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="where results.json, results.md and index.html go")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -302,7 +312,7 @@ def _run_config(arguments: argparse.Namespace) -> RunConfig:
     if getattr(arguments, "init_from", None) is None:
         return load_run_config(source, arguments.overrides)
     if resume not in ("auto", "none"):
-        raise ConfigError("give either --init-from, for a new run, or --resume with a path, for one that goes on")
+        raise ConfigError("give either --init-from, for a new run, or --resume with a path, for one that is continued")
     from lmcode.opening import shape_of
 
     values = load_run_config(source).model_dump()
@@ -328,6 +338,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from lmcode import dist
     from lmcode.eval.run import ask_path, evaluate_path
 
+    if arguments.suite is not None:
+        return run_suite(arguments)
+    if arguments.path is None:
+        raise ConfigError("give a RUN to evaluate, or --suite NAME")
     windows = [] if arguments.windows is None else [f"eval.final_windows={arguments.windows}"]
     settings = [*_recipe(arguments), *arguments.overrides]
     with dist.running() as me:
@@ -337,6 +351,24 @@ def evaluate(arguments: argparse.Namespace) -> int:
             report = ask_path(arguments.path, arguments.task, settings, as_json=arguments.json)
     if me.rank == 0:
         print(report)
+    return DONE
+
+
+def run_suite(arguments: argparse.Namespace) -> int:
+    """`lmcode eval --suite`."""
+    from lmcode.dist import discover
+    from lmcode.eval import suite
+    from lmcode.report.suite import write_suite
+
+    if [arguments.path, arguments.task, arguments.windows, arguments.recipe] != [None] * 4 or arguments.overrides:
+        raise ConfigError("a suite trains its own models: --suite takes no run, task, windows, recipe or settings")
+    if discover().world_size > 1:
+        raise ConfigError("a suite trains its models on one process: start it without a launcher")
+    result = suite.run_suite(arguments.suite, only=arguments.trial, seeds=arguments.seed, books=arguments.books,
+                             say=lambda line: print(line, file=sys.stderr, flush=True))
+    if arguments.out is not None:
+        write_suite(result, arguments.out)
+    print(json.dumps(result) if arguments.json else suite.to_markdown(result))
     return DONE
 
 
@@ -409,6 +441,12 @@ def memory(arguments: argparse.Namespace) -> int:
     return code
 
 
+def bench(arguments: argparse.Namespace) -> int:
+    """`lmcode bench ...`."""
+    print(bench_commands.bench(arguments))
+    return DONE
+
+
 def config_show(arguments: argparse.Namespace) -> int:
     """`lmcode config show`."""
     print(to_yaml(_run_config(arguments)), end="")
@@ -429,7 +467,7 @@ def config_check(arguments: argparse.Namespace) -> int:
 
         try:
             with noticing() as request:
-                load_corpus(config, progress=request.give_way)
+                load_corpus(config, progress=request.raise_if_asked)
         except Preempted:
             return REQUEUE
     for line in without_effect(config, arguments.world):
