@@ -1,10 +1,11 @@
 """python tools/memorag_questions.py QUESTIONS.jsonl.gz [--backbone FOLDER] [--questions N] [--store N]
 
-Are the passages that answer questions found? Each line of the file has a question and its gold passage (`ctxs` with `isgold`), as in
-the sets of Liu et al. ("Lost in the Middle", TACL 2024). All gold passages of the first `--store` lines are stored; for each of the
-first `--questions` questions, its own is looked for by the question, as `query_memory` does, and by BM25 (rank_bm25, on the same
-passages; lower case, words). With a backbone also by the cosine of mean last hidden states, by clues that the model writes with the
-compressed passages as its memory (recipe memorag), and by question and clues together. Nothing here is random.
+Are the passages that answer questions found? Each line of the file has a question and its gold passage (`ctxs` with
+`isgold`), as in the sets of Liu et al. ("Lost in the Middle", TACL 2024). All gold passages of the first `--store` lines are
+stored; for each of the first `--questions` questions, its own is looked for by the question, as `query_memory` does, and by
+BM25 (rank_bm25, on the same passages; lower case, words). With a backbone also by the cosine of mean last hidden states, by
+clues that the model writes with the compressed passages as its memory (recipe memorag), and by question and clues together.
+Nothing here is random.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ def compress(left: Left, ratio: int) -> Left:
         """Over the valid ones of the last dim."""
         padded, valid = (nn.functional.pad(one, (0, groups * ratio - T)).unflatten(-1, (groups, ratio))
                          for one in (x_BXT.where(valid_BXT, 0), valid_BXT.to(x_BXT.dtype)))
-        total: Tensor = padded.sum(-1)
-        return total / valid.sum(-1).clamp(min=1)
+        made: Tensor = padded.sum(-1) / valid.sum(-1).clamp(min=1)
+        return made
 
     def vectors(x_BHTD: Tensor) -> Tensor:
         return mean(x_BHTD.transpose(2, 3), left.valid_BT[:, None, None, :]).transpose(2, 3)
