@@ -26,7 +26,8 @@ from pydantic import (
 TIERS = {"exact": "lmcode.memory.search.exact:ExactTier", "faiss-flat": "lmcode.memory.search.flat:FlatTier",
          "ivf": "lmcode.memory.search.ivf:IvfTier"}
 EVICTIONS = {name: f"lmcode.memory.evict:{name}" for name in ("clock", "fifo", "lru", "oldest", "importance", "random")}
-RECIPES = {"camelot": "lmcode.recipes.camelot:Camelot", "lmcode": "lmcode.recipes.own_read:OwnRead"}
+RECIPES = {"camelot": "lmcode.recipes.camelot:Camelot", "lmcode": "lmcode.recipes.own_read:OwnRead",
+           "memorag": "lmcode.recipes.memorag:MemoRAG"}
 FAISS_GPU_MAX_K = 2048  # largest k of GPU FAISS without cuVS; kept on every machine so that a config is portable
 
 
