@@ -62,7 +62,7 @@ def small(books: Path | None) -> dict[str, Trial | TextTrial]:
         "retention": Trial("facts that were read twice, after other writes, by policy of eviction", "tokens read since",
                            recipe, lessons, {n: KeyValueRecall(count=8, pairs=16, between=n, questions=16, rehearsed=16)
                                      for n in (0, 64, 128, 256, 1024)}, slots=RETENTION_SLOTS, modes=(), rivals=(),
-                           policies={name: {"eviction": name} for name in EVICTIONS},
+                           policies={f"eviction {name}": {"eviction": name} for name in EVICTIONS},
                            expected={"(1 - 8/N)^t": lambda t: (1 - 8 / RETENTION_SLOTS)**t}),
         "last value": Trial("the second value of keys that have two", "pairs", recipe,
                             ((NEAR, 0.3), (replace(NEAR, pairs=6, again=6, questions=6), 0.2),
