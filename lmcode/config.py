@@ -23,7 +23,8 @@ from pydantic import (
 )
 
 # What a setting may name besides its other values, and where that is, "module:name". Who adds a line can choose it.
-TIERS = {"exact": "lmcode.memory.search.exact:ExactTier", "faiss-flat": "lmcode.memory.search.faiss_index:FlatTier"}
+TIERS = {"exact": "lmcode.memory.search.exact:ExactTier", "faiss-flat": "lmcode.memory.search.flat:FlatTier",
+         "ivf": "lmcode.memory.search.ivf:IvfTier"}
 EVICTIONS = {name: f"lmcode.memory.evict:{name}" for name in ("clock", "fifo", "lru", "oldest", "importance", "random")}
 RECIPES = {"camelot": "lmcode.recipes.camelot:Camelot", "lmcode": "lmcode.recipes.own_read:OwnRead"}
 FAISS_GPU_MAX_K = 2048  # largest k of GPU FAISS without cuVS; kept on every machine so that a config is portable
@@ -166,7 +167,10 @@ class MemoryConfig(Section):
                                            "namespace merge, every train.memory_consolidation_interval steps")
     max_norm: float = Field(100.0, gt=0.0, description="longer values are scaled down to this length")
     experience_slots: int = Field(16384, ge=1, description="experiences that a model holds over all ranks")
-    recall_queries: int = Field(64, ge=0, description="queries per logged step that are checked against exact search")
+    recall_queries: int = Field(64, ge=0, description="queries per logged step, of all ranks, that are checked against "
+                                "exact search")
+    recall_target: float = Field(0.95, gt=0.0, le=1.0, description="share of the exact hits that an approximate tier is to "
+                                 "find; below it more lists are probed, centroids trained, or search is exact again")
 
     @model_validator(mode="before")
     @classmethod

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lmcode.cli import bench as bench_commands
 from lmcode.cli import cluster as cluster_commands
 from lmcode.cli import doctor as doctor_commands
 from lmcode.cli import memory as memory_commands
@@ -135,6 +136,7 @@ def build_parser() -> Parser:
     _add_report(commands)
     _add_export(commands)
     memory_commands.add_memory(commands, partial(_command, run=memory, overrides=False), _number, _ignore_local_rank)
+    bench_commands.add_bench(commands, partial(_command, run=bench, overrides=False), _number, _ignore_local_rank)
     doctor_commands.add_doctor(partial(_command, commands, "doctor", doctor), _number, _add_source)
     _add_config(commands)
     return parser
@@ -437,6 +439,12 @@ def memory(arguments: argparse.Namespace) -> int:
     text, code = answer
     print(text, end="")
     return code
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """`lmcode bench ...`."""
+    print(bench_commands.bench(arguments))
+    return DONE
 
 
 def config_show(arguments: argparse.Namespace) -> int:

@@ -48,8 +48,8 @@ def mass_share(mass_E: np.ndarray, top: float) -> float:
 
 
 def bank_bytes(bank: LongTermMemory) -> int:
-    """Bytes of a whole bank over all ranks: keys with their extra component, values and metadata."""
-    row = bank.heads * (2 * bank.head_dim + 1) * bank.shard.key_HME.element_size()
+    """Bytes of a whole bank over all ranks: keys, values, addends to scores and metadata."""
+    row = bank.heads * 2 * bank.head_dim * bank.shard.key_HMD.element_size() + bank.shard.addend_M.element_size()
     return bank.slots * (row + sum(np.dtype(kind).itemsize for kind in METADATA.values()))
 
 

@@ -90,7 +90,8 @@ def test_efficiency_agrees_with_the_bank_and_the_weights() -> None:
         assert one["namespaces"] == len(TEXTS) and one["near_duplicate_share"][0.05] <= one["near_duplicate_share"][0.5]
         mass = bank.shard.columns["hit_mass"][bank.shard.live_M]
         assert one["never_hit_share"] == pytest.approx((mass == 0).mean()) and (mass > 0).any()
-        rows = bank.shard.key_HME.nbytes + bank.shard.value_HMD.nbytes + sum(c.nbytes for c in bank.shard.columns.values())
+        tables = bank.shard.key_HMD, bank.shard.value_HMD, bank.shard.addend_M, *bank.shard.columns.values()
+        rows = sum(table.nbytes for table in tables)
         assert one["bank_bytes"] == rows
 
 
