@@ -68,7 +68,7 @@ class Section(BaseModel):
 
 
 class LMCODEConfig(Section):
-    """Shape of the model. Sizes are counts or widths; letters are those of the glossary (C width, H heads, D key width)."""
+    """Shape of the model. Sizes are counts or widths; capital letters are those of `protocol` (H heads, D width)."""
 
     backbone: str = Field("lmcode", description="kind of model, a name in lmcode.opening.BACKBONES; or the folder of a "
                           "transformers model, from which the sizes are taken")
@@ -76,10 +76,10 @@ class LMCODEConfig(Section):
     recipe_options: dict[str, Any] = Field({}, description="settings of the recipe alone: see lmcode/recipes/README.md")
     train_backbone: bool = Field(False, description="train the weights of a backbone of transformers, too")
     vocab_size: int = Field(50257, ge=2)
-    hidden_size: int = Field(512, ge=8, description="C, the width of the residual stream")
+    hidden_size: int = Field(512, ge=8, description="width of the residual stream")
     num_layers: int = Field(6, ge=1)
     num_heads: int = Field(8, ge=1)
-    feed_forward_size: int | None = Field(None, ge=1, description="inner width of the feed-forward; 4C when None")
+    feed_forward_size: int | None = Field(None, ge=1, description="inner width; 4 x hidden_size when None")
     context_length: int = Field(1024, ge=2, description="most tokens of one stream in one forward pass")
     positions: Literal["rotary", "learned"] = "rotary"
     cache_windows: int = Field(0, ge=0, description="windows of context_length tokens before its own that attention sees, "
@@ -301,8 +301,8 @@ class TrainConfig(Section):
                                        "spans")
     replay_sampler: Literal["importance", "uniform", "recent"] = Field("importance", description="how spans are drawn")
     replay_slots: int = Field(2048, ge=1, description="spans (windows that were trained on) kept for replay")
-    heartbeat_s: float = Field(30.0, ge=0.0, description="seconds; a rank that is silent or stands still for two of these "
-                               "ends the job, by name; 0 does not watch")
+    heartbeat_s: float = Field(30.0, ge=0.0, description="seconds; a rank without heartbeat or progress for two of these is "
+                               "named and ends the job; 0 switches the watch off")
     profile_steps: str | None = Field(None, pattern=r"^[1-9]\d*:[1-9]\d*$", description="'10:12': a trace of these steps "
                                       "in the run folder's profile/ (in quotes in a YAML file)")
     peak_tflops: float | None = Field(None, gt=0.0, description="10^12 operations a second that a rank's processor can do; "

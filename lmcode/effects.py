@@ -1,8 +1,8 @@
-"""Settings that change nothing beside the others that were chosen: one table of rules, and what to say of each.
+"""Settings that have no effect together with the other settings: one table of rules, and the warning for each.
 
-A setting is what the user chose if it is neither what the preset has nor the default, so a preset's numbers for another
-policy are no reason to warn. That a setting is without effect is a warning and no error: it may wait for a sweep over the
-setting that wakes it.
+A setting counts as chosen by the user if its value is neither that of the preset nor the default, so the numbers that a
+preset has for another policy are no reason to warn. A setting without effect is a warning and no error: the user may be
+running a sweep over the setting that makes it effective.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What a run will need before it runs: memory of a rank, bytes it receives per step, size of a checkpoint.
 
-Traffic of the memory and checkpoints are counted from shapes and hold to a few per cent. Memory is an upper guess of what
-lives at the same time in the costliest moment of a step, on top of what any process of a run has; it is held against
-real runs by tools/estimate_check.py. Letters as everywhere: R ranks, G of them in a memory group, N queries of a rank, H, D,
-K, T, C, V vocabulary.
+Memory traffic and checkpoint sizes are computed from shapes and are right to a few per cent. The memory of a rank is an
+upper estimate of what is allocated at the peak of a step, plus what any process of a run needs; tools/estimate_check.py
+compares it with real runs. In formulas: R ranks, G of them in a memory group, N queries of a rank, C model width, H, D, K,
+T, V vocabulary.
 """
 
 from __future__ import annotations
@@ -212,14 +212,14 @@ def traffic_bytes(config: RunConfig, R: int, stage: int, parameters: int) -> dic
         # A logged step measures recall on a sample: one search as it is, one exact.
         sample = math.ceil(min(memory.recall_queries, N * R) / R)
         traffic["recall"] = 2 * layers * sum(search_traffic(config, G, sample).values()) // train.log_every
-    b, share_R = BYTES[train.precision], (R - 1) / R
+    b, share_X = BYTES[train.precision], (R - 1) / R
     # Up to stage 2 gradients are all-reduced (by default stages 1 and 2, too, reduce buckets of several owners so), and from
     # stage 1 on owners send weights back; 3: weights twice and gradients once.
     passes = {"zero gradients": (1 if stage == 3 else 2) * micro,
               "zero weights": {0: 0, 1: 1, 2: 1, 3: 2 * micro}[stage]}
     if stage < 2:
         passes["zero gradients"] //= micro
-    return {**traffic, **{name: int(count * share_R * parameters * b) for name, count in passes.items()}} if R > 1 else {}
+    return {**traffic, **{name: int(count * share_X * parameters * b) for name, count in passes.items()}} if R > 1 else {}
 
 
 def checkpoint_bytes(config: RunConfig, parameters: int) -> dict[str, int]:

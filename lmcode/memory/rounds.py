@@ -39,7 +39,8 @@ def consolidate_shards(shard: Shard, group: Group, threshold: float, *, tier: st
 
 
 def _links(shard: Shard, group: Group, slot_n: np.ndarray, threshold: float, tier: str) -> Tensor:
-    """Links of the entries in one block of this rank's slots, or in fewer; every rank asks for as many."""
+    """Links of the entries in `slot_n`, one block of this rank's slots or less; every rank pads its queries to a whole
+    block."""
     n, block = len(slot_n), consolidate.BLOCK
     id_n, text_n2, unit_nF = shard.questions(slot_n)
     unit_GF = group.all_gather(pad(unit_nF, block), phase="writes")
