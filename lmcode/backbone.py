@@ -122,6 +122,11 @@ class Backbone(Remembering, nn.Module):
         """The parameters that are saved with the model; the others come from elsewhere."""
         return self.named_parameters()
 
+    @property
+    def offers_by_token(self) -> bool:
+        """Whether a window's candidates are one for each of its tokens, in their order."""
+        return True
+
     def identity(self) -> dict[str, Any] | None:
         """What else the model is made of, as JSON: its memories belong to that alone. None: it is all here."""
         return None

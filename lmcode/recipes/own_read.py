@@ -40,6 +40,7 @@ class OwnRead(recipe.Recipe):
     """A norm and a `LongTermRead` for each memory layer."""
 
     changes_layers = True
+    offers_by_token = True
 
     def __init__(self, anatomy: Anatomy, config: LMCODEConfig, options: Any) -> None:
         super().__init__(anatomy, config, options)
@@ -80,6 +81,11 @@ class OwnRead(recipe.Recipe):
         if candidates is None:
             raise ValueError(f"layer {layer} has not read its memory in this pass")
         return candidates._replace(surprise_N=known_BT.flatten())
+
+    def learned_numbers(self, layer: int) -> dict[str, list[float]]:
+        read: Any = self.reads[str(layer)]
+        numbers = {"temperature": read.log_temperature_H.exp(), "bias": read.retrieved_bias_H, "null": read.null_logit_H}
+        return {name: number_H.detach().tolist() for name, number_H in numbers.items()}
 
     def blank_state(self, num_streams: int, device: torch.device | None) -> tuple[Tensor, ...]:
         key_BHD = torch.zeros(num_streams, self.config.memory_heads, self.config.memory_head_dim, device=device)

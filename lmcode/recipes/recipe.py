@@ -87,12 +87,14 @@ class Recipe(nn.Module, ABC):
         joins_attention: whether `recall` is asked in the memory layers.
         changes_layers: whether `after_layer` is.
         changes_model: whether `after_model` is.
+        offers_by_token: whether candidates are one for each token of the window.
     """
 
     Options: ClassVar[type[Options]] = Options
     joins_attention: ClassVar[bool] = False
     changes_layers: ClassVar[bool] = False
     changes_model: ClassVar[bool] = False
+    offers_by_token: ClassVar[bool] = False
 
     def __init__(self, anatomy: Anatomy, config: LMCODEConfig, options: Any) -> None:
         super().__init__()
@@ -134,6 +136,10 @@ class Recipe(nn.Module, ABC):
         Args:
             known_BT: fp32, the surprise of each token of this window, nats; 0 where unknown.
         """
+
+    def learned_numbers(self, layer: int) -> dict[str, list[float]]:
+        """See `Backbone.learned_numbers`."""
+        return {}
 
     def blank_state(self, num_streams: int, device: torch.device | None) -> tuple[Tensor, ...]:
         """What this recipe's streams carry before they start, tensors [B, ...]."""

@@ -101,7 +101,8 @@ def gather(model: Backbone, sequences: Sequence[Sequence[int]], *, title: str, n
                                  names=None if names is None else [names[one] for one in chosen],
                                  tokenizer=tokenizer_of(model, tokenizer))
         stored = up_to(sequences, CAPACITY_TOKENS)
-        if max(map(len, stored)) >= model.config.retrieval_stride + 2:  # the shortest text that has an item
+        shortest = model.config.retrieval_stride + 2  # of a text that has an item
+        if model.offers_by_token and max(map(len, stored)) >= shortest:
             capacity = analyze_memory_capacity(model, stored)
     return ReportFacts(title, step, ranks, efficiency, banks, reading, capacity, curves or {}, settings or {},
                        experience_facts(model), tuple(notes))
