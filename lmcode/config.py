@@ -27,7 +27,7 @@ TIERS = {"exact": "lmcode.memory.search.exact:ExactTier", "faiss-flat": "lmcode.
          "ivf": "lmcode.memory.search.ivf:IvfTier"}
 EVICTIONS = {name: f"lmcode.memory.evict:{name}" for name in ("clock", "fifo", "lru", "oldest", "importance", "random")}
 RECIPES = {"camelot": "lmcode.recipes.camelot:Camelot", "lmcode": "lmcode.recipes.own_read:OwnRead",
-           "longmem": "lmcode.recipes.longmem:LongMem"}
+           "longmem": "lmcode.recipes.longmem:LongMem", "memorag": "lmcode.recipes.memorag:MemoRAG"}
 FAISS_GPU_MAX_K = 2048  # largest k of GPU FAISS without cuVS; kept on every machine so that a config is portable
 
 
@@ -99,6 +99,10 @@ class LMCODEConfig(Section):
     memory_top_k: int = Field(32, ge=1, le=FAISS_GPU_MAX_K, description="K, hits per query and head")
     memory_temperature: float = Field(7.389, gt=0.0, description="initial factor on the cosine of query and key")
     memory_bias: float = Field(-4.0, description="initial logit bias on retrieved entries; learned per head")
+    memory_key_tokens: int = Field(0, ge=0, description="last tokens whose embeddings join the layer's state in keys and "
+                                   "queries")
+    memory_values: Literal["state", "token"] = Field("state", description="what an entry's value is made from: the layer's "
+                                                     "state at its token, or the embedding of the token alone")
     successor_values: bool = Field(True, description="an entry's value comes from the token after its key's token")
     retrieval_stride: int = Field(1, ge=1, description="tokens that share one retrieval")
 
@@ -124,6 +128,11 @@ class LMCODEConfig(Section):
             raise ValueError(f"memory_top_k must not exceed long_term_memory_slots: "
                              f"{self.memory_top_k} > {self.long_term_memory_slots}")
         return self
+
+    @property
+    def reads_embeddings(self) -> bool:
+        """Whether keys or values are made from the tokens' embeddings, too."""
+        return self.memory_key_tokens > 0 or self.memory_values == "token"
 
     @property
     def cache_tokens(self) -> int:

@@ -67,7 +67,8 @@ RULES = (
          "a train.schedule that decays"),
     Rule(("train.decay_share",), lambda config, _: config.train.schedule == "wsd", "train.schedule=wsd"),
     Rule(("eval.windows",), lambda config, _: config.eval.every > 0, "eval.every of 1 or more"),
-    Rule(_in("model", "memory_heads memory_head_dim memory_temperature retrieval_stride successor_values"), _has_read,
+    Rule(_in("model", "memory_heads memory_head_dim memory_temperature memory_key_tokens memory_values "
+                  "retrieval_stride successor_values"), _has_read,
          "a layer in model.memory_layers"),
     Rule(_in("model", "memory_top_k memory_bias")
          + _in("memory", "virtual_shards group_size dtype tier fetch exchange scope write write_every write_share "

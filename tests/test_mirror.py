@@ -44,7 +44,6 @@ TESTED_IN = {
     "eval/trial": "eval/test_suite",
     "files/commit": "files/test_durable",
     "files/replace": "saved/test_foreign_files",
-    "files/tensors": "memory/test_values",
     "jobs/verdict": "jobs/test_watch",
     "memories/experience_files": "memories/test_experiences",
     "memories/experience_input": "memories/test_experiences",

@@ -113,14 +113,15 @@ def test_security_names_only_what_exists() -> None:
 OWN_LETTERS = {
     "lmcode/bench/": {"peers": "L", "search": "L"},
     "lmcode/memories/": {"files": "L"},
-    "lmcode/memory/": {"bank": "LW", "consolidate": "L", "entry": "C", "ledger": "W", "measure": "S", "planning": "LS",
-                       "read": "GQR", "ring": "CV", "rounds": "FGLR", "search/decide": "LQW", "search/draw": "Q",
-                       "search/exact": "CGLQRVWZ", "search/faiss_index": "LS", "search/flat": "LQ", "search/ivf": "ACLQV",
-                       "search/lists": "CLQY", "search/pairs": "CQW", "search/plan": "L", "search/tier": "Q", "shard":
-                       "FGLQW", "ticket": "GQRUW", "values": "C", "write": "R"},
+    "lmcode/memory/": {"bank": "LW", "consolidate": "L", "entry": "C", "joining": "FGR", "ledger": "W", "measure": "S",
+                       "planning": "LS", "read": "GQR", "ring": "CV", "rounds": "FGLR", "search/decide": "LQW",
+                       "search/draw": "Q", "search/exact": "CGLQRVWZ", "search/faiss_index": "LS", "search/flat": "LQ",
+                       "search/ivf": "ACLQV", "search/lists": "CLQY", "search/pairs": "CQW", "search/plan": "L",
+                       "search/tier": "Q", "shard": "FGLQW", "ticket": "GQRUW", "values": "C", "write": "R"},
     "lmcode/model/": {"attention": "ACL", "cache": "S", "generation/decode": "ACFGLOQS", "layer": "CLS", "lm": "CLSV",
                       "long_term": "CGLS", "past": "CLU", "short_term": "CGLS"},
-    "lmcode/recipes/": {"attached": "CRV", "camelot": "Q", "carried": "R", "joint": "GQ", "own_read": "C", "recipe": "CQ"},
+    "lmcode/recipes/": {"attached": "CRV", "camelot": "Q", "carried": "R", "chunks": "JW", "joint": "GQ", "longmem": "CQW",
+                       "own_read": "C", "recipe": "CQ"},
 }
 STORED_NAMES = {"initial_slots_SE", "address_SE"}  # parameters: their names are in every checkpoint
 

@@ -4,7 +4,7 @@ An entry holds the keys of c tokens side by side, and their values. A query that
 with such a row of keys the inner product that it has with their mean: so a bank that knows nothing of chunks searches by
 their mean keys, and what it returns is all that a softmax over the single tokens needs.
 
-Letters: c tokens of a chunk, J = K * c tokens of the hits, X = c * D width of an entry, P = c - 1 places for what waits.
+Letters: c tokens of a chunk, J = K * c tokens of the hits, X = c * D width of an entry, W = c - 1 places for what waits.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from lmcode.recipes.recipe import Left
 class Waiting(NamedTuple):
     """Tokens of each stream that are too few for a chunk so far; fp32, detached.
 
-    key_BHPD, value_BHPD; surprise_BP. count_B: int64, how many there are.
+    key_BHWD, value_BHWD; surprise_BW. count_B: int64, how many there are.
     """
 
-    key_BHPD: Tensor
-    value_BHPD: Tensor
-    surprise_BP: Tensor
+    key_BHWD: Tensor
+    value_BHWD: Tensor
+    surprise_BW: Tensor
     count_B: Tensor
 
 
@@ -55,16 +55,16 @@ def in_chunks(waiting: Waiting, left: Left, *, chunk: int, fill_up: bool = False
     most = (places + T + places) // chunk
     order_BX = torch.arange(most * chunk, device=device).expand(B, -1)
     order_BX = order_BX.minimum((total_B - 1).clamp(min=0)[:, None])
-    rest_BP = whole_B[:, None] * chunk + torch.arange(places, device=device)
-    at_BX, stay_BP = (place_of(order, waiting.count_B, places, T) for order in (order_BX, rest_BP))
+    rest_BW = whole_B[:, None] * chunk + torch.arange(places, device=device)
+    at_BX, stay_BW = (place_of(order, waiting.count_B, places, T) for order in (order_BX, rest_BW))
 
-    both_BX = torch.cat([waiting.surprise_BP, left.surprise_BT], dim=1)
+    both_BX = torch.cat([waiting.surprise_BW, left.surprise_BT], dim=1)
     key_BHNX, value_BHNX = (pick(row, window.float(), at_BX).unflatten(2, (most, chunk)).flatten(3)
-                            for row, window in ((waiting.key_BHPD, left.key_BHTD), (waiting.value_BHPD, left.value_BHTD)))
+                            for row, window in ((waiting.key_BHWD, left.key_BHTD), (waiting.value_BHWD, left.value_BHTD)))
     made = Chunks(key_BHNX, value_BHNX, both_BX.gather(1, at_BX).unflatten(1, (most, chunk)).mean(dim=2),
                   torch.arange(most, device=device) < whole_B[:, None])
-    stay = Waiting(pick(waiting.key_BHPD, left.key_BHTD.float(), stay_BP),
-                   pick(waiting.value_BHPD, left.value_BHTD.float(), stay_BP), both_BX.gather(1, stay_BP),
+    stay = Waiting(pick(waiting.key_BHWD, left.key_BHTD.float(), stay_BW),
+                   pick(waiting.value_BHWD, left.value_BHTD.float(), stay_BW), both_BX.gather(1, stay_BW),
                    (total_B - whole_B * chunk).clamp(min=0))
     return made, stay
 

@@ -180,9 +180,9 @@ class LongMem(recipe.Recipe):
                           (made.valid_BN & (namespace_BN >= 0)).flatten(), document_B[:, None].expand(B, N).flatten())
 
     def blank_state(self, num_streams: int, device: torch.device | None) -> tuple[Tensor, ...]:
-        B, H, P, D = num_streams, self.anatomy.sizes["kv_heads"], self.options.chunk - 1, self.anatomy.sizes["head_dim"]
-        row_BHPD = torch.zeros(B, H, P, D, device=device)
-        return Waiting(row_BHPD, row_BHPD, torch.zeros(B, P, device=device),
+        B, H, W, D = num_streams, self.anatomy.sizes["kv_heads"], self.options.chunk - 1, self.anatomy.sizes["head_dim"]
+        row_BHWD = torch.zeros(B, H, W, D, device=device)
+        return Waiting(row_BHWD, row_BHWD, torch.zeros(B, W, device=device),
                        torch.zeros(B, dtype=torch.int64, device=device))
 
     def next_state(self, current: Pass) -> tuple[Tensor, ...]:
