@@ -25,7 +25,8 @@ from pydantic import (
 # What a setting may name besides its other values, and where that is, "module:name". Who adds a line can choose it.
 TIERS = {"exact": "lmcode.memory.search.exact:ExactTier", "faiss-flat": "lmcode.memory.search.faiss_index:FlatTier"}
 EVICTIONS = {"fifo": "lmcode.memory.evict:second_chance", "clock": "lmcode.memory.evict:second_chance"}
-RECIPES = {"camelot": "lmcode.recipes.camelot:Camelot", "lmcode": "lmcode.recipes.own_read:OwnRead"}
+RECIPES = {"camelot": "lmcode.recipes.camelot:Camelot", "lmcode": "lmcode.recipes.own_read:OwnRead",
+           "mplus": "lmcode.recipes.mplus:MPlus"}
 FAISS_GPU_MAX_K = 2048  # largest k of GPU FAISS without cuVS; kept on every machine so that a config is portable
 
 

@@ -143,6 +143,10 @@ class Retriever(Protocol):
         """
         ...
 
+    def fetch(self, hits: Hits) -> tuple[Tensor, ...]:
+        """Keys and values of `hits`, fp32 [H, N, K, D] each, zero where invalid; without gradient."""
+        ...
+
     def look_up(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What `attend` returns for a fresh `search`, where nobody needs the hits; without gradient.
 
@@ -194,6 +198,10 @@ class NullRetriever(InTwoSteps):
     def attend(self, query_HND: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
         H, N, _ = query_HND.shape
         return torch.zeros_like(query_HND), torch.full((H, N), NO_SCORE, dtype=torch.float32, device=query_HND.device)
+
+    def fetch(self, hits: Hits) -> tuple[Tensor, ...]:
+        """Nothing, hence of width 0."""
+        return (hits.score_HNK.new_zeros(*hits.score_HNK.shape, 0),) * 2
 
     def consolidate_memories(self, threshold: float = 0.1) -> ConsolidationReport:
         """There is nothing to merge. ValueError for a threshold that is not in (0, 2]."""

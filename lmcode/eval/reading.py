@@ -43,6 +43,9 @@ class ShuffledRetriever(InTwoSteps):
     def attend(self, query_HND: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
         return self._bank.attend(query_HND, hits)
 
+    def fetch(self, hits: Hits) -> tuple[Tensor, ...]:
+        return self._bank.fetch(hits)
+
 
 class RandomRetriever(InTwoSteps):
     """Reads entries drawn by lot from those that a query may see: the control that keeps entries and attention over them,
@@ -68,6 +71,9 @@ class RandomRetriever(InTwoSteps):
         score_HNK = torch.einsum("hnd,hnkd->hnk", query_HND.float(), key_HNKD).where(hits.valid_HNK, NO_SCORE)
         value_HND = torch.einsum("hnk,hnkd->hnd", score_HNK.softmax(-1), value_HNKD)
         return value_HND.to(query_HND.dtype), score_HNK.logsumexp(-1).where(hits.valid_HNK[..., 0], NO_SCORE)
+
+    def fetch(self, hits: Hits) -> tuple[Tensor, ...]:
+        return self._bank.fetch(hits)
 
 
 Forks = Mapping[int, LongTermMemory]

@@ -30,6 +30,9 @@ class Everything(InTwoSteps):
     def attend(self, query_HND: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
         return self._bank.attend(query_HND, hits)
 
+    def fetch(self, hits: Hits) -> tuple[Tensor, ...]:
+        return self._bank.fetch(hits)
+
 
 class Flow(NamedTuple):
     """One sequence's way through the memory layers, fp32 arrays [layers, T]; shares are means over heads and add up to 1.
