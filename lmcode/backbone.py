@@ -122,6 +122,17 @@ class Backbone(Remembering, nn.Module):
         """The parameters that are saved with the model; the others come from elsewhere."""
         return self.named_parameters()
 
+    @property
+    def offers_by_token(self) -> bool:
+        """Whether a window's candidates are one for each of its tokens, in their order."""
+        return True
+
+    def learned_numbers(self, layer: int) -> tuple[list[float], list[float], list[float]]:
+        """Of each head of a layer's read: its temperature, the bias on what it retrieves, and its null slot's logit."""
+        temperature_H, bias_H, null_H = (self.get_parameter(f"layers.{layer}.long_term_read.{name}").detach()
+                                         for name in ("log_temperature_H", "retrieved_bias_H", "null_logit_H"))
+        return temperature_H.exp().tolist(), bias_H.tolist(), null_H.tolist()
+
     def identity(self) -> dict[str, Any] | None:
         """What else the model is made of, as JSON: its memories belong to that alone. None: it is all here."""
         return None
@@ -140,6 +151,16 @@ class Backbone(Remembering, nn.Module):
         self.config = self.memories.config
         self.set_retrievers(self.banks)
         return count
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
+        """What torch calls for `to`, `cuda`, `half` and the like: banks and experiences go where the weights go."""
+        before = [parameter.device for parameter in self.parameters()][:1]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own is not annotated
+        after = [parameter.device for parameter in self.parameters()][:1]
+        if before != after and after != [self.memories.device]:
+            self.memories.to(after[0])
+            self.set_retrievers(self.banks)
+        return self
 
     def share(self, group: Group, device: torch.device) -> None:
         """Gives all ranks of `group` the weights of rank 0 and spreads the banks over them. A collective.

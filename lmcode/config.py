@@ -24,7 +24,7 @@ from pydantic import (
 
 # What a setting may name besides its other values, and where that is, "module:name". Who adds a line can choose it.
 TIERS = {"exact": "lmcode.memory.search.exact:ExactTier", "faiss-flat": "lmcode.memory.search.faiss_index:FlatTier"}
-EVICTIONS = {"fifo": "lmcode.memory.evict:second_chance", "clock": "lmcode.memory.evict:second_chance"}
+EVICTIONS = {name: f"lmcode.memory.evict:{name}" for name in ("clock", "fifo", "lru", "oldest", "importance", "random")}
 RECIPES = {"camelot": "lmcode.recipes.camelot:Camelot", "lmcode": "lmcode.recipes.own_read:OwnRead",
            "mplus": "lmcode.recipes.mplus:MPlus"}
 FAISS_GPU_MAX_K = 2048  # largest k of GPU FAISS without cuVS; kept on every machine so that a config is portable
@@ -145,16 +145,21 @@ class MemoryConfig(Section):
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="storage of keys and values")
     tier: Annotated[str, name_in(TIERS, "auto")] = Field("auto", json_schema_extra={"enum": ["auto", *TIERS]})
     fetch: Literal["sums", "rows"] = Field("sums", description="phase 4 of the read protocol")
-    exchange: Literal["all_gather", "all_to_all", "auto"] = Field("all_gather", description="phase 3")
+    exchange: Literal["all_gather", "all_to_all", "auto"] = Field("auto", description="phase 3")
     scope: Literal["document", "global"] = Field("document", description="which entries a query may see")
     write: Literal["all", "every_nth", "surprise"] = Field("all", description="which tokens become entries")
     write_every: int = Field(4, ge=1, description="n of write=every_nth")
     write_share: float = Field(0.25, gt=0.0, le=1.0, description="share of tokens that write=surprise keeps")
-    eviction: Annotated[str, name_in(EVICTIONS)] = Field("fifo", json_schema_extra={"enum": [*EVICTIONS]},
+    value_store: Literal["device", "host", "mmap"] = Field("device", description="where values lie: beside the keys, in "
+                                                           "host memory, or in a working file on disk")
+    value_folder: str | None = Field(None, description="folder for the working files of value_store=mmap; that for "
+                                     "temporary files when None")
+    eviction: Annotated[str, name_in(EVICTIONS)] = Field("clock", json_schema_extra={"enum": [*EVICTIONS]},
                                                          description="who makes room for newcomers: the first in, with a "
-                                                         "second chance for the important; 'clock' is the same")
-    second_chance_importance: float = Field(1.5, gt=0.0, description="from here on FIFO passes an entry over once; surprise "
-                                            "alone does not reach 1.5")
+                                                         "second chance for the important (clock) or without (fifo), the "
+                                                         "least recently hit or written, the least important, or anybody")
+    second_chance_importance: float = Field(1.5, gt=0.0, description="from here on the clock passes an entry over once; "
+                                            "surprise alone does not reach 1.5")
     importance_weight: float = Field(0.25, ge=0.0, description="factor on log-importance in an entry's score")
     importance_growth: float = Field(0.25, ge=0.0, description="importance gained per unit of attention received: the whole "
                                      "softmax of one token and head")
@@ -163,6 +168,15 @@ class MemoryConfig(Section):
     max_norm: float = Field(100.0, gt=0.0, description="longer values are scaled down to this length")
     experience_slots: int = Field(16384, ge=1, description="experiences that a model holds over all ranks")
     recall_queries: int = Field(64, ge=0, description="queries per logged step that are checked against exact search")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_as_meant(cls, values: Any) -> Any:
+        """Whole settings that an earlier version saved say 'fifo' for what is the clock; they know no value_store."""
+        if isinstance(values, Mapping) and values.get("eviction") == "fifo" and "value_store" not in values and (
+                "second_chance_importance" in values):
+            return {**values, "eviction": "clock"}
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> MemoryConfig:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import logging
+import math
 import os
 import re
 import socket
@@ -289,6 +290,22 @@ class Group:
         received = torch.empty_like(tensor)
         with self._counted(phase, tensor.nbytes * (self.size - 1) // self.size):
             td.all_to_all_single(received, tensor, group=self._handle)
+        return received
+
+    def all_to_all_rows(self, rows: Tensor, sent_R: Sequence[int], arriving_R: Sequence[int], *, phase: str) -> Tensor:
+        """Sends the next `sent_R[r]` rows to rank r; returns the rows received, `arriving_R[r]` from rank r, in rank order.
+
+        Every rank must know how many rows come from each other one.
+        """
+        if self.size == 1:
+            return rows
+        import torch.distributed as td
+
+        rows = rows.contiguous()
+        received = rows.new_empty(sum(arriving_R), *rows.shape[1:])
+        others = sum(arriving_R) - arriving_R[self.rank]
+        with self._counted(phase, others * math.prod(rows.shape[1:]) * rows.element_size()):
+            td.all_to_all_single(received, rows, list(arriving_R), list(sent_R), group=self._handle)
         return received
 
     def reduce_scatter(self, tensor: Tensor, *, phase: str) -> Tensor:

@@ -52,6 +52,9 @@ RULES = (
     Rule(("memory.consolidation_threshold",), lambda config, _: config.train.memory_consolidation_interval > 0,
          "train.memory_consolidation_interval of 1 or more"),
     Rule(_in("train", "replay_sampler replay_slots"), _replays, "train.memory_sample_ratio above 0"),
+    Rule(("memory.value_folder",), lambda config, _: config.memory.value_store == "mmap", "memory.value_store=mmap"),
+    Rule(("memory.second_chance_importance",), lambda config, _: config.memory.eviction == "clock",
+         "memory.eviction=clock"),
     Rule(("memory.exchange",), _exchanges, "more than one rank that shares a bank"),
     Rule(("memory.group_size",), lambda _, ranks: ranks is None or ranks > 1, "more than one rank"),
     Rule(_in("train", "min_learning_rate schedule"), lambda config, _: config.train.total_steps > config.train.warmup_steps,
@@ -63,7 +66,8 @@ RULES = (
     Rule(_in("model", "memory_heads memory_head_dim memory_temperature retrieval_stride successor_values"), _has_read,
          "a layer in model.memory_layers"),
     Rule(_in("model", "memory_top_k memory_bias")
-         + _in("memory", "virtual_shards group_size dtype tier fetch exchange scope write write_every write_share eviction "
+         + _in("memory", "virtual_shards group_size dtype tier fetch exchange scope write write_every write_share "
+                         "value_store value_folder eviction "
                          "second_chance_importance importance_weight importance_growth consolidation_threshold max_norm "
                          "experience_slots recall_queries")
          + _in("train", "memory_consolidation_interval") + _in("eval", "slots"), _has_bank,

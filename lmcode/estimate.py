@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from lmcode.backbone_config import read_sizes, recipe_of
 from lmcode.config import RunConfig
 from lmcode.processor import BF16_IS_SLOW
 
@@ -74,22 +75,25 @@ def estimate(config: RunConfig, world_size: int, *, device: Device = "cpu", memo
     from lmcode.train.ds_config import resolve
 
     zero = resolve(config, world_size)["zero_optimization"]
-    parameters = count_parameters(config)
-    states, on_host = zero_bytes(config, world_size, zero, parameters, device)
+    parameters, trained = count_parameters(config), count_trained(config)
+    states, on_host = zero_bytes(config, world_size, zero, parameters, trained, device)
     memory = {"process": BASE_BYTES[device], **states, **step_bytes(config, world_size),
               **bank_bytes(config, world_size, device)}
     # Rank 0 gathers the weights, and every rank its part of the moments, on the host before they are written.
-    (memory if device == "cpu" else on_host)["saving"] = 4 * parameters + math.ceil(8 * parameters / world_size)
+    (memory if device == "cpu" else on_host)["saving"] = 4 * trained + math.ceil(8 * trained / world_size)
     sharing = 1 if device == "gpu" else (ranks_per_host or world_size)
     emulated = device == "cpu" and config.train.precision == "bf16" and has_bf16 is False
     slow = [f"train.precision = bf16, and {BF16_IS_SLOW}"] if emulated else []
     return Estimate(world_size, device, zero["stage"], parameters, memory, on_host,
-                    traffic_bytes(config, world_size, zero["stage"], parameters), checkpoint_bytes(config, parameters),
+                    traffic_bytes(config, world_size, zero["stage"], parameters, trained),
+                    checkpoint_bytes(config, trained),
                     (*fit_warnings(sum(memory.values()), memory_bytes, sharing, device), *slow))
 
 
 def count_parameters(config: RunConfig) -> int:
-    """The model's parameters, counted on a model without memory."""
+    """The model's parameters, counted on a model without memory; those of a backbone by its config.json."""
+    if config.model.recipe is not None:
+        return sum(backbone_parameters(config))
     import torch
 
     from lmcode.model.lm import MemoryLM
@@ -98,7 +102,21 @@ def count_parameters(config: RunConfig) -> int:
         return sum(parameter.numel() for parameter in MemoryLM(config.model).parameters())
 
 
-def zero_bytes(config: RunConfig, R: int, zero: Mapping[str, Any], parameters: int,
+def backbone_parameters(config: RunConfig) -> tuple[int, int]:
+    """The parameters of a backbone of transformers, and those of its recipe."""
+    from lmcode.recipes.attached import count_parameters as count
+
+    return count(config.model)
+
+
+def count_trained(config: RunConfig) -> int:
+    """The parameters that have gradients and an optimizer: all, but for those of a frozen backbone."""
+    if config.model.recipe is None or config.model.train_backbone:
+        return count_parameters(config)
+    return backbone_parameters(config)[1]
+
+
+def zero_bytes(config: RunConfig, R: int, zero: Mapping[str, Any], parameters: int, trained: int,
                device: Device) -> tuple[dict[str, int], dict[str, int]]:
     """Weights, gradients and optimizer of one rank under ZeRO, and the part of them that is offloaded to the host.
 
@@ -109,10 +127,10 @@ def zero_bytes(config: RunConfig, R: int, zero: Mapping[str, Any], parameters: i
     def part(of: int, from_stage: int) -> int:
         return math.ceil(of / R) if stage >= from_stage else of
 
-    master = 4 * parameters if stage or b == 2 else 0
-    buckets = min(zero.get("reduce_bucket_size", 0), parameters if device == "cpu" else 2**62) * b
-    states = {"weights": part(b * parameters, 3), "gradients": part(b * parameters, 2),
-              "optimizer": part(8 * parameters + master, 1), "ZeRO buffers": buckets}
+    master = 4 * trained if stage or b == 2 else 0
+    buckets = min(zero.get("reduce_bucket_size", 0), trained if device == "cpu" else 2**62) * b
+    states = {"weights": part(b * parameters, 3), "gradients": part(b * trained, 2),
+              "optimizer": part(8 * trained + master, 1), "ZeRO buffers": buckets}
     if stage == 3:  # what is gathered around a layer's work: the embedding is the largest
         states["ZeRO buffers"] += 2 * b * config.model.vocab_size * config.model.hidden_size
     moved = [name for key, name in (("offload_optimizer", "optimizer"), ("offload_param", "weights"))
@@ -127,7 +145,10 @@ def streams_per_rank(config: RunConfig, R: int) -> int:
 
 def queries_per_rank(config: RunConfig, R: int) -> int:
     """N: reads of one micro-batch on one rank, for each head."""
-    return streams_per_rank(config, R) * math.ceil(config.train.sequence_length / config.model.retrieval_stride)
+    shared = 1  # query heads of a token that ask the same memory head
+    if config.model.recipe is not None and recipe_of(config.model.recipe).joins_attention:
+        shared = config.model.num_heads // config.model.memory_heads
+    return shared * streams_per_rank(config, R) * math.ceil(config.train.sequence_length / config.model.retrieval_stride)
 
 
 def step_bytes(config: RunConfig, R: int) -> dict[str, int]:
@@ -187,7 +208,7 @@ def search_traffic(config: RunConfig, G: int, N: int) -> dict[str, int]:
     return {"queries": (G - 1) * N * (H * D * 4 + names), "hits": (G - 1) * hits}
 
 
-def traffic_bytes(config: RunConfig, R: int, stage: int, parameters: int) -> dict[str, int]:
+def traffic_bytes(config: RunConfig, R: int, stage: int, parameters: int, trained: int) -> dict[str, int]:
     """Bytes that one rank receives per optimizer step, by phase."""
     model, memory, train = config.model, config.memory, config.train
     N, H, D, K = queries_per_rank(config, R), model.memory_heads, model.memory_head_dim, model.memory_top_k
@@ -204,9 +225,10 @@ def traffic_bytes(config: RunConfig, R: int, stage: int, parameters: int) -> dic
                 "writes": (G - 1) * N * H * 4}  # the attention that each query paid
         traffic = {phase: layers * micro * size for phase, size in once.items()}
         vectors = math.ceil(share * offered) * 2 * H * D * BYTES[memory.dtype]
-        # Between memory groups the hits of every slot are added up, 8 bytes each.
-        counted = 2 * 8 * slots_per_rank(config, R, model.long_term_memory_slots) * (R // G - 1) // (R // G)
-        traffic["writes"] += layers * ((R - 1) * (8 + offered * FACT_BYTES + vectors) + counted)
+        # Between memory groups the hits of every slot that won are added up, 16 bytes each.
+        won = min(slots_per_rank(config, R, model.long_term_memory_slots), micro * N * H * K)
+        counted = (R // G - 1) * (8 + 16 * won) if G < R else 0
+        traffic["writes"] += layers * ((R - 1) * (8 + offered * FACT_BYTES) + (R - 1) * vectors // G + counted)
         # A logged step measures recall on a sample: one search as it is, one exact.
         sample = min(memory.recall_queries, N)
         traffic["recall"] = 2 * layers * sum(search_traffic(config, G, sample).values()) // train.log_every
@@ -217,7 +239,8 @@ def traffic_bytes(config: RunConfig, R: int, stage: int, parameters: int) -> dic
               "zero weights": {0: 0, 1: 1, 2: 1, 3: 2 * micro}[stage]}
     if stage < 2:
         passes["zero gradients"] //= micro
-    return {**traffic, **{name: int(count * share_R * parameters * b) for name, count in passes.items()}} if R > 1 else {}
+    moved = {"zero gradients": trained, "zero weights": parameters if stage == 3 else trained}
+    return {**traffic, **{name: int(count * share_R * moved[name] * b) for name, count in passes.items()}} if R > 1 else {}
 
 
 def checkpoint_bytes(config: RunConfig, parameters: int) -> dict[str, int]:
@@ -225,7 +248,11 @@ def checkpoint_bytes(config: RunConfig, parameters: int) -> dict[str, int]:
     model = config.model
     layers = len(model.memory_layer_indices)
     slot = 2 * model.memory_heads * model.memory_head_dim * BYTES[config.memory.dtype] + COLUMN_BYTES
-    carried = (model.num_layers * model.short_term_memory_size * model.short_term_dim
+    row = 0  # of a backbone: sinks and cache
+    if model.recipe is not None:
+        sizes, options = read_sizes(model.backbone), model.recipe_options
+        row = 2 * model.num_layers * sizes["kv_heads"] * sizes["head_dim"] * (options["sinks"] + options["cache"])
+    carried = (row + model.num_layers * model.short_term_memory_size * model.short_term_dim
                + layers * model.memory_heads * model.memory_head_dim
                + model.num_layers * model.cache_tokens * model.hidden_size * BYTES[config.train.precision] // 4)
     return {"weights": 4 * parameters, "optimizer": 8 * parameters,

@@ -58,6 +58,18 @@ def test_a_forward_pass_reads_and_never_writes() -> None:
     assert {layer: bank.content_hash() for layer, bank in model.banks.items()} != before
 
 
+def test_banks_and_experiences_go_where_the_weights_go() -> None:
+    model = LMCODE(CONFIG, memory=MemoryConfig(virtual_shards=4, tier="exact"))
+    model.store_experience([1, 2, 3])
+    banks = model.banks
+    assert model.half().banks is banks, "another dtype of the weights is no reason to move"
+    model.to("meta")
+    shards = [bank.shard for bank in [*model.banks.values(), model.experiences.bank]]
+    assert {table.device.type for shard in shards for table in vars(shard).values() if isinstance(table, torch.Tensor)} == {
+        "meta"}
+    assert all(model.layer(number).long_term_memory is bank for number, bank in model.banks.items())
+
+
 def test_without_slots_there_is_no_bank_and_the_parameters_are_the_same() -> None:
     with_bank = LMCODE(CONFIG, memory=MemoryConfig(virtual_shards=4))
     without = LMCODE(CONFIG.model_copy(update={"long_term_memory_slots": 0}))

@@ -143,6 +143,17 @@ class Memories:
         self.group = group
         return True
 
+    def to(self, device: torch.device) -> None:
+        """Moves everything to another device; the ranks stay the same, and nothing travels between them.
+
+        Raises:
+            ConfigError: if a search tier cannot search there.
+        """
+        self.banks = {layer: _on_ranks(bank, self.group, device) for layer, bank in self.banks.items()}
+        if self._experiences is not None:
+            self._experiences.bank = _on_ranks(self._experiences.bank, self.group, device)
+        self.device = device
+
     def reshard(self, virtual_shards: int, *, slots: int | None = None, experience_slots: int | None = None) -> int:
         """Moves everything to another number of virtual shards or slots; returns how many entries that are. Collective.
 

@@ -24,7 +24,7 @@ from lmcode.memory.read import SCOPES, Reader, check_search, turned
 from lmcode.memory.rounds import consolidate_shards
 from lmcode.memory.search.faiss_index import check_top_k, choose_tier
 from lmcode.memory.shard import Predicate, Scope, Shard, digest_of
-from lmcode.memory.write import Batch, batch_of, count_hits, gather_candidates, store
+from lmcode.memory.write import Batch, batch_of, count_hits, gather_candidates
 from lmcode.precision import without_autocast
 from lmcode.protocol import Candidates, ConsolidationReport, Hits, check_threshold
 
@@ -171,8 +171,8 @@ class LongTermMemory:
         tickets = [self._reader.ticket_of(one) for one in hits]
         self.shard.touch(*count_hits(hits, tickets, self.shard, self.inside, self.between), step)
         evicted, clipped = sum(self.shard.evicted.values()), self.clipped
-        offered, batch = gather_candidates(candidates, self.shard, self.group)
-        id_E = self._store(batch, step)
+        offered, batch = gather_candidates(candidates, self.shard, self.group, self.inside, first_id=self.next_id, step=step)
+        id_E = self._store(batch)
         written = int((id_E >= 0).sum())
         return entry.CommitReport(offered, written, len(id_E) - written, self.clipped - clipped,
                                   sum(self.shard.evicted.values()) - evicted)
@@ -187,15 +187,15 @@ class LongTermMemory:
             importance_E: fp32, cut off at 10; rows where it is not positive are rejected; 1 when None.
             document_E: int64, the text that each entry was written from; -1, or None: unknown.
         """
-        batch = batch_of(key_HED, value_HED, namespace_E, importance_E, document_E, self.shard)
-        return torch.from_numpy(self._store(batch, step))
+        return torch.from_numpy(self._store(batch_of(key_HED, value_HED, namespace_E, importance_E, document_E, self.shard,
+                                                     first_id=self.next_id, step=step)))
 
-    def _store(self, batch: Batch, step: int) -> np.ndarray:
-        id_E, clipped = store(batch, self.shard, first_id=self.next_id, step=step)
-        self.next_id += len(id_E)
-        self.rejected += int((id_E < 0).sum())
-        self.clipped += clipped
-        return id_E
+    def _store(self, batch: Batch) -> np.ndarray:
+        self.shard.write(batch.entries)
+        self.next_id += len(batch.id_E)
+        self.rejected += int((batch.id_E < 0).sum())
+        self.clipped += batch.clipped
+        return batch.id_E
 
     def delete(self, *, ids: Sequence[int] | None = None, namespace: int | None = None, before_step: int | None = None,
                predicate: Predicate | None = None) -> int:
@@ -204,8 +204,8 @@ class LongTermMemory:
         Args:
             predicate: from the columns of `entry.METADATA` (arrays over slots, empty ones included) to a bool array.
         """
-        chosen_M = self.shard.matching(ids=ids, namespace=namespace, before_step=before_step, predicate=predicate)
-        return measure.totals(self.inside, self.device, self.shard.delete(chosen_M))[0]
+        slot_E = self.shard.matching(ids=ids, namespace=namespace, before_step=before_step, predicate=predicate)
+        return measure.totals(self.inside, self.device, self.shard.delete(slot_E))[0]
 
     def consolidate(self, threshold: float = 0.1) -> ConsolidationReport:
         """Merges pairs of entries of one text whose keys are less than a cosine distance apart. Collective.

@@ -28,6 +28,7 @@ METADATA = {"id": np.int64, "namespace": np.int64, "document": np.int64, "import
 UNKNOWN = -1  # document of entries that belong to none, or nobody knows to which
 EMPTY = {name: kind(-1) if name in ("id", "document") else kind(0) for name, kind in METADATA.items()}
 ADDED = ("document",)  # columns that states saved by earlier versions lack; they are then as in an empty slot
+_LOW = 2**32 - 1  # the half of an int64 that holds the bits of a fp32
 COUNTERS = ("next_id", "rejected", "clipped")  # numbers of a whole bank, kept with each of its virtual shards
 
 
@@ -95,29 +96,65 @@ def choose(surprise_E: np.ndarray, config: MemoryConfig) -> np.ndarray:
     return chosen_E
 
 
+class Inspected(NamedTuple):
+    """Vectors as they may be stored, and what was found: fp32 key_EHD and value_EHD, none of them longer than allowed; bool
+    finite_E, rows of which every number is finite; bool long_E, rows with a vector that was scaled down."""
+
+    key_EHD: Tensor
+    value_EHD: Tensor
+    finite_E: Tensor
+    long_E: Tensor
+
+
+def inspect(key_EHD: Tensor, value_EHD: Tensor, max_norm: float) -> Inspected:
+    """What a row's own numbers say of it, be it alone or in a batch."""
+    finite_E = key_EHD.isfinite().flatten(1).all(1) & value_EHD.isfinite().flatten(1).all(1)
+    key_EHD, long_key_E = clip_norm(key_EHD, max_norm)
+    value_EHD, long_value_E = clip_norm(value_EHD, max_norm)
+    return Inspected(key_EHD, value_EHD, finite_E, long_key_E | long_value_E)
+
+
+class Facts(NamedTuple):
+    """What decides which candidates become entries, and under which ids: on the CPU, known to every rank.
+
+    namespace_E, document_E: int64. surprise_E: fp32. finite_E, long_E: bool, as in `Inspected`.
+    """
+
+    namespace_E: np.ndarray
+    document_E: np.ndarray
+    surprise_E: np.ndarray
+    finite_E: np.ndarray
+    long_E: np.ndarray
+
+
 def stack_candidates(candidates: Sequence[Candidates], *, heads: int, head_dim: int, dtype: torch.dtype,
-                     device: torch.device) -> tuple[Tensor, Tensor]:
+                     device: torch.device, max_norm: float) -> tuple[Tensor, Tensor]:
     """The valid rows of a list of candidates, in order, as two tensors that can travel.
 
     Returns:
-        vector_E2HD: key and value in the bank's storage dtype.
-        facts_E3: int64, the namespace, the document and the bits of the fp32 surprise.
+        vector_E2HD: key and value as they may be stored, in the bank's dtype.
+        facts_E3: int64, the namespace, the document, and the bits of the fp32 surprise with two flags above them.
     """
     vectors = [torch.empty(0, 2, heads, head_dim, dtype=dtype, device=device)]
     facts = [torch.empty(0, 3, dtype=torch.int64, device=device)]
     for one in candidates:
-        vector_N2HD = torch.stack([one.key_HND, one.value_HND]).permute(2, 0, 1, 3)
-        bits_N = one.surprise_N.float().contiguous().view(torch.int32).long()
-        vectors.append(vector_N2HD[one.valid_N].to(device, dtype))
+        vector_2EHD = torch.stack([one.key_HND, one.value_HND]).transpose(1, 2)[:, one.valid_N].to(device, dtype)
+        checked = inspect(vector_2EHD[0], vector_2EHD[1], max_norm)
+        vectors.append(torch.stack([checked.key_EHD, checked.value_EHD], dim=1).to(dtype))
+        bits_N = one.surprise_N.float().contiguous().view(torch.int32).long() & _LOW
         document_N = torch.full_like(bits_N, UNKNOWN) if one.document_N is None else one.document_N
-        facts.append(torch.stack([one.namespace_N, document_N, bits_N], dim=1)[one.valid_N].to(device))
+        facts_E3 = torch.stack([one.namespace_N, document_N, bits_N], dim=1)[one.valid_N].to(device)
+        facts_E3[:, 2] |= (checked.finite_E.long() << 32) | (checked.long_E.long() << 33)
+        facts.append(facts_E3)
     return torch.cat(vectors), torch.cat(facts)
 
 
-def unpack_facts(facts_E3: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Namespace int64 [E], document int64 [E] and surprise fp32 [E] of `stack_candidates`."""
-    facts_E3 = facts_E3.cpu()
-    return facts_E3[:, 0].numpy(), facts_E3[:, 1].numpy(), facts_E3[:, 2].int().view(torch.float32).numpy()
+def unpack_facts(facts_E3: Tensor) -> Facts:
+    """The facts of `stack_candidates`."""
+    namespace_E, document_E, bits_E = facts_E3.cpu().unbind(1)
+    surprise_E = (bits_E & _LOW).int().view(torch.float32)
+    return Facts(namespace_E.numpy(), document_E.numpy(), surprise_E.numpy(), ((bits_E >> 32) & 1).bool().numpy(),
+                 ((bits_E >> 33) & 1).bool().numpy())
 
 
 def credit_of(hits: Hits, rows: int) -> Tensor:
@@ -136,17 +173,6 @@ def credit_of(hits: Hits, rows: int) -> Tensor:
     return F.pad(credit_HN.transpose(0, 1), (0, 0, 0, rows - N))
 
 
-def pack_hits(hit_M: np.ndarray, mass_M: np.ndarray, *, parts: int) -> Tensor:
-    """Hit statistics of some of the reads as one number a slot, int64 [M], which may be added up over `parts` of them."""
-    return torch.from_numpy(mass_M * (parts + 1) + hit_M)  # at most `parts` hits add up: they never reach the mass
-
-
-def unpack_hits(sum_M: Tensor, *, parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Statistics of all reads, bool [M] and int64 [M], from the sum of `pack_hits` over the parts."""
-    mass_M, hits_M = np.divmod(sum_M.cpu().numpy(), parts + 1)
-    return hits_M > 0, mass_M
-
-
 def importance_of(surprise_E: np.ndarray) -> np.ndarray:
     """Initial importance 0.5 + s / (1 + s) of surprise s >= 0 (in nats), fp32 in [0.5, 1.5); NaN and Inf give NaN."""
     surprise_E = np.where(np.isfinite(surprise_E), np.maximum(surprise_E, 0.0), np.nan)
@@ -162,10 +188,9 @@ def check_batch(key_HED: Tensor, value_HED: Tensor, *columns_E: Tensor, heads: i
                          f"got {[tuple(part.shape) for part in (key_HED, value_HED, *columns_E)]}")
 
 
-def acceptable(key_EHD: Tensor, value_EHD: Tensor, namespace_E: np.ndarray, importance_E: np.ndarray) -> np.ndarray:
+def acceptable(finite_E: np.ndarray, namespace_E: np.ndarray, importance_E: np.ndarray) -> np.ndarray:
     """Rows that may enter a bank, bool [E]: every number finite, importance positive, namespace at least 0."""
-    finite_E = key_EHD.isfinite().flatten(1).all(1) & value_EHD.isfinite().flatten(1).all(1)
-    good_E: np.ndarray = finite_E.cpu().numpy() & np.isfinite(importance_E) & (importance_E > 0) & (namespace_E >= 0)
+    good_E: np.ndarray = finite_E & np.isfinite(importance_E) & (importance_E > 0) & (namespace_E >= 0)
     return good_E
 
 
@@ -189,14 +214,13 @@ def admit(key_EHD: Tensor, value_EHD: Tensor, namespace_E: np.ndarray, importanc
 
     Without documents they are `UNKNOWN`.
     """
-    accepted_E = acceptable(key_EHD, value_EHD, namespace_E, importance_E)
-    key_EHD, long_key_E = clip_norm(key_EHD, max_norm)
-    value_EHD, long_value_E = clip_norm(value_EHD, max_norm)
-    clipped = int(((long_key_E | long_value_E).cpu().numpy() & accepted_E).sum())
+    checked = inspect(key_EHD, value_EHD, max_norm)
+    accepted_E = acceptable(checked.finite_E.cpu().numpy(), namespace_E, importance_E)
+    clipped = int((checked.long_E.cpu().numpy() & accepted_E).sum())
     id_E = first_id + np.arange(len(namespace_E), dtype=np.int64)
-    importance_E = np.minimum(importance_E, np.float32(MAX_IMPORTANCE))
     document_E = np.full_like(id_E, UNKNOWN) if document_E is None else document_E
-    entries = Entries(key_EHD, value_EHD, id_E, namespace_E, document_E, importance_E, np.full_like(id_E, step))
+    entries = Entries(checked.key_EHD, checked.value_EHD, id_E, namespace_E, document_E,
+                      np.minimum(importance_E, np.float32(MAX_IMPORTANCE)), np.full_like(id_E, step))
     return entries.take(np.flatnonzero(accepted_E)), accepted_E, clipped
 
 

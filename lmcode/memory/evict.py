@@ -2,8 +2,17 @@
 
 `memory.eviction` names the policy (`config.EVICTIONS`). Newcomers have their ids when a policy sees them, for an id decides
 the virtual shard. So whom it refuses has had an id like one that was overwritten at once, and is counted with those, as
-evicted. The policy there is, `second_chance`, is FIFO with a second chance: CLOCK (Corbato 1968) for a batch, where a hand
-walks round the ring and passes an important entry over once.
+evicted. Of a batch larger than the ring, every policy but `importance` stores the last ones; and all fill free slots
+first, in ring order from the hand.
+
+    fifo        the next in ring order
+    clock       the same, but an important entry is passed over once (CLOCK, Corbato 1968, for a batch)
+    lru         whose last hit, or else writing, is longest ago
+    oldest      whose writing is longest ago, be it by `step` (who merges into an entry may renew that)
+    importance  the least important, unless the newcomer is even less so: then it is refused
+    random      the slot that a hash of the newcomer's id names
+Of equals the smaller id goes first. What these cost per batch of n: fifo and random O(n); clock O(n) and what it passes
+over, which costs each entry its chance; the others as `Ring.lowest` does.
 Letters: C slots of the virtual shard, n newcomers, m of them that are stored.
 """
 
@@ -16,22 +25,11 @@ from typing import NamedTuple
 import numpy as np
 
 from lmcode.config import EVICTIONS
+from lmcode.memory.placement import splitmix64
+from lmcode.memory.ring import Ring, key_of
 
-
-class Ring(NamedTuple):
-    """One virtual shard as a policy sees it.
-
-    hand: in [0, C), where the last placement has left it.
-    columns: those of `entry.METADATA`, [C] each; the id of a free slot is -1.
-    """
-
-    hand: int
-    columns: Mapping[str, np.ndarray]
-
-    @property
-    def live_C(self) -> np.ndarray:
-        """bool, slots that hold an entry."""
-        return self.columns["id"] >= 0
+SEED = np.int64(0x5EED)  # of `random`; without it a hash would know the virtual shard
+_NOBODY = np.zeros(0, np.int64)
 
 
 class Placement(NamedTuple):
@@ -39,61 +37,116 @@ class Placement(NamedTuple):
 
     slot_m: int64, the slots of those that are stored, each once.
     hand: where the next batch starts to look.
-    spent_C: bool, entries that were passed over and have thereby lost their second chance.
+    spent: int64, slots of entries that were passed over and have thereby lost their second chance.
     stored_m: int64, positions in the batch of those that are stored, ascending; all when None.
     """
 
     slot_m: np.ndarray
     hand: int
-    spent_C: np.ndarray
+    spent: np.ndarray = _NOBODY
     stored_m: np.ndarray | None = None
 
 
-Policy = Callable[[Ring, Mapping[str, np.ndarray]], Placement]
+Newcomers = Mapping[str, np.ndarray]  # their columns, as the ring's, in id order
+Policy = Callable[[Ring, Newcomers], Placement]
 
 
 def policy_of(name: str) -> Policy:
-    """The policy of this name: from a ring and the newcomers' columns, as the ring's and in id order, to a placement."""
+    """The policy of this name: from a ring and its newcomers to a placement."""
     policy: Policy = pkgutil.resolve_name(EVICTIONS[name])
     return policy
 
 
-def second_chance(ring: Ring, newcomers: Mapping[str, np.ndarray]) -> Placement:
-    """Every newcomer is stored, as far as there are slots: of a batch larger than the ring its last ones."""
-    n = len(newcomers["id"])
-    lost = max(0, n - len(ring.live_C))
-    placement = choose_slots(ring.hand, ring.live_C, ring.columns["chance"], n - lost)
-    return placement._replace(stored_m=np.arange(lost, n))
+def clock(ring: Ring, newcomers: Newcomers) -> Placement:
+    """Over free slots first, then over entries without a chance, then over those with one, each in ring order from the hand.
 
-
-def choose_slots(hand: int, live_C: np.ndarray, chance_C: np.ndarray, n: int) -> Placement:
-    """Places n entries: in free slots first, then over entries without a chance, then over those with one.
-
-    Each of the three is taken in ring order from the hand. The hand moves past the slots it looked at: past a free slot
-    only if that is where it stands, so that filling a hole elsewhere does not reprieve anybody.
-
-    Args:
-        hand: position in [0, C).
-        live_C: bool, slots that hold an entry.
-        chance_C: bool, entries that are passed over once; ignored where not live.
-        n: entries of the batch, at most C (of a larger batch only the last C entries can survive: pass C).
-
-    Raises:
-        ValueError: if n exceeds C.
+    The hand moves past the slots it looked at: past a free slot only if that is where it stands, so that filling a hole
+    elsewhere does not reprieve anybody.
     """
-    C = len(live_C)
-    if not 0 <= n <= C:
-        raise ValueError(f"a batch must fit its virtual shard of {C} slots: got {n} entries")
-    ring_C = (hand + np.arange(C)) % C
-    live_ring_C, chance_ring_C = live_C[ring_C], chance_C[ring_C]
-    free, plain, favoured = (np.flatnonzero(mask) for mask in (
-        ~live_ring_C, live_ring_C & ~chance_ring_C, live_ring_C & chance_ring_C))
-    taken_n = np.concatenate([free, plain, favoured])[:n]
-    spent_C = np.zeros(C, dtype=bool)
-    if n <= len(free):
-        moved = int(np.argmin(np.append(taken_n, -1) == np.arange(n + 1)))  # length of the leading run of free slots
-    else:
-        moved = int(taken_n[-1]) + 1
-        looked_at = favoured if n > len(free) + len(plain) else favoured[favoured < moved]
-        spent_C[ring_C[looked_at]] = True
-    return Placement(ring_C[taken_n], (hand + moved) % C, spent_C)
+    return _in_ring_order(ring, newcomers, chances=True)
+
+
+def fifo(ring: Ring, newcomers: Newcomers) -> Placement:
+    """`clock` where nobody has a second chance."""
+    return _in_ring_order(ring, newcomers, chances=False)
+
+
+def lru(ring: Ring, newcomers: Newcomers) -> Placement:
+    """Over free slots, then over the least recently hit; who was never hit counts as hit when it was written."""
+    return _over_the_lowest(ring, newcomers, "last_hit")
+
+
+def oldest(ring: Ring, newcomers: Newcomers) -> Placement:
+    """Over free slots, then over those that were written at the earliest step."""
+    return _over_the_lowest(ring, newcomers, "step")
+
+
+def importance(ring: Ring, newcomers: Newcomers) -> Placement:
+    """Of the entries and the newcomers together the C most important ones stay; of equals, those with the larger ids."""
+    free, n = ring.free(len(newcomers["id"])), len(newcomers["id"])
+    lowest = ring.lowest("importance", n - len(free))
+    key_X = np.concatenate([key_of(columns["importance"][at], columns["id"][at]) for columns, at in
+                            ((ring.columns, lowest), (newcomers, np.arange(n)))])
+    leaving_X = np.argsort(key_X)[:n - len(free)]
+    stored_m = np.setdiff1d(np.arange(n), leaving_X - len(lowest))
+    victims = lowest[np.sort(leaving_X[leaving_X < len(lowest)])]
+    return Placement(np.concatenate([free, victims]), _moved(ring, free), stored_m=stored_m)
+
+
+def random(ring: Ring, newcomers: Newcomers) -> Placement:
+    """Over free slots, then each over the slot that its hash names, or the next one that no other newcomer has taken."""
+    stored_m = _last(ring, newcomers)
+    free = ring.free(len(stored_m))
+    taken, slots = set(free.tolist()), free.tolist()
+    for at in (splitmix64(newcomers["id"][stored_m[len(free):]] ^ SEED) % np.uint64(len(ring))).tolist():
+        while at in taken:
+            at = (at + 1) % len(ring)
+        taken.add(at)
+        slots.append(at)
+    return Placement(np.array(slots, np.int64), _moved(ring, free), stored_m=stored_m)
+
+
+def _last(ring: Ring, newcomers: Newcomers) -> np.ndarray:
+    """Positions of the newcomers that fit the ring: the last ones of a batch that is larger."""
+    n = len(newcomers["id"])
+    return np.arange(max(0, n - len(ring)), n)
+
+
+def _moved(ring: Ring, slot_n: np.ndarray) -> int:
+    """The hand past the run of these slots, in ring order, that begins where it stands."""
+    offset_n = (slot_n - ring.hand) % len(ring)
+    return (ring.hand + int(np.argmin(np.append(offset_n, -1) == np.arange(len(offset_n) + 1)))) % len(ring)
+
+
+def _over_the_lowest(ring: Ring, newcomers: Newcomers, name: str) -> Placement:
+    stored_m = _last(ring, newcomers)
+    free = ring.free(len(stored_m))
+    slot_m = np.concatenate([free, ring.lowest(name, len(stored_m) - len(free))])
+    return Placement(slot_m, _moved(ring, free), stored_m=stored_m)
+
+
+def _in_ring_order(ring: Ring, newcomers: Newcomers, *, chances: bool) -> Placement:
+    stored_m, C = _last(ring, newcomers), len(ring)
+    n = len(stored_m)
+    free = ring.free(n)
+    if n == len(free):
+        return Placement(free, _moved(ring, free), stored_m=stored_m)
+    plain, favoured = _entries_from_hand(ring, n - len(free), chances=chances)
+    taken_n = np.concatenate([(free - ring.hand) % C, plain, favoured])[:n]
+    moved = int(taken_n[-1]) + 1
+    looked_at = favoured if n > len(free) + len(plain) else favoured[favoured < moved]
+    return Placement((ring.hand + taken_n) % C, (ring.hand + moved) % C, (ring.hand + looked_at) % C, stored_m)
+
+
+def _entries_from_hand(ring: Ring, wanted: int, *, chances: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets from the hand of entries without a chance and of those with one, as far as it takes for `wanted` without."""
+    C, reach = len(ring), 2 * wanted
+    while True:
+        offset_X = np.arange(min(C, reach))
+        slot_X = (ring.hand + offset_X) % C
+        live_X = ring.columns["id"][slot_X] >= 0
+        chance_X = ring.columns["chance"][slot_X] & live_X if chances else np.zeros(len(slot_X), bool)
+        plain = offset_X[live_X & ~chance_X]
+        if len(plain) >= wanted or reach >= C:
+            return plain, offset_X[chance_X]
+        reach *= 2

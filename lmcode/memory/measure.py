@@ -32,10 +32,9 @@ def totals(group: Group, device: torch.device, *numbers: int) -> list[int]:
 
 def count_entries(shard: Shard, group: Group, groups: int, blind_queries: int) -> tuple[dict[str, Any], int]:
     """What `LongTermMemory.stats` says of entries, and all blind queries. Collective of all ranks, in so many groups."""
-    by_rank = [0] * group.size
-    by_rank[group.rank] = int(shard.live_M.sum())
-    merged = int((shard.columns["count"] - 1)[shard.live_M].sum())
-    numbers = *by_rank, sum(shard.evicted.values()), merged, *shard.count_chances(), blind_queries
+    tally, by_rank = shard.ledger.tally, [0] * group.size
+    by_rank[group.rank] = tally.live
+    numbers = *by_rank, sum(shard.evicted.values()), tally.merged, tally.chances, tally.spared, blind_queries
     *by_rank, evicted, merged, chances, spared, blind = totals(group, shard.key_HME.device, *numbers)
     once = (number // groups for number in (sum(by_rank), evicted, merged, chances, spared))
     live, evicted, merged, chances, spared = once

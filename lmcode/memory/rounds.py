@@ -34,7 +34,7 @@ def consolidate_shards(shard: Shard, group: Group, threshold: float, *, tier: st
     pair_E2 = consolidate.choose_pairs(link_L3.cpu().numpy(), threshold)
     for start in range(0, len(pair_E2), block):
         _merge(shard, group, *pair_E2[start:start + block].T)
-    shard.delete(np.isin(shard.columns["id"], pair_E2[:, 1]))
+    shard.delete(shard.slots_of_ids(pair_E2[:, 1]))
     return ConsolidationReport(threshold, sum(live_R), len(pair_E2))
 
 

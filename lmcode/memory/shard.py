@@ -21,12 +21,14 @@ from torch.nn import functional as F
 
 from lmcode.config import MemoryConfig
 from lmcode.memory.consolidate import merge_columns, merge_vectors, pack_columns, unit_keys
-from lmcode.memory.entry import COUNTERS, EMPTY, MASS_UNIT, MAX_IMPORTANCE, METADATA, UNKNOWN, Entries, check_content
-from lmcode.memory.evict import Ring, policy_of
+from lmcode.memory.entry import COUNTERS, MASS_UNIT, MAX_IMPORTANCE, UNKNOWN, Entries, check_content
+from lmcode.memory.evict import policy_of
+from lmcode.memory.ledger import Ledger
 from lmcode.memory.placement import capacity_of, virtual_shard_of
 from lmcode.memory.search.exact import Stack, attend_best, no_hits, stack_rows
 from lmcode.memory.search.tier import Found, Hidden, Rows, Tier, tier_of
 from lmcode.memory.ticket import Ticket
+from lmcode.memory.values import copy_of, value_table
 from lmcode.protocol import NO_SCORE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -47,21 +49,17 @@ class Shard:
 
     def __init__(self, *, heads: int, head_dim: int, slots: int, owned: Sequence[int], config: MemoryConfig,
                  device: torch.device) -> None:
-        self.config, self.slots, self.owned = config, slots, tuple(owned)
+        self.config, self.slots, self.owned, self.device = config, slots, tuple(owned), device
         capacities = [capacity_of(shard, slots, config.virtual_shards) for shard in self.owned]
-        bounds = np.cumsum([0, *capacities]).tolist()
-        self.range_of = {shard: slice(*ends) for shard, ends in
-                         zip(self.owned, zip(bounds, bounds[1:], strict=False), strict=True)}
-        self.num_slots = M = bounds[-1]
+        self.ledger = Ledger(self.owned, capacities, favoured_from=config.second_chance_importance)
+        self.columns, self.range_of = self.ledger.columns, self.ledger.range_of
+        self.num_slots = M = self.ledger.num_slots
         self.key_HME = torch.zeros(heads, M, head_dim + 1, dtype=DTYPES[config.dtype], device=device)
         self.key_HME[..., -1] = NO_SCORE
-        self.value_HMD = torch.zeros(heads, M, head_dim, dtype=DTYPES[config.dtype], device=device)
-        self.columns = {name: np.full(M, EMPTY[name], kind) for name, kind in METADATA.items()}
-        self.hand = dict.fromkeys(self.owned, 0)
-        self.evicted = dict.fromkeys(self.owned, 0)
+        self.value_HMD = value_table((heads, M, head_dim), DTYPES[config.dtype], config, device)
+        self.hand, self.evicted = self.ledger.hand, self.ledger.evicted
         self._policy = policy_of(config.eviction)
         self.version = next(_VERSIONS)
-        self._index: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         self._texts: tuple[np.ndarray, dict[tuple[int, int], slice]] | None = None
         self._kept: dict[object, Rows] = {}
         self._stacks: dict[object, Stack | None] = {}
@@ -80,36 +78,37 @@ class Shard:
         `evicted` counts both: who is refused has had an id, and is gone.
         """
         shard_E = virtual_shard_of(entries.id_E, self.config.virtual_shards)
-        columns, kept, slots = entries.metadata(), [], []
+        columns, stored, slots, spent = entries.metadata(), [], [], []
         for shard, place in self.range_of.items():
             batch = np.flatnonzero(shard_E == shard)
-            ring = Ring(self.hand[shard], {name: column[place] for name, column in self.columns.items()})
+            ring = self.ledger.ring(shard)
             placement = self._policy(ring, {name: column[batch] for name, column in columns.items()})
-            stored = batch if placement.stored_m is None else batch[placement.stored_m]
-            self.evicted[shard] += len(batch) - len(stored) + int(ring.live_C[placement.slot_m].sum())
+            kept = batch if placement.stored_m is None else batch[placement.stored_m]
+            self.evicted[shard] += len(batch) - len(kept) + int((ring.columns["id"][placement.slot_m] >= 0).sum())
             self.hand[shard] = placement.hand
-            ring.columns["chance"][placement.spent_C] = False
-            kept.append(stored)
+            stored.append(kept)
             slots.append(placement.slot_m + place.start)
-        self._put(np.concatenate(slots), entries.take(np.concatenate(kept)))
+            spent.append(placement.spent + place.start)
+        self.ledger.update(np.concatenate(spent), {"chance": False})
+        self._put(np.concatenate(slots), entries.take(np.concatenate(stored)))
 
     def _put(self, slot_E: np.ndarray, entries: Entries) -> None:
         slots = self._on_device(slot_E)
         self.key_HME[:, slots, :-1] = entries.key_EHD.transpose(0, 1).to(self.key_HME.dtype)
-        self.value_HMD[:, slots] = entries.value_EHD.transpose(0, 1).to(self.value_HMD.dtype)
-        for name, column_E in entries.metadata().items():
-            self.columns[name][slot_E] = column_E
-        self.columns["chance"][slot_E] = entries.importance_E >= self.config.second_chance_importance
+        self.value_HMD[:, slots.to(self.value_HMD.device)] = entries.value_EHD.transpose(0, 1).to(self.value_HMD)
+        self.ledger.put(slot_E, {**entries.metadata(),
+                                 "chance": entries.importance_E >= self.config.second_chance_importance})
         self._refresh_scores(slot_E)
-        self._index = self._texts = None
+        self._texts = None
 
     def _refresh_scores(self, slot_E: np.ndarray) -> None:
         """Puts importance into the keys of slots that have changed; whatever was kept of them is out of date.
 
         The logarithm is fp64, so that its fp32 value is the same on every path.
         """
-        importance_E = np.where(self.live_M[slot_E], self.columns["importance"][slot_E], 1.0).astype(np.float64)
-        addend_E = np.where(self.live_M[slot_E], self.config.importance_weight * np.log(importance_E), NO_SCORE)
+        live_E = self.columns["id"][slot_E] >= 0
+        importance_E = np.where(live_E, self.columns["importance"][slot_E], 1.0).astype(np.float64)
+        addend_E = np.where(live_E, self.config.importance_weight * np.log(importance_E), NO_SCORE)
         self.key_HME[:, self._on_device(slot_E), -1] = torch.from_numpy(addend_E.astype(np.float32)).to(self.key_HME)
         self._kept.clear()
         self._stacks.clear()
@@ -119,32 +118,34 @@ class Shard:
 
     def matching(self, *, ids: Sequence[int] | None, namespace: int | None, before_step: int | None,
                  predicate: Predicate | None) -> np.ndarray:
-        """Slots that meet all given conditions, bool [M]; ValueError without any. See `LongTermMemory.delete`."""
-        columns = self.columns
-        conditions = []
-        if ids is not None:
-            conditions.append(np.isin(columns["id"], np.asarray(ids, np.int64)))
-        if namespace is not None:
-            conditions.append(columns["namespace"] == namespace)
-        if before_step is not None:
-            conditions.append(columns["step"] < before_step)
-        if predicate is not None:
-            conditions.append(np.asarray(predicate({name: column.copy() for name, column in columns.items()}), bool))
-        if not conditions:
+        """Slots of the entries that meet all given conditions, int64; ValueError without any. See `LongTermMemory.delete`.
+        """
+        if (ids, namespace, before_step, predicate) == (None, None, None, None):
             raise ValueError("delete needs at least one of ids, namespace, before_step, predicate: got none")
-        met_M: np.ndarray = np.logical_and.reduce(conditions)
-        return met_M
+        if ids is not None:
+            slot_E = self.slots_of_ids(np.unique(np.asarray(ids, np.int64)))
+        elif namespace is not None:
+            slot_E = self.slots_of(np.array([namespace]))
+        else:
+            slot_E = np.flatnonzero(self.live_M)
+        if namespace is not None:
+            slot_E = slot_E[self.columns["namespace"][slot_E] == namespace]
+        if before_step is not None:
+            slot_E = slot_E[self.columns["step"][slot_E] < before_step]
+        if predicate is not None:
+            met_M = np.asarray(predicate({name: column.copy() for name, column in self.columns.items()}), bool)
+            slot_E = slot_E[met_M[slot_E]]
+        return slot_E
 
-    def delete(self, mask_M: np.ndarray) -> int:
-        """Empties the live slots of the mask, leaving nothing of their entries; returns how many there were."""
-        slot_E = np.flatnonzero(mask_M & self.live_M)
-        for name, column in self.columns.items():
-            column[slot_E] = EMPTY[name]
+    def delete(self, slot_E: np.ndarray) -> int:
+        """Empties those of these slots that are live, leaving nothing of their entries; returns how many there were."""
+        slot_E = slot_E[self.columns["id"][slot_E] >= 0]
+        self.ledger.clear(slot_E)
         slots = self._on_device(slot_E)
         self.key_HME[:, slots] = 0
-        self.value_HMD[:, slots] = 0
+        self.value_HMD[:, slots.to(self.value_HMD.device)] = 0
         self._refresh_scores(slot_E)
-        self._index = self._texts = None
+        self._texts = None
         return len(slot_E)
 
     def name_documents(self, first_E: np.ndarray, end_E: np.ndarray, document_E: np.ndarray) -> None:
@@ -157,9 +158,9 @@ class Shard:
             self._texts = None
 
     def slots_of_ids(self, id_E: np.ndarray) -> np.ndarray:
-        """Slots of entries that this rank holds."""
-        order_M = np.argsort(self.columns["id"])
-        return order_M[np.searchsorted(self.columns["id"], id_E, sorter=order_M)]
+        """Slots of those entries that this rank holds, in the order of the ids."""
+        slot_E = self.ledger.slots_of_ids(id_E)
+        return slot_E[slot_E >= 0]
 
     def questions(self, slot_n: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """What these slots ask when they look for neighbours, on the device: ids, texts (namespace and document, int64
@@ -173,7 +174,8 @@ class Shard:
         """What another rank needs of these entries to merge them: fp32 vector_E2HD and int64 `pack_columns` [E, 5]."""
         slot_E = self.slots_of_ids(id_E)
         slots = self._on_device(slot_E)
-        vector_2HED = torch.stack([self.key_HME[:, slots, :-1], self.value_HMD[:, slots]]).float()
+        value_HED = self.value_HMD[:, slots.to(self.value_HMD.device)].to(slots.device)
+        vector_2HED = torch.stack([self.key_HME[:, slots, :-1], value_HED]).float()
         return vector_2HED.permute(2, 0, 1, 3), self._on_device(pack_columns(self.columns, slot_E))
 
     def absorb(self, id_E: np.ndarray, other_E2HD: Tensor, other_E5: Tensor) -> None:
@@ -183,67 +185,43 @@ class Shard:
         key_HED, value_HED = merged_E2HD.permute(1, 2, 0, 3)
         slots = self._on_device(slot_E)
         self.key_HME[:, slots, :-1] = key_HED.to(self.key_HME.dtype)
-        self.value_HMD[:, slots] = value_HED.to(self.value_HMD.dtype)
-        for name, column_E in merge_columns(mine_E5.cpu().numpy(), other_E5.cpu().numpy()).items():
-            self.columns[name][slot_E] = column_E
+        self.value_HMD[:, slots.to(self.value_HMD.device)] = value_HED.to(self.value_HMD)
+        self.ledger.update(slot_E, merge_columns(mine_E5.cpu().numpy(), other_E5.cpu().numpy()))
         self._refresh_scores(slot_E)
 
-    def count_mass(self, ticket: Ticket, credit_Q: Tensor) -> np.ndarray:
-        """Attention that each slot received, over all heads, in units of 1 / `MASS_UNIT`: int64 [M].
+    def count_hits(self, tickets: Sequence[Ticket], credits_Q: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        """Which slots won in these reads, ascending, and the attention that each received, over all heads, in units of
+        1 / `MASS_UNIT`: int64 both.
 
         A weight times its bag's credit is exact in fp64 and rounded once. Both come from a model's fp32 and may differ in
         their last bits between batch shapes; a coarser unit would let fewer of them through, but magnify those.
-        """
-        unit_W = (ticket.weight_W.double() * credit_Q.double()[ticket.bag_W] * MASS_UNIT).round().long().cpu()
-        slot_W = ticket.row_W.cpu() % self.num_slots
-        return torch.zeros(self.num_slots, dtype=torch.int64).index_add_(0, slot_W, unit_W).numpy()
-
-    def count_hits(self, tickets: Sequence[Ticket], credits_Q: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
-        """What these reads did to each slot: bool [M], whether it won, and the `count_mass` of all.
 
         Args:
             credits_Q: of each read, fp32.
         """
-        hit_M, mass_M = np.zeros(self.num_slots, bool), np.zeros(self.num_slots, np.int64)
+        slots, units = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for ticket, credit_Q in zip(tickets, credits_Q, strict=True):
-            hit_M[ticket.row_W.cpu().numpy() % self.num_slots] = True
-            mass_M += self.count_mass(ticket, credit_Q)
-        return hit_M, mass_M
+            unit_W = (ticket.weight_W.double() * credit_Q.double()[ticket.bag_W] * MASS_UNIT).round().long()
+            slots.append(ticket.row_W.cpu().numpy() % self.num_slots)
+            units.append(unit_W.cpu().numpy())
+        return self.ledger.add_up(np.concatenate(slots), np.concatenate(units))
 
-    def touch(self, hit_M: np.ndarray, mass_M: np.ndarray, step: int) -> None:
-        """Applies the hit statistics of one step: last hit, hit mass, importance and its effect on scores.
+    def touch(self, slot_E: np.ndarray, mass_E: np.ndarray, step: int) -> None:
+        """Applies the hit statistics of one step, `count_hits`: last hit, hit mass, importance and its effect on scores.
 
         Importance grows by `importance_growth` per unit of attention; where it crosses `second_chance_importance`, the
         entry gets its second chance.
         """
-        slot_E = np.flatnonzero(hit_M & self.live_M)
-        columns = self.columns
-        columns["last_hit"][slot_E] = step
-        columns["hit_mass"][slot_E] += mass_M[slot_E]
+        columns, threshold = self.columns, self.config.second_chance_importance
         before_E = columns["importance"][slot_E]
-        growth_E = self.config.importance_growth * mass_M[slot_E] / MASS_UNIT
+        growth_E = self.config.importance_growth * mass_E / MASS_UNIT
         after_E = np.minimum(before_E + growth_E, MAX_IMPORTANCE).astype(np.float32)
-        columns["importance"][slot_E] = after_E
-        threshold = self.config.second_chance_importance
-        columns["chance"][slot_E] |= (before_E < threshold) & (after_E >= threshold)
+        chance_E = columns["chance"][slot_E] | ((before_E < threshold) & (after_E >= threshold))
+        self.ledger.update(slot_E, {"last_hit": step, "hit_mass": columns["hit_mass"][slot_E] + mass_E,
+                                    "importance": after_E, "chance": chance_E})
         self._refresh_scores(slot_E)
 
-    def count_chances(self) -> tuple[int, int]:
-        """Live entries that have a second chance, and those that have used theirs up."""
-        columns = self.columns
-        favoured_M = self.live_M & (columns["importance"] >= self.config.second_chance_importance)
-        return int(columns["chance"].sum()), int((favoured_M & ~columns["chance"]).sum())
-
     # --- reading ---------------------------------------------------------------------------------------------------
-
-    def slots_by_namespace(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Live slots sorted by (namespace, id), the namespaces ascending, and where each starts (with the end)."""
-        if self._index is None:
-            live = np.flatnonzero(self.live_M)
-            order = live[np.lexsort((self.columns["id"][live], self.columns["namespace"][live]))]
-            names, starts = np.unique(self.columns["namespace"][order], return_index=True)
-            self._index = order, names, np.append(starts, len(order))
-        return self._index
 
     def slots_by_text(self) -> tuple[np.ndarray, dict[tuple[int, int], slice]]:
         """Live slots sorted by (namespace, document, id), and where among them those of each text are."""
@@ -257,9 +235,7 @@ class Shard:
 
     def slots_of(self, namespaces: np.ndarray) -> np.ndarray:
         """Live slots of these namespaces, by (namespace, id)."""
-        order, names, starts = self.slots_by_namespace()
-        found = np.flatnonzero(np.isin(names, namespaces))
-        return np.concatenate([order[:0], *(order[starts[at]:starts[at + 1]] for at in found)])
+        return self.ledger.slots_of_namespaces(namespaces)
 
     def search(self, query_GHE: Tensor, namespace_G: np.ndarray, document_G: np.ndarray, k: int, *, scope: Scope,
                tier: str) -> Found:
@@ -281,6 +257,8 @@ class Shard:
         Args:
             longest: length of the longest query, finite.
         """
+        if self.value_HMD.device != self.device:
+            return None
         (N, H, E), names = query_NHE.shape, namespace_N.tolist()
         if scope == "document":
             groups: Groups = tuple((name,) for name in (names if len(set(names)) > 1 else names[:1]))
@@ -401,7 +379,8 @@ class Shard:
         columns = {name: torch.from_numpy(column[place].copy()) for name, column in self.columns.items()}
         numbers = {"shard": shard, "virtual_shards": self.config.virtual_shards, "slots": self.slots,
                    "hand": self.hand[shard], "evicted": self.evicted[shard]}
-        return {"key": self.key_HME[:, place, :-1].cpu().clone(), "value": self.value_HMD[:, place].cpu().clone(),
+        return {"key": copy_of(self.key_HME[:, place, :-1], self.config),
+                "value": copy_of(self.value_HMD[:, place], self.config),
                 **columns, **{name: torch.tensor(number) for name, number in numbers.items()}}
 
     def load(self, shard: int, state: Mapping[str, Tensor]) -> None:
@@ -418,21 +397,27 @@ class Shard:
         for name, column in self.columns.items():
             column[place] = state[name].numpy()
         self.hand[shard], self.evicted[shard] = int(state["hand"]), int(state["evicted"])
+        self.ledger.forget()
         self._refresh_scores(np.arange(place.start, place.stop))
-        self._index = self._texts = None
+        self._texts = None
 
     def check(self, shard: int, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError where a state, bank-wide counters included, is not one of this virtual shard."""
-        mine = {**self.state(shard), **dict.fromkeys(COUNTERS, torch.tensor(0))}
+        place = self._place_of(shard)
+        (H, _, D), C = self.value_HMD.shape, place.stop - place.start
+        numbers = {"shard": shard, "virtual_shards": self.config.virtual_shards, "slots": self.slots}
+        mine: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            **dict.fromkeys(("key", "value"), ((H, C, D), self.value_HMD.dtype)),
+            **{name: ((C,), torch.from_numpy(column[:0].copy()).dtype) for name, column in self.columns.items()},
+            **dict.fromkeys((*numbers, "hand", "evicted", *COUNTERS), ((), torch.int64))}
         if {*mine} != {*state}:
             raise ValueError(f"virtual shard {shard}: a state holds {sorted(mine)}: got {sorted(state)}")
-        for name, tensor in mine.items():
-            expected, came = ((tuple(one.shape), one.dtype) for one in (tensor, state[name]))
-            if expected != came:
+        for name, expected in mine.items():
+            if expected != (came := (tuple(state[name].shape), state[name].dtype)):
                 raise ValueError(f"virtual shard {shard}: '{name}' must be {expected}: got {came}")
-        for name in ("shard", "virtual_shards", "slots"):
-            if int(state[name]) != int(mine[name]):
-                raise ValueError(f"virtual shard {shard}: '{name}' must be {int(mine[name])}: got {int(state[name])}")
+        for name, number in numbers.items():
+            if int(state[name]) != number:
+                raise ValueError(f"virtual shard {shard}: '{name}' must be {number}: got {int(state[name])}")
         check_content(state, self.config.virtual_shards)
 
     def _place_of(self, shard: int) -> slice:

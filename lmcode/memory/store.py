@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lmcode.files.tensors import write_tensors
 from lmcode.memory.entry import ADDED, COUNTERS, EMPTY, METADATA
 
 if TYPE_CHECKING:
@@ -41,10 +42,8 @@ def shard_file(folder: Path | str, shard: int) -> Path:
 
 def save_shard(path: Path | str, state: dict[str, Tensor]) -> None:
     """Writes one virtual shard, a `LongTermMemory.state`. Not atomic: a commit of several files is the caller's."""
-    from safetensors.torch import save_file
-
     header = {"format": FORMAT, **{name: int(state[name]) for name in NUMBERS}}
-    save_file({name: state[name].contiguous() for name in TENSORS}, path, metadata={"lmcode": json.dumps(header)})
+    write_tensors(path, {name: state[name] for name in TENSORS}, {"lmcode": json.dumps(header)})
 
 
 def load_shard(path: Path | str) -> dict[str, Tensor]:

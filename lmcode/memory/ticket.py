@@ -36,7 +36,10 @@ class Ticket(NamedTuple):
 
 
 def weighted_sums(table_RD: Tensor, row_W: Tensor, offset_Q: Tensor, weight_W: Tensor) -> Tensor:
-    """fp32 [Q, D]: for each bag the weighted sum of its table rows, without a copy of the rows."""
+    """fp32 [Q, D], where the weights are: for each bag the weighted sum of its table rows, without a copy of the rows."""
+    if table_RD.device != weight_W.device:
+        there = (one.to(table_RD.device) for one in (row_W, offset_Q, weight_W))
+        return weighted_sums(table_RD, *there).to(weight_W.device)
     if table_RD.dtype != torch.float32:  # the sum must be fp32, so convert the rows in use, each once
         unique_U, row_W = row_W.unique(return_inverse=True)
         table_RD = table_RD[unique_U].float()
@@ -90,9 +93,10 @@ def query_gradients(key_HME: Tensor, value_HMD: Tensor, ticket: Ticket, grad_QD:
 def winning_rows(key_HME: Tensor, value_HMD: Tensor, ticket: Ticket, k: int) -> Tensor:
     """Keys and values of the winners, fp32 [Q, K, 2D]: a bag's first rows are its winners, the rest is zero."""
     D = value_HMD.shape[-1]
-    rows_QKD = value_HMD.new_zeros(len(ticket.offset_Q) * k, 2 * D, dtype=torch.float32)
+    rows_QKD = key_HME.new_zeros(len(ticket.offset_Q) * k, 2 * D, dtype=torch.float32)
     place_W = torch.arange(len(ticket.row_W), device=ticket.row_W.device) - ticket.offset_Q[ticket.bag_W]
     at_W = ticket.bag_W * k + place_W
     rows_QKD[at_W, :D] = key_HME.flatten(0, 1)[ticket.row_W, :D].float()
-    rows_QKD[at_W, D:] = value_HMD.flatten(0, 1)[ticket.row_W].float()
+    value_WD = value_HMD.flatten(0, 1)[ticket.row_W.to(value_HMD.device)]
+    rows_QKD[at_W, D:] = value_WD.float().to(rows_QKD.device)
     return rows_QKD.view(-1, k, 2 * D)

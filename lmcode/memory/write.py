@@ -1,8 +1,8 @@
 """From what a step offers to what is stored: hits are counted and credited, candidates gathered, chosen, admitted.
 
-Everything that the ranks do together in a commit is here. What decides travels first, and only then the vectors of what was
-chosen; every rank then holds the same batch in the same order, and its shard keeps what belongs there.
-Letters: Q bags of winners of a read; M slots of this rank; E candidates or entries; R ranks of a memory group.
+Everything that the ranks do together in a commit is here. What decides travels first, to all; so every rank knows which
+candidates get which ids, and the vectors go to those alone that hold them.
+Letters: Q bags of winners of a read; X candidates of this rank; E chosen ones or entries; R ranks of a memory group.
 """
 
 from __future__ import annotations
@@ -16,29 +16,34 @@ from torch import Tensor
 
 from lmcode.dist import Group
 from lmcode.memory import entry
+from lmcode.memory.placement import holder_of
 from lmcode.memory.shard import Shard
 from lmcode.memory.ticket import Ticket
 from lmcode.protocol import Candidates, Hits
 
 
 class Batch(NamedTuple):
-    """Rows that are to become entries, the same on every rank. Vectors are on the bank's device, the rest is on the CPU."""
+    """Rows that get the next ids.
 
-    key_EHD: Tensor
-    value_EHD: Tensor
-    namespace_E: np.ndarray
-    document_E: np.ndarray
-    importance_E: np.ndarray
+    id_E: int64, -1 where rejected; the same on every rank.
+    clipped: how many of the others have a vector that was scaled down; the same on every rank.
+    entries: of those that are not rejected at least the ones that this rank holds.
+    """
+
+    id_E: np.ndarray
+    clipped: int
+    entries: entry.Entries
 
 
 def count_hits(hits: Sequence[Hits], tickets: Sequence[Ticket], shard: Shard, inside: Group,
                between: Group) -> tuple[np.ndarray, np.ndarray]:
-    """What the reads of all memory groups did to each slot of this rank: see `Shard.count_hits`. Collective."""
-    counted, groups = shard.count_hits(tickets, gather_credits(hits, tickets, inside)), between.size
-    if groups == 1:
+    """What the reads of all memory groups did to the slots of this rank: see `Shard.count_hits`. Collective."""
+    counted = shard.count_hits(tickets, gather_credits(hits, tickets, inside))
+    if between.size == 1:
         return counted
-    packed_M = entry.pack_hits(*counted, parts=groups).to(shard.key_HME.device)
-    return entry.unpack_hits(between.all_reduce(packed_M, phase="writes"), parts=groups)
+    counted_E2 = torch.from_numpy(np.stack(counted, axis=1)).to(shard.device)
+    counts = between.all_gather_int(len(counted_E2), phase="writes", device=counted_E2.device)
+    return shard.ledger.add_up(*between.all_gather_rows(counted_E2, counts, phase="writes").cpu().numpy().T)
 
 
 def gather_credits(hits: Sequence[Hits], tickets: Sequence[Ticket], inside: Group) -> list[Tensor]:
@@ -51,42 +56,47 @@ def gather_credits(hits: Sequence[Hits], tickets: Sequence[Ticket], inside: Grou
     return [read_RNH.flatten() for read_RNH in everyones_RXH.split(rows, dim=1)]
 
 
-def gather_candidates(candidates: Sequence[Candidates], shard: Shard, group: Group) -> tuple[int, Batch]:
-    """How many valid candidates all ranks offer, and those that the policy chooses. Collective."""
+def gather_candidates(candidates: Sequence[Candidates], shard: Shard, group: Group, inside: Group, *, first_id: int,
+                      step: int) -> tuple[int, Batch]:
+    """How many valid candidates all ranks offer, and those that the policy chooses, here where they belong. Collective.
+
+    What decides travels first, to every rank; so all know who gets which id, and vectors travel only to the ranks that
+    will hold them, one in each memory group.
+    """
     heads, _, head_dim = shard.value_HMD.shape
-    device = shard.key_HME.device
-    vector_E2HD, facts_E3 = entry.stack_candidates(candidates, heads=heads, head_dim=head_dim, dtype=shard.key_HME.dtype,
-                                                   device=device)
-    counts = group.all_gather_int(len(facts_E3), phase="writes", device=device)
-    # What decides travels first, so that the vectors of candidates that are not chosen never do.
-    facts_E3 = group.all_gather_rows(facts_E3, counts, phase="writes")
-    namespace_E, document_E, surprise_E = entry.unpack_facts(facts_E3)
-    chosen_E = entry.choose(surprise_E, shard.config)
-    chosen_parts = np.split(chosen_E, np.cumsum(counts)[:-1])
-    vector_E2HD = vector_E2HD[torch.from_numpy(chosen_parts[group.rank]).to(device)]
-    vector_E2HD = group.all_gather_rows(vector_E2HD, [int(one.sum()) for one in chosen_parts], phase="writes")
-    return len(chosen_E), Batch(vector_E2HD[:, 0], vector_E2HD[:, 1], namespace_E[chosen_E], document_E[chosen_E],
-                                entry.importance_of(surprise_E[chosen_E]))
+    config, device = shard.config, shard.device
+    vector_X2HD, facts_X3 = entry.stack_candidates(candidates, heads=heads, head_dim=head_dim, dtype=shard.value_HMD.dtype,
+                                                   device=device, max_norm=config.max_norm)
+    counts = group.all_gather_int(len(facts_X3), phase="writes", device=device)
+    facts = entry.unpack_facts(group.all_gather_rows(facts_X3, counts, phase="writes"))
+    chosen = np.flatnonzero(entry.choose(facts.surprise_E, config))
+    facts, offered = entry.Facts(*(column[chosen] for column in facts)), len(facts.surprise_E)
+    importance_E, id_E = entry.importance_of(facts.surprise_E), first_id + np.arange(len(chosen), dtype=np.int64)
+    accepted_E = entry.acceptable(facts.finite_E, facts.namespace_E, importance_E)
+
+    starts = np.cumsum([0, *counts])
+    from_E, place_E = np.searchsorted(starts, chosen, side="right") - 1, holder_of(id_E, config.virtual_shards, inside.size)
+    mine = [np.flatnonzero(accepted_E & (from_E == group.rank) & (place_E == rank)) for rank in range(inside.size)]
+    sent = np.concatenate(mine * (group.size // inside.size))
+    here = np.flatnonzero(accepted_E & (place_E == inside.rank))
+    rows = torch.from_numpy(chosen[sent] - starts[group.rank]).to(device)
+    vector_E2HD = group.all_to_all_rows(vector_X2HD[rows], [len(one) for one in mine] * (group.size // inside.size),
+                                        np.bincount(from_E[here], minlength=group.size).tolist(), phase="writes")
+    entries = entry.Entries(vector_E2HD[:, 0], vector_E2HD[:, 1], id_E[here], facts.namespace_E[here],
+                            facts.document_E[here], importance_E[here], np.full(len(here), step, np.int64))
+    return offered, Batch(np.where(accepted_E, id_E, -1), int((facts.long_E & accepted_E).sum()), entries)
 
 
 def batch_of(key_HED: Tensor, value_HED: Tensor, namespace_E: Tensor, importance_E: Tensor | None,
-             document_E: Tensor | None, shard: Shard) -> Batch:
+             document_E: Tensor | None, shard: Shard, *, first_id: int, step: int) -> Batch:
     """The batch of a direct write; ValueError for shapes that do not fit. See `LongTermMemory.write`."""
     (heads, _, head_dim), E = shard.value_HMD.shape, key_HED.shape[1]
     importance_E = torch.ones(E) if importance_E is None else importance_E
     document_E = torch.full((E,), entry.UNKNOWN) if document_E is None else document_E
     entry.check_batch(key_HED, value_HED, namespace_E, document_E, importance_E, heads=heads, head_dim=head_dim)
-    key_EHD, value_EHD = (part.detach().transpose(0, 1).to(shard.key_HME.device) for part in (key_HED, value_HED))
+    key_EHD, value_EHD = (part.detach().transpose(0, 1).to(shard.device) for part in (key_HED, value_HED))
     names_E, documents_E = (column_E.cpu().long().numpy() for column_E in (namespace_E, document_E))
-    return Batch(key_EHD, value_EHD, names_E, documents_E, importance_E.cpu().float().numpy())
-
-
-def store(batch: Batch, shard: Shard, *, first_id: int, step: int) -> tuple[np.ndarray, int]:
-    """Assigns ids from `first_id`, rejects, clips and writes; ids with -1 where rejected, and how many were clipped."""
-    entries, accepted_E, clipped = entry.admit(batch.key_EHD, batch.value_EHD, batch.namespace_E, batch.importance_E,
-                                               document_E=batch.document_E, step=step, first_id=first_id,
+    entries, accepted_E, clipped = entry.admit(key_EHD, value_EHD, names_E, importance_E.cpu().float().numpy(),
+                                               document_E=documents_E, step=step, first_id=first_id,
                                                max_norm=shard.config.max_norm)
-    shard.write(entries)
-    id_E = np.full(len(accepted_E), -1, np.int64)
-    id_E[accepted_E] = entries.id_E
-    return id_E, clipped
+    return Batch(np.where(accepted_E, first_id + np.arange(E), -1), clipped, entries)

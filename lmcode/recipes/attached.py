@@ -37,6 +37,14 @@ from lmcode.recipes.recipe import LayerCall, Left, Pass, Recipe
 from lmcode.saved import pretrained
 
 
+def count_parameters(config: LMCODEConfig) -> tuple[int, int]:
+    """Weights of the backbone and of the recipe that the settings name, from the backbone's config.json alone."""
+    with torch.device("meta"):
+        model = foreign.blank(config.backbone)
+        recipe = recipe_of(config.recipe)(Anatomy(model), config, options_of(config.recipe, config.recipe_options))
+        return tuple(sum(p.numel() for p in one.parameters()) for one in (model, recipe))
+
+
 class Attached(Backbone):
     """A causal language model of transformers' that reads and offers to the banks of some of its layers.
 
@@ -85,6 +93,13 @@ class Attached(Backbone):
     def memory_shapes(cls, config: LMCODEConfig) -> dict[int, EntryShape]:
         return {layer: EntryShape(config.memory_heads, config.memory_head_dim, config.memory_head_dim)
                 for layer in config.memory_layer_indices}
+
+    @property
+    def offers_by_token(self) -> bool:
+        return self.recipe.offers_by_token
+
+    def learned_numbers(self, layer: int) -> tuple[list[float], list[float], list[float]]:
+        return self.recipe.learned_numbers(layer)
 
     def identity(self) -> dict[str, Any]:
         return {"backbone": self.config.backbone, "recipe": self.config.recipe,

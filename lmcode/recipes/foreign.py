@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -57,6 +57,11 @@ def load(folder: str, *, dtype: torch.dtype = torch.float32) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"the backbone '{folder}' cannot be read: {' '.join(str(error).split())[:200]}") from None
+
+
+def blank(folder: str) -> Any:
+    """A model of the shape of the one in a folder, its weights drawn at random (or none, on the device meta)."""
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
 
 
 def is_model(model: Any) -> bool:

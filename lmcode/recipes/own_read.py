@@ -40,6 +40,7 @@ class OwnRead(recipe.Recipe):
     """A norm and a `LongTermRead` for each memory layer."""
 
     changes_layers = True
+    offers_by_token = True
 
     def __init__(self, anatomy: Anatomy, config: LMCODEConfig, options: Any) -> None:
         super().__init__(anatomy, config, options)
@@ -80,6 +81,11 @@ class OwnRead(recipe.Recipe):
         if candidates is None:
             raise ValueError(f"layer {layer} has not read its memory in this pass")
         return candidates._replace(surprise_N=known_BT.flatten())
+
+    def learned_numbers(self, layer: int) -> tuple[list[float], list[float], list[float]]:
+        read: Any = self.reads[str(layer)]
+        return (read.log_temperature_H.detach().exp().tolist(), read.retrieved_bias_H.detach().tolist(),
+                read.null_logit_H.detach().tolist())
 
     def blank_state(self, num_streams: int, device: torch.device | None) -> tuple[Tensor, ...]:
         key_BHD = torch.zeros(num_streams, self.config.memory_heads, self.config.memory_head_dim, device=device)

@@ -8,6 +8,7 @@ searching over ranks, commits, checkpoints, deletion, is the product's. A recipe
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -89,12 +90,14 @@ class Recipe(nn.Module, ABC):
         joins_attention: whether `recall` is asked in the memory layers.
         changes_layers: whether `after_layer` is.
         changes_model: whether `after_model` is.
+        offers_by_token: whether candidates are one for each token of the window.
     """
 
     Options: ClassVar[type[Options]] = Options
     joins_attention: ClassVar[bool] = False
     changes_layers: ClassVar[bool] = False
     changes_model: ClassVar[bool] = False
+    offers_by_token: ClassVar[bool] = False
 
     def __init__(self, anatomy: Anatomy, config: LMCODEConfig, options: Any) -> None:
         super().__init__()
@@ -141,6 +144,11 @@ class Recipe(nn.Module, ABC):
         Args:
             known_BT: fp32, the surprise of each token of this window, nats; 0 where unknown.
         """
+
+    def learned_numbers(self, layer: int) -> tuple[list[float], list[float], list[float]]:
+        """See `Backbone.learned_numbers`; a recipe that learns none has its constants, NaN where there is no null slot."""
+        heads = self.config.memory_heads
+        return [1.0] * heads, [self.config.memory_bias] * heads, [math.nan] * heads
 
     def blank_state(self, num_streams: int, device: torch.device | None) -> tuple[Tensor, ...]:
         """What this recipe's streams carry before they start, tensors [B, ...]."""

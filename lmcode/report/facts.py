@@ -101,7 +101,8 @@ def gather(model: Backbone, sequences: Sequence[Sequence[int]], *, title: str, n
                                  names=None if names is None else [names[one] for one in chosen],
                                  tokenizer=tokenizer_of(model, tokenizer))
         stored = up_to(sequences, CAPACITY_TOKENS)
-        if max(map(len, stored)) >= model.config.retrieval_stride + 2:  # the shortest text that has an item
+        shortest = model.config.retrieval_stride + 2  # of a text that has an item
+        if model.offers_by_token and max(map(len, stored)) >= shortest:
             capacity = analyze_memory_capacity(model, stored)
     return ReportFacts(title, step, ranks, efficiency, banks, reading, capacity, curves or {}, settings or {},
                        experience_facts(model), tuple(notes))
@@ -137,8 +138,7 @@ def experience_facts(model: Backbone) -> ExperienceFacts | None:
 def bank_facts(model: Backbone, layer: int, efficiency: dict[str, Any], step: int | None, ranks: int) -> BankFacts:
     """The facts of one bank. A collective."""
     bank = model.banks[layer]
-    temperature_H, bias_H, null_H = (model.get_parameter(f"layers.{layer}.long_term_read.{name}").detach()
-                                     for name in ("log_temperature_H", "retrieved_bias_H", "null_logit_H"))
+    temperature_H, bias_H, null_H = model.learned_numbers(layer)
     columns, shards = entry_columns(bank), bank.config.virtual_shards
     names = {namespace_number(one): str(one) for one in model.experiences.namespaces()} if model.has_experiences else {}
     now = step if step is not None else int(columns["step"].max(initial=0))
@@ -148,8 +148,7 @@ def bank_facts(model: Backbone, layer: int, efficiency: dict[str, Any], step: in
         received_E=attention_received(columns), importance_E=columns["importance"], shard_live_S=live_S.tolist(),
         shard_slots_S=[capacity_of(shard, bank.slots, shards) for shard in range(shards)],
         shard_rank_S=rank_of(np.arange(shards), ranks).tolist(), namespaces=largest_namespaces(columns, names),
-        most_read=most_read(columns, now, names), temperature_H=temperature_H.exp().tolist(),
-        bias_H=bias_H.tolist(), null_H=null_H.tolist())
+        most_read=most_read(columns, now, names), temperature_H=temperature_H, bias_H=bias_H, null_H=null_H)
 
 
 def largest_namespaces(columns: Mapping[str, np.ndarray], names: Mapping[int, str]) -> list[tuple[str, int]]:

@@ -15,6 +15,7 @@ from lmcode.memories.experiences import Namespace, namespace_number
 from lmcode.memory.bank import LongTermMemory
 from lmcode.protocol import Hits, InTwoSteps, NullRetriever, Retriever
 from lmcode.report.analysis import quietly
+from lmcode.report.reading import by_token
 from lmcode.report.sequences import as_text, device_of, token_sequences, tokenizer_of
 
 
@@ -86,4 +87,5 @@ def memory_flow(model: Backbone, input_sequence: Any, *, namespace: Namespace | 
 
 
 def _per_token(share_LHN: Sequence[Tensor], stride: int, length: int) -> np.ndarray:
-    return np.stack([one.float().mean(0).cpu().numpy().repeat(stride)[:length] for one in share_LHN])
+    asked = -(-length // stride)
+    return np.stack([by_token(one.float(), asked).mean((0, 2)).cpu().numpy().repeat(stride)[:length] for one in share_LHN])

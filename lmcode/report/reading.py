@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lmcode.backbone import Backbone, token_losses
 from lmcode.data.corpus import Documents
@@ -162,7 +163,7 @@ class _Reader:
         place_E = place_BT.reshape(-1, 2)[valid_N][chosen_E]
         # Hits are not booked: with all ranks reading the same text, each would count once per rank.
         fork.commit([only_once(candidates, fork)], [], step=step)
-        for number, (document, token) in enumerate(place_E.tolist()):
+        for number, (document, token) in enumerate(place_E.tolist() if self.model.offers_by_token else []):
             self.origin[layer][first + number] = Place(document, token - self.model.config.successor_values)
 
     def result(self, tokenizer: Tokenizer | None) -> Reading:
@@ -209,10 +210,17 @@ def asked(memory: LayerMemory, place_BT: np.ndarray, valid_BT: np.ndarray, strid
     asks_G = np.arange(-(-T // stride)) * stride - int(stride > 1)  # -1 is before the first chunk: nobody asks
     place_NT = place_BT[:, asks_G].reshape(-1, 2)
     kept_N = (valid_BT[:, asks_G] & (asks_G >= 0)).reshape(-1)
-    share_HQ, null_share_HQ = (part.float().cpu().numpy()[:, kept_N] for part in (memory.share_HN, memory.null_share_HN))
-    return Asked(place_NT[kept_N], memory.hits.score_HNK.cpu().numpy()[:, kept_N],
-                 memory.hits.id_HNK.cpu().numpy()[:, kept_N], share_HQ, null_share_HQ,
+    share_HQ, null_share_HQ = (by_token(part, len(kept_N)).mean(-1).cpu().numpy()[:, kept_N]
+                               for part in (memory.share_HN.float(), memory.null_share_HN.float()))
+    score_HQK, id_HQK = (by_token(part, len(kept_N))[:, :, 0].cpu().numpy()[:, kept_N] for part in memory.hits[:2])
+    return Asked(place_NT[kept_N], score_HQK, id_HQK, share_HQ, null_share_HQ,
                  memory.gate_BT.cpu().numpy()[valid_BT])
+
+
+def by_token(part_HN: Tensor, tokens: int) -> Tensor:
+    """What was asked, [H, N, ...], as [H, tokens, G, ...], where G query heads of a token share a memory head."""
+    asked_HTG: Tensor = part_HN.unflatten(1, (tokens, -1))
+    return asked_HTG
 
 
 def summary(one: Asked, origin: dict[int, Place], documents: Documents) -> LayerReading:

@@ -71,7 +71,7 @@ def report_path(path: Path, overrides: list[str], *, out: Path | None = None) ->
     group = Group.world()
     opened = open_model(path, overrides, group=group, device=dist.device())
     model, config, step, run = opened.model, opened.config, opened.step, opened.place.run
-    saved_model = opened.place.kind is Kind.SAVED_MODEL
+    saved_model = opened.place.kind in (Kind.SAVED_MODEL, Kind.HUGGING_FACE)
     ranks = config.memory.ranks_per_group(1 if saved_model else durable.read_manifest(opened.folder).facts.world_size)
     folder = opened.place.path if run is None else run
     sequences, names, notes = held_out_text(opened)

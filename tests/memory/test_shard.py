@@ -21,6 +21,7 @@ from lmcode.memory.entry import (
     choose,
     clip_norm,
     importance_of,
+    inspect,
     stack_candidates,
     unpack_facts,
 )
@@ -86,7 +87,8 @@ def test_unacceptable_rows() -> None:
     namespace, importance = np.zeros(8, np.int64), np.ones(8, np.float32)
     namespace[3] = -1
     importance[4:7] = np.nan, 0.0, np.inf
-    assert acceptable(key, value, namespace, importance).tolist() == [False] * 7 + [True]
+    finite = inspect(key, value, 100.0).finite_E.numpy()
+    assert acceptable(finite, namespace, importance).tolist() == [False] * 7 + [True]
 
 
 def test_clipping_keeps_direction_even_where_squares_overflow() -> None:
@@ -102,11 +104,14 @@ def test_candidates_travel_unchanged() -> None:
     valid = torch.tensor([True, False, True])
     one = Candidates(torch.randn(H, 3, D), torch.randn(H, 3, D), torch.tensor([2**60 + 1, 5, 7]),
                      torch.tensor([0.1, 0.2, float("nan")]), valid, torch.tensor([2**62 + 1, 3, -1]))
+    one.value_HND[0, 2, 1] = torch.inf
     unknown = one._replace(document_N=None)
-    vector, facts = stack_candidates([one, unknown], heads=H, head_dim=D, dtype=torch.float32, device=torch.device("cpu"))
-    namespace, document, surprise = unpack_facts(facts)
-    assert namespace.tolist() == [2**60 + 1, 7] * 2 and document.tolist() == [2**62 + 1, -1, -1, -1]
-    np.testing.assert_array_equal(surprise, np.array([0.1, np.nan] * 2, np.float32))
+    vector, facts = stack_candidates([one, unknown], heads=H, head_dim=D, dtype=torch.float32, device=torch.device("cpu"),
+                                     max_norm=100.0)
+    facts = unpack_facts(facts)
+    assert facts.namespace_E.tolist() == [2**60 + 1, 7] * 2 and facts.document_E.tolist() == [2**62 + 1, -1, -1, -1]
+    np.testing.assert_array_equal(facts.surprise_E, np.array([0.1, np.nan] * 2, np.float32))
+    assert facts.finite_E.tolist() == [True, False] * 2 and not facts.long_E.any()
     assert torch.equal(vector[:2, 0], one.key_HND[:, valid].transpose(0, 1))
     assert torch.equal(vector[2:, 1], one.value_HND[:, valid].transpose(0, 1))
 
@@ -160,8 +165,7 @@ def test_index_by_namespace_follows_every_change() -> None:
     shard, rng = make_shard(slots=60), np.random.default_rng(0)
     for round_ in range(30):
         fill(shard, 7, first_id=7 * round_, namespaces=5)
-        shard.slots_by_namespace()
-        shard.delete(rng.random(60) < 0.1)
+        shard.delete(np.flatnonzero(rng.random(60) < 0.1))
         for names in ([0], [4], [1, 3], [9], [9, 2]):
             slots = shard.slots_of(np.array(names))
             live = shard.live_M
@@ -175,8 +179,8 @@ def test_a_deleted_slot_keeps_nothing() -> None:
     shard = make_shard()
     fill(shard, 30)
     mask = np.isin(shard.columns["id"], [3, 4, 5, 999])
-    assert shard.delete(mask) == mask.sum() == 3
-    assert shard.delete(mask) == 0
+    assert shard.delete(np.flatnonzero(mask)) == mask.sum() == 3
+    assert shard.delete(np.flatnonzero(mask)) == 0
     assert shard.key_HME[:, mask, :-1].eq(0).all() and shard.value_HMD[:, mask].eq(0).all()
     assert shard.key_HME[:, mask, -1].eq(NO_SCORE).all()
     for name in METADATA:
@@ -187,30 +191,30 @@ def test_a_hit_raises_importance_and_may_earn_a_chance() -> None:
     shard = make_shard(importance_growth=0.5, second_chance_importance=2.0)
     fill(shard, 8)
     slots = np.flatnonzero(shard.live_M)[:4]
-    hit, mass = np.zeros(shard.num_slots, bool), np.zeros(shard.num_slots, np.int64)
-    hit[slots] = True
-    mass[slots] = np.array([0, 1, 2, 1000]) * MASS_UNIT
-    shard.touch(hit, mass, step=7)
+    mass = np.array([0, 1, 2, 1000]) * MASS_UNIT
+    shard.touch(slots, mass, step=7)
     columns = shard.columns
     assert columns["importance"][slots].tolist() == [1.0, 1.5, 2.0, MAX_IMPORTANCE]
     assert columns["chance"][slots].tolist() == [False, False, True, True]
-    assert columns["hit_mass"][slots].tolist() == mass[slots].tolist()
+    assert columns["hit_mass"][slots].tolist() == mass.tolist()
     assert (columns["last_hit"] == 7).sum() == 4
     assert torch.allclose(shard.key_HME[0, slots, -1], torch.tensor([1.0, 1.5, 2.0, MAX_IMPORTANCE]).log())
-    columns["chance"][slots] = False
-    shard.touch(hit, mass, step=8)  # crossed before: no second second chance
+    shard.ledger.update(slots, {"chance": False})
+    shard.touch(slots, mass, step=8)  # crossed before: no second second chance
     assert columns["chance"][slots].tolist() == [False, True, False, False]
 
 
 def test_mass_is_weight_times_credit_counted_in_integers_over_all_heads() -> None:
     shard = make_shard()
     ticket, credit = make_ticket(shard, [[(0, 3), (0, 5)], [(1, 3)], [], [(0, 3)]]), torch.tensor([0.3, 2.5, 0.7, 0.0])
-    mass = shard.count_mass(ticket, credit)
+    slots, mass = shard.count_hits([ticket], [credit])
     units = [round(weight * share * MASS_UNIT) for weight, share in
              zip(ticket.weight_W.tolist(), credit[[0, 0, 1, 3]].tolist(), strict=True)]
     assert mass.dtype == np.int64
-    assert mass[3] == units[0] + units[2] + units[3] and mass[5] == units[1]
-    assert mass.sum() == sum(units)
+    assert slots.tolist() == [3, 5] and mass.tolist() == [units[0] + units[2] + units[3], units[1]]
+    twice = shard.count_hits([ticket, ticket], [credit, credit])
+    assert twice[0].tolist() == [3, 5] and twice[1].tolist() == (2 * mass).tolist()
+    assert [len(part) for part in shard.count_hits([], [])] == [0, 0]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

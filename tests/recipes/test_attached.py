@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import lmcode
-from lmcode import ConfigError
+from lmcode import ConfigError, estimate
 from lmcode.config import RECIPES
 from lmcode.dist import Group
 from lmcode.opening import open_model
+from lmcode.presets import load_run_config
 from lmcode.recipes import foreign
 from lmcode.recipes.attached import Attached
+from lmcode.report.facts import gather
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.recipe_models import FAMILIES, OPTIONS, attached, plain, read, tokens
 
@@ -183,6 +185,25 @@ def test_other_models_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**content, "model_type": "bert"}))
     with pytest.raises(ConfigError, match="got 'bert'"):
         open_model(tmp_path, ["model.recipe=camelot"])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_an_estimate_counts_a_backbone_by_its_config(recipe: str, tmp_path: Path) -> None:
+    plain("llama").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    settings = [f"model.backbone={tmp_path}", f"model.recipe={recipe}", "train.sequence_length=32"]
+    model = attached("llama", recipe).lmcode
+    config = load_run_config(None, settings)
+    assert estimate.count_parameters(config) == sum(p.numel() for p in model.parameters())
+    assert estimate.count_trained(config) == sum(p.numel() for _, p in model.kept_parameters())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_report_shows_what_was_read(recipe: str) -> None:
+    texts = [row.tolist() for row in tokens(2, 60)]
+    facts = gather(attached("llama", recipe).lmcode, texts, title="", length=16)
+    assert facts.reading is not None and {*facts.reading.layers} == {one.layer for one in facts.banks}
+    assert all(0 < one.hit_share < 1 for one in facts.reading.layers.values())
 
 
 def _read_together(recipe: str, group: Group) -> tuple[list[float], torch.Tensor]:
