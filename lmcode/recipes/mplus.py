@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from lmcode.config import ConfigError, LMCODEConfig
 from lmcode.model.long_term import merge_partials
 from lmcode.precision import without_autocast
-from lmcode.protocol import NO_SCORE, Candidates, NullRetriever
+from lmcode.protocol import NO_SCORE, Candidates, Hits, NullRetriever
 from lmcode.recipes import recipe
 from lmcode.recipes.anatomy import Anatomy
 from lmcode.recipes.carried import pick
@@ -111,17 +111,12 @@ class MPlus(recipe.Recipe):
 
     def _attend_bank(self, layer: int, query_BQTD: Tensor, placed_BQTD: Tensor, current: Pass) -> tuple[Tensor, Tensor]:
         """Softmax over each token's hits, which lie before the pool in the order of their ids: value and log-sum-exp."""
-        tape, retriever, (B, _, T, D) = current.tape(layer), current.retrievers[layer], query_BQTD.shape
-        if tape.hits is None:
-            query_HND = queries_of(self._asked(layer, query_BQTD.detach()), self.config.memory_heads)
-            namespace_N = per_query(current.namespace_B[:, None].expand(B, T).where(current.valid_BT, -1), 1)
-            document_N = None if current.document_B is None else per_query(current.document_B[:, None].expand(B, T), 1)
-            tape.record(hits=retriever.search(F.pad(query_HND.detach(), (0, D)), namespace_N, document_N))
-        assert tape.hits is not None
+        retriever, (B, _, T, D) = current.retrievers[layer], query_BQTD.shape
+        hits = self._hits(layer, query_BQTD, current)
         if isinstance(retriever, NullRetriever):
             return torch.zeros_like(placed_BQTD), placed_BQTD.new_full(placed_BQTD.shape[:3], NO_SCORE)
-        id_HNK, order_HNK = tape.hits.id_HNK.sort(dim=-1, stable=True)  # no hit is -1 and comes first: farthest away
-        entry_HNKX = retriever.fetch(tape.hits)[1]
+        id_HNK, order_HNK = hits.id_HNK.sort(dim=-1, stable=True)  # no hit is -1 and comes first: farthest away
+        entry_HNKX = retriever.fetch(hits)[1]
         entry_HNKX = entry_HNKX.gather(2, order_HNK[..., None].expand_as(entry_HNKX))
         key_BHTKD, value_BHTKD = entry_HNKX.unflatten(1, (B, T)).transpose(0, 1).float().split(D, dim=-1)
         K = key_BHTKD.shape[3]
@@ -134,6 +129,18 @@ class MPlus(recipe.Recipe):
         value_BHGTD = torch.einsum("bhgtk,bhtkd->bhgtd", score_BHGTK.softmax(-1), value_BHTKD)
         lse_BHGT = score_BHGTK.logsumexp(-1).where(valid_BHTK[..., -1].unsqueeze(2), NO_SCORE)
         return value_BHGTD.flatten(1, 2), lse_BHGT.flatten(1, 2)
+
+    @torch.no_grad()
+    def _hits(self, layer: int, query_BQTD: Tensor, current: Pass) -> Hits:
+        """What the retriever finds for each token and key-value head, N = B * T; it is asked once in a pass."""
+        tape, (B, _, T, D) = current.tape(layer), query_BQTD.shape
+        if tape.hits is None:
+            query_HND = queries_of(self._asked(layer, query_BQTD), self.config.memory_heads)
+            namespace_N = per_query(current.namespace_B[:, None].expand(B, T).where(current.valid_BT, -1), 1)
+            document_N = None if current.document_B is None else per_query(current.document_B[:, None].expand(B, T), 1)
+            tape.record(hits=current.retrievers[layer].search(F.pad(query_HND, (0, D)), namespace_N, document_N))
+        assert tape.hits is not None
+        return tape.hits
 
     def _asked(self, layer: int, query_BQTD: Tensor) -> Tensor:
         """The retriever's queries, one for each token and key-value head: [B, H, T, D]."""
