@@ -110,13 +110,16 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=24, help="tokens of a later text")
     parser.add_argument("--bias", type=float, default=-2.0, help="model.memory_bias")
     parser.add_argument("--distance", type=int, default=256)
+    parser.add_argument("--layers", choices=("upper", "all"), default="upper", help="which have a memory")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     filler_N = torch.tensor(tokenizer(args.book.read_text(encoding="utf-8")[:400_000])["input_ids"])
     for seed in range(args.seeds):
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-        attach(model, "mplus", pool=args.pool, compressed=args.compressed, sinks=4, cache=0, distance=args.distance,
-               memory_bias=args.bias, memory={"virtual_shards": 1}, long_term_memory_slots=16384)
+        layers = model.config.num_hidden_layers
+        attach(model, "mplus", memory_layers=tuple(range(layers // 2 if args.layers == "upper" else 0, layers)),
+               pool=args.pool, compressed=args.compressed, sinks=4, cache=0, distance=args.distance, memory_bias=args.bias,
+               memory={"virtual_shards": 1}, long_term_memory_slots=16384)
         model.lmcode.eval()
         measure(model, tokenizer, filler_N, seed=seed, marks=args.marks, text=args.text)
 
