@@ -165,6 +165,8 @@ class MemoryConfig(Section):
                                      "softmax of one token and head")
     consolidation_threshold: float = Field(0.1, gt=0.0, le=2.0, description="cosine distance below which entries of a "
                                            "namespace merge, every train.memory_consolidation_interval steps")
+    merge_above: float | None = Field(None, gt=0.0, lt=1.0, description="mean cosine of keys above which a newcomer joins "
+                                      "the nearest entry of its text instead of taking a slot; null: none does")
     max_norm: float = Field(100.0, gt=0.0, description="longer values are scaled down to this length")
     experience_slots: int = Field(16384, ge=1, description="experiences that a model holds over all ranks")
     recall_queries: int = Field(64, ge=0, description="queries per logged step that are checked against exact search")

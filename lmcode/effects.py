@@ -68,7 +68,8 @@ RULES = (
     Rule(_in("model", "memory_top_k memory_bias")
          + _in("memory", "virtual_shards group_size dtype tier fetch exchange scope write write_every write_share "
                          "value_store value_folder eviction "
-                         "second_chance_importance importance_weight importance_growth consolidation_threshold max_norm "
+                         "second_chance_importance importance_weight importance_growth consolidation_threshold merge_above "
+                         "max_norm "
                          "experience_slots recall_queries")
          + _in("train", "memory_consolidation_interval") + _in("eval", "slots"), _has_bank,
          "a bank: model.long_term_memory_slots above 0 and a layer in model.memory_layers"),

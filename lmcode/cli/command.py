@@ -189,14 +189,22 @@ def _add_train(commands: Any) -> None:
 def _add_eval(commands: Any) -> None:
     parser = _command(
         commands, "eval", evaluate, overrides=True, help="held-out loss of a run, with the memory on and its controls",
-        usage="lmcode eval RUN [--recipe NAME] [--windows N] [--task NAME] [--json] [section.key=value ...]",
+        usage="lmcode eval RUN [--recipe NAME] [--windows N] [--task NAME] [--json] [section.key=value ...]\n"
+              "       lmcode eval --suite NAME [--trial NAME] [--seed N] [--books PATH] [--out FOLDER] [--json]",
         examples="  lmcode eval runs/books\n  lmcode eval runs/books --windows 16 eval.slots=4096\n"
-                 "  lmcode eval models/smollm2 --recipe camelot data.path=books/")
-    parser.add_argument("path", metavar="RUN", type=Path, help="a run folder, or one checkpoint in it")
+                 "  lmcode eval models/smollm2 --recipe camelot data.path=books/\n"
+                 "  lmcode eval --suite smoke --out runs/smoke")
+    parser.add_argument("path", metavar="RUN", type=Path, nargs="?", help="a run folder, or one checkpoint in it")
     _add_recipe(parser)
     parser.add_argument("--windows", metavar="N", type=_number(int, lowest=1),
                         help="windows that each held-out stream reads; short for eval.final_windows=N")
     parser.add_argument("--task", metavar="NAME", help="ask it the cases of a task instead ('recall': a value by its key)")
+    parser.add_argument("--suite", metavar="NAME", help="train small models for tasks and ask them, beside their controls: "
+                                                        "'smoke' or 'small'")
+    parser.add_argument("--trial", metavar="NAME", action="append", default=[], help="only this trial of the suite")
+    parser.add_argument("--seed", metavar="N", type=_number(int, lowest=0), action="append", help="only this seed")
+    parser.add_argument("--books", metavar="PATH", type=Path, help="prose for the suite 'small', which has none of its own")
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="where results.json, results.md and index.html go")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -328,6 +336,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from lmcode import dist
     from lmcode.eval.run import ask_path, evaluate_path
 
+    if arguments.suite is not None:
+        return run_suite(arguments)
+    if arguments.path is None:
+        raise ConfigError("give a RUN to evaluate, or --suite NAME")
     windows = [] if arguments.windows is None else [f"eval.final_windows={arguments.windows}"]
     settings = [*_recipe(arguments), *arguments.overrides]
     with dist.running() as me:
@@ -337,6 +349,24 @@ def evaluate(arguments: argparse.Namespace) -> int:
             report = ask_path(arguments.path, arguments.task, settings, as_json=arguments.json)
     if me.rank == 0:
         print(report)
+    return DONE
+
+
+def run_suite(arguments: argparse.Namespace) -> int:
+    """`lmcode eval --suite`."""
+    from lmcode.dist import discover
+    from lmcode.eval import suite
+    from lmcode.report.suite import write_suite
+
+    if [arguments.path, arguments.task, arguments.windows, arguments.recipe] != [None] * 4 or arguments.overrides:
+        raise ConfigError("a suite trains its own models: --suite takes no run, task, windows, recipe or settings")
+    if discover().world_size > 1:
+        raise ConfigError("a suite trains its models on one process: start it without a launcher")
+    result = suite.run_suite(arguments.suite, only=arguments.trial, seeds=arguments.seed, books=arguments.books,
+                             say=lambda line: print(line, file=sys.stderr, flush=True))
+    if arguments.out is not None:
+        write_suite(result, arguments.out)
+    print(json.dumps(result) if arguments.json else suite.to_markdown(result))
     return DONE
 
 

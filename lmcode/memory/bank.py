@@ -19,6 +19,7 @@ from torch import Tensor
 from lmcode.config import ConfigError, MemoryConfig
 from lmcode.dist import Group
 from lmcode.memory import entry, measure
+from lmcode.memory.joining import join_nearest
 from lmcode.memory.placement import shards_of
 from lmcode.memory.read import SCOPES, Reader, check_search, turned
 from lmcode.memory.rounds import consolidate_shards
@@ -191,7 +192,11 @@ class LongTermMemory:
                                                      first_id=self.next_id, step=step)))
 
     def _store(self, batch: Batch) -> np.ndarray:
-        self.shard.write(batch.entries)
+        entries = batch.entries
+        if self.config.merge_above is not None:
+            entries = join_nearest(entries, self.shard, self.inside, above=self.config.merge_above,
+                                   tier=self._tiers["global"])
+        self.shard.write(entries)
         self.next_id += len(batch.id_E)
         self.rejected += int((batch.id_E < 0).sum())
         self.clipped += batch.clipped

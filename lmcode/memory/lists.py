@@ -55,7 +55,7 @@ class SlotList:
         """Drops stale items if there are too many, given the column of ids and how many items hold."""
         if self._length > (1 + STALE) * live + SPARE:
             slot_P = self.slots(id_M)
-            self.__init__(id_M[slot_P], slot_P)  # type: ignore[misc]
+            self._item_2P, self._length = np.stack([id_M[slot_P], slot_P]), len(slot_P)
 
 
 class Lists:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from lmcode.eval.tasks.needles import Needles
 from lmcode.eval.tasks.recall import KeyValueRecall
+from lmcode.eval.tasks.shared import SharedFacts
 from lmcode.eval.tasks.task import Task
 
-TASKS: dict[str, Task] = {"recall": KeyValueRecall()}
+TASKS: dict[str, Task] = {"recall": KeyValueRecall(), "last-value": KeyValueRecall(questions=16, again=16),
+                          "needles": Needles(), "shared": SharedFacts(facts=64)}

@@ -1,7 +1,7 @@
-"""Key-value recall: pairs of random tokens, a stretch of others, and one of the keys again (Arora et al. 2023, "Zoology").
+"""Key-value recall: pairs of random tokens, a stretch of others, and the keys again (MQAR; Arora et al. 2023, "Zoology").
 
-With a stretch that is longer than a window, nothing but memory can know the answer; by chance it is right in one case of
-as many as there are ids.
+With a stretch that is longer than a window, nothing but memory can know the answers; by chance one is right in as many cases
+as there are ids. Where keys are given a second value, the last one is right.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from lmcode.eval.tasks.task import Answer, Case, exact
 
 @dataclass(frozen=True)
 class KeyValueRecall:
-    """How many cases, how many pairs each has, and how many tokens lie between the pairs and the question."""
+    """How many cases, how many pairs each has, how many tokens lie between the pairs and the questions, how many of the keys
+    are asked for, how many are given another value after all have one, and how many pairs are read twice."""
 
     count: int = 64
     pairs: int = 16
     between: int = 256
+    questions: int = 1
+    again: int = 0
+    rehearsed: int = 0
 
     def cases(self, seed: int, *, vocab_size: int) -> list[Case]:
         """Keys, values and what lies between are of three different parts of the vocabulary.
@@ -34,11 +38,14 @@ class KeyValueRecall:
 
     def _case(self, draw: random.Random, third: int) -> Case:
         keys = draw.sample(range(third), self.pairs)
-        values = [draw.randrange(third, 2 * third) for _ in keys]
-        asked = draw.randrange(self.pairs)
-        pairs = [token for pair in zip(keys, values, strict=True) for token in pair]
+        given = [(key, draw.randrange(third, 2 * third)) for key in [*keys, *draw.sample(keys, self.again)]]
+        last = dict(given)
+        # Asked are those with a second value, if there are any.
+        asked = draw.sample([key for key, _ in given[self.pairs:]] or keys, min(self.questions, self.again or self.pairs))
         between = [draw.randrange(2 * third, 3 * third) for _ in range(self.between)]
-        return Case((*pairs, *between), (keys[asked],), (values[asked],))
+        first, *more = [((key,), (last[key],)) for key in asked]
+        read = [*given, *draw.sample(given, self.rehearsed)]
+        return Case((*(token for pair in read for token in pair), *between), *first, tuple(more))
 
     def metric(self, case: Case, answer: Answer) -> float:
         return exact(case, answer)

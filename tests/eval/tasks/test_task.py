@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from lmcode.eval.reading import MODES
+from lmcode.eval.reading import MODES, Reading
+from lmcode.eval.tasks.needles import Needles
 from lmcode.eval.tasks.recall import KeyValueRecall
-from lmcode.eval.tasks.task import Answer, Case, Task, exact, run_task
+from lmcode.eval.tasks.shared import SharedFacts
+from lmcode.eval.tasks.task import Answer, Case, Task, documents_of, exact, read_all, run_task
 from tests.helpers.models import model_with
 
 
@@ -60,3 +62,85 @@ def test_recall_asks_for_the_value_that_followed_the_key() -> None:
         assert exact(case, Answer(case.reference, (0.0,))) == 1.0 and exact(case, Answer((0,), (0.0,))) == 0.0
     with pytest.raises(ValueError, match="16 keys need a vocabulary of 48 ids: got 40"):
         task.cases(0, vocab_size=40)
+
+
+class Several(Echo):
+    """Several questions of one case, each answered by the tokens that were asked for it."""
+
+    def cases(self, seed: int, *, vocab_size: int) -> list[Case]:
+        return [Case(tuple(range(number)), (9,), (9, 9), (((7, 8), (8,)), ((3,), (3, 3, 3)))) for number in range(7)]
+
+
+@pytest.mark.parametrize("length", [3, 4, 16])
+def test_every_question_of_a_case_is_answered_at_its_place(length: int) -> None:
+    result = run_task(repeating(True), Several(), length=length)
+    assert (result.score, result.cases) == (1.0, 7) and run_task(repeating(False), Several(), length=length).score == 0.0
+    for case in Several().cases(0, vocab_size=257):
+        tokens = case.tokens()
+        assert [tuple(tokens[place] for place in span) for span in case.spans()] == [one for _, one in case.asked()]
+
+
+def test_lessons_count_answers_and_nothing_else() -> None:
+    cases = KeyValueRecall(count=4, pairs=5, between=3, questions=5).cases(0, vocab_size=90)
+    documents = documents_of(cases)
+    for number, case in enumerate(cases):
+        place = slice(*documents.offsets[number:number + 2].tolist())
+        assert documents.tokens[place].tolist() == case.tokens()
+        counted = documents.tokens[place][documents.counted[place] == 1].tolist()
+        assert counted == [token for _, answer in case.asked() for token in answer]
+
+
+def test_the_last_value_of_a_key_is_right() -> None:
+    for case in KeyValueRecall(count=6, pairs=8, between=0, questions=8, again=5).cases(1, vocab_size=300):
+        assert len(case.asked()) == 5, "only keys with two values are asked for"
+        for (key,), (value,) in case.asked():
+            places = [place for place in range(0, len(case.context), 2) if case.context[place] == key]
+            assert len(places) == 2 and case.context[places[-1] + 1] == value
+
+
+def test_needles_stand_once_in_the_text_at_their_depth() -> None:
+    task = Needles(count=5, needles=3, length=200, width=2, depth=0.25)
+    cases = task.cases(0, vocab_size=64)
+    assert cases == task.cases(0, vocab_size=64) != task.cases(1, vocab_size=64)
+    for case in cases:
+        assert len(case.context) == 200 + 3 * 4 and len(case.asked()) == 3
+        assert all(token >= 32 for token in case.context[50:62]) and all(token < 32 for token in case.context[:50])
+        for question, answer in case.asked():
+            needle, context = question + answer, case.context
+            assert any(context[at:at + 4] == needle for at in range(50, 60, 4))
+    anywhere = Needles(count=20, needles=2, length=100, width=2).cases(0, vocab_size=64)
+    assert len({next(at for at, token in enumerate(case.context) if token >= 32) for case in anywhere}) > 10
+
+
+@pytest.mark.parametrize("subject", [1, 2])
+def test_shared_facts_are_stated_once_and_asked_of_another_part(subject: int) -> None:
+    task = SharedFacts(facts=64, per_text=4, subject=subject, questions=32, spread=4)
+    texts, cases = task.stated(3, vocab_size=256), task.cases(3, vocab_size=256)
+    assert cases == task.cases(3, vocab_size=256) and len(texts) == 16 and len(cases) == 8
+    stated = {text[at:at + subject]: (text[at + subject], number % 4) for number, text in enumerate(texts)
+              for at in range(0, len(text), subject + 1)}
+    assert len(stated) == 64
+    for number, case in enumerate(cases):
+        for question, (answer,) in case.asked():
+            assert stated[question] == (answer, (number + 1) % 4), "what part i asks, part i + 1 has read"
+    with pytest.raises(ValueError, match="facts need subjects, here 85.1, and are at least 2 x 16: got 300"):
+        SharedFacts(facts=300).cases(0, vocab_size=256)
+
+
+def test_one_memory_holds_what_other_documents_state_and_private_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the namespaces that each reading is given: what is stated comes before all questions, in memories of their own."""
+    read: list[list[tuple[int, ...]]] = []
+
+    def noted(reading: Reading, texts: list[list[int]], **settings: object) -> object:
+        read.append([tuple(text) for text in texts])
+        yield from read_all(reading, texts, **settings)
+
+    monkeypatch.setattr("lmcode.eval.tasks.task.read_all", noted)
+    model, task = model_with(256, scope="global"), SharedFacts(facts=32, per_text=4, questions=16)
+    texts = task.stated(0, vocab_size=257)
+    cases = [tuple(case.tokens()) for case in task.cases(0, vocab_size=257)]
+    run_task(model, task)
+    assert read == [texts, cases]
+    read.clear()
+    run_task(model, task, parts=2)
+    assert read == [texts[::2], cases[::2], texts[1::2], cases[1::2]]

@@ -1,0 +1,169 @@
+"""`lmcode eval --suite`: trials of a size, run one after the other, and their numbers as JSON and Markdown."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmcode.config import EVICTIONS, ConfigError, near_match
+from lmcode.eval.learning import Recipe
+from lmcode.eval.tasks.needles import Needles
+from lmcode.eval.tasks.recall import KeyValueRecall
+from lmcode.eval.tasks.shared import SharedFacts
+from lmcode.eval.texts import SHAPE as TEXT_SHAPE
+from lmcode.eval.texts import TextTrial, run_text
+from lmcode.eval.trial import Measured, Say, Summary, Taught, Trial, run_trial, summarised
+from lmcode.version import __version__
+
+NEAR = KeyValueRecall(count=400, pairs=8, between=0, questions=8)  # within one window: a head learns what to look for
+FAR = KeyValueRecall(count=200, pairs=32, between=64, questions=32)  # beyond it
+SMALL_BANK = {"vocab_size": 768, "long_term_memory_slots": 4096}
+LARGE_BANK = {"vocab_size": 3072, "long_term_memory_slots": 16384}
+GLOBAL = {"scope": "global"}
+READ_BY_ALL = ("on", "off", "random")  # the modes of a global scope, in which another document's memory is everybody's
+RETENTION_SLOTS = 1024  # of 8 streams with 16 facts each, which are 512 entries when read twice
+
+
+def smoke(_: Path | None) -> dict[str, Trial | TextTrial]:
+    """Two trials that are learned in seconds, to see that all works."""
+    recipe = Recipe(steps=150, model=SMALL_BANK)
+    lessons = ((NEAR, 0.5), (FAR, 0.5))
+    return {
+        "recall": Trial("values by their keys, a window and more back", "pairs", recipe, lessons,
+                        {n: KeyValueRecall(count=8, pairs=n, between=128, questions=n) for n in (4, 32)}, target=0.99),
+        "shared": Trial("facts that other documents state", "facts", recipe, lessons,
+                        {256: SharedFacts(facts=256, questions=64)}, asked_memory=GLOBAL, parts=(2,), target=0.99,
+                        modes=READ_BY_ALL, rivals=()),
+    }
+
+
+def small(books: Path | None) -> dict[str, Trial | TextTrial]:
+    """What is learned in a minute each, at several points; on books where there are some."""
+    recipe, lessons = Recipe(steps=800, model=LARGE_BANK), ((NEAR, 0.4), (FAR, 0.6))
+    text, cache = Recipe(steps=400, learning_rate=2e-3, warmup=40, model=TEXT_SHAPE), Path("runs/suite-corpora")
+    trials: dict[str, Trial | TextTrial] = {
+        "recall": Trial("values by their keys, two windows and more back", "pairs", recipe, lessons,
+                        {n: KeyValueRecall(count=8, pairs=n, between=128, questions=min(n, 64))
+                         for n in (4, 16, 64, 256, 512)}, target=0.99),
+        "shared": Trial("facts that other documents state", "facts", recipe, lessons,
+                        {n: SharedFacts(facts=n) for n in (256, 1024)}, asked_memory=GLOBAL, parts=(2, 4), target=0.99,
+                        modes=READ_BY_ALL, rivals=()),
+        "retention": Trial("facts that were read twice, after other writes, by policy of eviction", "tokens read since",
+                           recipe, lessons, {n: KeyValueRecall(count=8, pairs=16, between=n, questions=16, rehearsed=16)
+                                     for n in (0, 64, 128, 256, 1024)}, slots=RETENTION_SLOTS, modes=(), rivals=(),
+                           policies={name: {"eviction": name} for name in EVICTIONS},
+                           expected={"(1 - 8/N)^t": lambda t: (1 - 8 / RETENTION_SLOTS)**t}),
+        "last value": Trial("the second value of keys that have two", "pairs", recipe,
+                            ((NEAR, 0.3), (replace(NEAR, pairs=6, again=6, questions=6), 0.2),
+                             (replace(FAR, pairs=16, again=16, questions=16), 0.5)),
+                            {n: KeyValueRecall(count=8, pairs=n, between=128, questions=n, again=n) for n in (16, 64)},
+                            target=0.95, rivals=("no bank",)),
+        "needles": Trial("names of two tokens and what they stand for, in long texts", "tokens of text",
+                         Recipe(steps=1000, model={**LARGE_BANK, "vocab_size": 512}),
+                         ((Needles(count=400, needles=8, length=0, width=2), 0.6),
+                          (Needles(count=200, needles=8, length=160, width=2), 0.4)),
+                         {n: Needles(count=8, needles=8, length=n, width=2) for n in (256, 1024, 4096)}, target=0.99,
+                         rivals=("no bank",)),
+        "code": TextTrial("the source of Python's standard library", None, cache, text, sizes=(1024, 4096, 16384)),
+    }
+    if books is not None:
+        trials["books"] = TextTrial("books", str(books), cache, text, sizes=(1024, 4096, 16384))
+    return trials
+
+
+SUITES = {"smoke": (smoke, (0,)), "small": (small, (0, 1, 2))}
+
+
+def run_one(name: str, trial: Trial | TextTrial, *, seeds: Sequence[int], say: Say, known: Taught) -> list[Measured]:
+    """Runs a trial of either kind."""
+    if isinstance(trial, TextTrial):
+        return run_text(name, trial, seeds=seeds, say=say)
+    return run_trial(name, trial, seeds=seeds, say=say, known=known)
+
+
+def run_suite(name: str, *, only: Sequence[str] = (), seeds: Sequence[int] | None = None, books: Path | None = None,
+              say: Say = lambda _: None) -> dict[str, Any]:
+    """Runs a suite on this process, and returns what JSON holds: what was run where, and every number.
+
+    Args:
+        only: names of its trials; all when empty.
+        seeds: those of the suite when None.
+        books: file, folder or glob of prose, for the trial that needs some; without it there is none.
+        say: told what has been done.
+
+    Raises:
+        ConfigError: for a name that is not known.
+    """
+    if name not in SUITES:
+        raise ConfigError(f"--suite must be one of {', '.join(SUITES)}: got '{name}'.{near_match(name, SUITES)}")
+    make, usual = SUITES[name]
+    trials, seeds = make(books), usual if seeds is None else seeds
+    for one in only:
+        if one not in trials:
+            raise ConfigError(f"the suite {name} has the trials {', '.join(trials)}: got '{one}'.{near_match(one, trials)}")
+    chosen = {one: trials[one] for one in trials if not only or one in only}
+    known: Taught = {}
+    found = [one for key, trial in chosen.items() for one in run_one(key, trial, seeds=seeds, say=say, known=known)]
+    return {"suite": name, "version": __version__, "torch": torch.__version__, "machine": platform.machine(),
+            "threads": torch.get_num_threads(), "seeds": list(seeds),
+            "trials": {key: {"title": trial.title, "varied": trial.varied, "target": trial.target,
+                             "unit": "nats" if isinstance(trial, TextTrial) else "share"} for key, trial in chosen.items()},
+            "measured": [one._asdict() for one in found]}
+
+
+def measured_in(result: Mapping[str, Any]) -> list[Measured]:
+    """The numbers of a result of `run_suite`, from JSON or not."""
+    return [Measured(**one) for one in result["measured"]]
+
+
+def to_markdown(result: Mapping[str, Any]) -> str:
+    """A table for each trial: a row for each control, a column for each point; the mean over seeds, and the spread."""
+    summaries = summarised(measured_in(result))
+    lines = [f"Suite {result['suite']}, seeds {', '.join(map(str, result['seeds']))}; means over seeds (largest minus "
+             "smallest) of the share of answers that are right, in per cent, or of nats per token"]
+    for name, trial in result["trials"].items():
+        target = "" if trial["target"] is None else f"; target {100 * trial['target']:g} %"
+        mine = {key[1:]: one for key, one in summaries.items() if key[0] == name}
+        points = list(dict.fromkeys(point for _, point in mine))
+        heads = " | ".join(map(pointed, points))
+        lines += ["", f"**{name}**: {trial['title']}{target}", "", f"| {trial['varied']} | {heads} |",
+                  "|---" * (len(points) + 1) + "|"]
+        for control in dict.fromkeys(control for control, _ in mine):
+            cells = [shown(mine[control, point], trial["unit"]) if (control, point) in mine else "" for point in points]
+            lines.append(f"| {worded(control)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def shown(one: Summary, unit: str) -> str:
+    """'99.2 (0.4)', in per cent, or '4.1234 (0.0012)', in nats; without the spread where there is one seed."""
+    value, spread = ((f"{one.nats:.4f}", f"{one.nats_spread:.4f}") if unit == "nats"
+                     else (f"{100 * one.score:.1f}", f"{100 * one.spread:.1f}"))
+    return value + (f" ({spread})" if one.seeds > 1 else "")
+
+
+def pointed(point: float | str) -> str:
+    """A column's name."""
+    return point if isinstance(point, str) else f"{point:g}"
+
+
+def worded(control: str) -> str:
+    """A row's name."""
+    return {"on": "**with its bank**", "off": "the same, memory off", "shuffled": "the same, another document's memory",
+            "random": "the same, entries drawn by lot"}.get(control, control)
+
+
+def missed(result: Mapping[str, Any]) -> list[str]:
+    """A line for each point at which the model with a bank is below the target."""
+    lines = []
+    for (name, control, point), one in summarised(measured_in(result)).items():
+        target = result["trials"][name]["target"]
+        if control == "on" and target is not None and one.score < target:
+            at = f"{name}, {result['trials'][name]['varied']} {pointed(point)}"
+            lines.append(f"{at}: {100 * one.score:.1f} % of {100 * target:g} %")
+    return lines
+

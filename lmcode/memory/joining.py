@@ -1,0 +1,79 @@
+"""Newcomers that join an entry instead of taking a slot: merging at commit (`memory.merge_above`), by all ranks together.
+
+A newcomer whose keys are more similar than that to those of the nearest entry of its own text (the mean cosine over heads,
+as in `consolidate`) becomes part of it: vectors are count-weighted running means, counts add up, and the entry is as old as
+its last part. Newcomers are compared with what was there before them, not with each other; several that join one entry do
+so by ascending id. So nothing depends on the number of ranks.
+Letters: E newcomers that this rank is to hold; n the most of any rank; G = R * n.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmcode.dist import Group
+from lmcode.memory.consolidate import pack_columns, unit_keys
+from lmcode.memory.entry import Entries
+from lmcode.memory.merge import merge_lists
+from lmcode.memory.placement import holder_of
+from lmcode.memory.read import pad
+from lmcode.memory.shard import Shard
+
+
+@torch.no_grad()
+def join_nearest(entries: Entries, shard: Shard, group: Group, *, above: float, tier: str) -> Entries:
+    """Merges newcomers into entries of the bank; returns those of this rank that join none. Collective.
+
+    Args:
+        entries: at least those that this rank is to hold, each with its id.
+        group: the ranks of a memory group.
+        above: the similarity from which on they join, in (0, 1).
+        tier: of the search for neighbours.
+    """
+    entries = entries.take(np.flatnonzero(holder_of(entries.id_E, shard.config.virtual_shards, group.size) == group.rank))
+    nearest_E, similarity_E = _nearest(entries, shard, group, tier)
+    joins_E = (nearest_E >= 0) & (similarity_E > above)
+    chosen, ranks = np.flatnonzero(joins_E), group.size
+    to_E = holder_of(nearest_E[chosen], shard.config.virtual_shards, ranks)
+    order = np.argsort(to_E, kind="stable")
+    chosen = chosen[order]
+    sent_R = np.bincount(to_E, minlength=ranks)
+    sent_RR = group.all_gather(torch.from_numpy(sent_R)[None].to(shard.device), phase="writes").cpu().numpy()
+    counts = sent_R.tolist(), sent_RR[:, group.rank].tolist()
+    facts = [nearest_E[chosen], entries.id_E[chosen], entries.step_E[chosen]]
+    facts_X8 = np.concatenate([np.stack(facts, axis=1), pack_columns(entries.metadata(), chosen)], axis=1)
+    rows = torch.from_numpy(chosen).to(shard.device)
+    vector_X2HD = torch.stack([entries.key_EHD[rows], entries.value_EHD[rows]], dim=1).float()
+    arrived = [group.all_to_all_rows(part, *counts, phase="writes")
+               for part in (vector_X2HD, torch.from_numpy(facts_X8).to(shard.device))]
+    _take_in(shard, arrived[0], arrived[1].cpu().numpy())
+    return entries.take(np.flatnonzero(~joins_E))
+
+
+def _nearest(entries: Entries, shard: Shard, group: Group, tier: str) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest entry of its text for each newcomer, -1 where there is none, and the mean cosine of their keys, fp64."""
+    E, device = len(entries.id_E), shard.device
+    n = max(1, *group.all_gather_int(E, phase="writes", device=device))
+    unit_EF = unit_keys(entries.key_EHD.transpose(0, 1)).to(device)
+    text_E2 = torch.from_numpy(np.stack([entries.namespace_E, entries.document_E], axis=1)).to(device)
+    unit_GF = group.all_gather(pad(unit_EF, n), phase="writes")
+    text_G2 = group.all_gather(pad(text_E2, n, -1), phase="writes").cpu().numpy()
+    lists = shard.nearest(unit_GF, text_G2, tier=tier)[:2]
+    score_R2, other_R2 = (group.all_to_all(part, phase="writes").view(group.size, n, 2) for part in lists)
+    score_n2, other_n2 = merge_lists(score_R2, other_R2)
+    return other_n2[:E, 0].cpu().numpy(), score_n2[:E, 0].double().cpu().numpy() / shard.key_HME.shape[0]
+
+
+def _take_in(shard: Shard, vector_X2HD: Tensor, facts_X8: np.ndarray) -> None:
+    """Merges what has arrived into entries that lie here: the first of each entry together, then the second, and so on."""
+    order = np.lexsort((facts_X8[:, 1], facts_X8[:, 0]))
+    survivor_X, step_X = facts_X8[order, 0], facts_X8[order, 2]
+    starts = np.flatnonzero(np.append(True, survivor_X[1:] != survivor_X[:-1])[:len(survivor_X)])
+    place_X = np.arange(len(survivor_X)) - np.repeat(starts, np.diff(np.append(starts, len(survivor_X))))
+    for turn in range(int(place_X.max(initial=-1)) + 1):
+        now = np.flatnonzero(place_X == turn)
+        rows = torch.from_numpy(order[now]).to(vector_X2HD.device)
+        shard.absorb(survivor_X[now], vector_X2HD[rows], torch.from_numpy(facts_X8[order[now], 3:]).to(vector_X2HD.device))
+        shard.ledger.update(shard.slots_of_ids(survivor_X[now]), {"step": step_X[now]})
