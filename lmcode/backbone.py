@@ -54,7 +54,7 @@ class Backbone(Remembering, nn.Module):
         activation_checkpointing: recompute layers in the backward pass, where the model can.
         masters: while the model is trained, and after that, what gives the fp32 weight behind a parameter, whole, on the
             CPU (a collective): in bf16, or sharded by ZeRO-3, the parameters are not what is to be saved. None otherwise.
-        replay: what whoever trains the model keeps of its texts; deletion goes there, too.
+        replay: the spans that training keeps for replay; deleting a text deletes its spans, too.
     """
 
     config: LMCODEConfig
@@ -107,8 +107,8 @@ class Backbone(Remembering, nn.Module):
     @abstractmethod
     def write_on(self, prompts: Prompts, decoding: Decoding, *, window: int, commit: Callable[[Output], None],
                  agree: Callable[[Tensor], Tensor]) -> Generation:
-        """Continues prompts, handing out each window that it has read or written, for whoever keeps memories of their own:
-        see `model.generation.generate`. A collective."""
+        """Continues prompts, and gives each window that was read or written to `commit`, for callers with memories of their
+        own: see `model.generation.generate`. A collective."""
 
     @abstractmethod
     def save_pretrained(self, *args: Any, **settings: Any) -> Any:
@@ -127,18 +127,22 @@ class Backbone(Remembering, nn.Module):
         """Whether a window's candidates are one for each of its tokens, in their order."""
         return True
 
-    def learned_numbers(self, layer: int) -> tuple[list[float], list[float], list[float]]:
-        """Of each head of a layer's read: its temperature, the bias on what it retrieves, and its null slot's logit."""
-        temperature_H, bias_H, null_H = (self.get_parameter(f"layers.{layer}.long_term_read.{name}").detach()
-                                         for name in ("log_temperature_H", "retrieved_bias_H", "null_logit_H"))
-        return temperature_H.exp().tolist(), bias_H.tolist(), null_H.tolist()
-
     def identity(self) -> dict[str, Any] | None:
         """What else the model is made of, as JSON: its memories belong to that alone. None: it is all here."""
         return None
 
     def check_identity(self, saved: Mapping[str, Any]) -> None:
         """Refuses, by ConfigError, memories and weights that were made beside something else."""
+
+    @property
+    def memory_layers(self) -> tuple[int, ...]:
+        """The layers that read a long-term memory, ascending."""
+        return tuple(sorted(self.memory_shapes(self.config)))
+
+    def learned_numbers(self, layer: int) -> dict[str, list[float]]:
+        """What the read of a memory layer has learned, by head: "temperature", "bias" on hits and "null" logit, for reports.
+        Empty where the model has no such read."""
+        return {}
 
     @property
     def memory_config(self) -> MemoryConfig:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmcode.config import RECIPES, ConfigError, Section, build, near_match
+from lmcode.config import RECIPES, ConfigError, LMCODEConfig, Section, build, near_match
 
 
 class Family(NamedTuple):
@@ -96,6 +96,10 @@ def described(values: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, 
     if values.get("cache_windows"):
         raise ConfigError("model.cache_windows is of our own model: here it is model.recipe_options.cache=, in tokens: "
                           f"got {values['cache_windows']}")
+    for name in ("memory_key_tokens", "memory_values"):
+        if values.get(name, usual := LMCODEConfig.model_fields[name].default) != usual:
+            raise ConfigError(f"model.{name} is of our own model, whose embeddings are its own: with a recipe it must be "
+                              f"{usual!r}, got {values[name]!r}")
     room = sizes["positions"] - getattr(options, "sinks", 0) - getattr(options, "cache", 0)
     if room < 2:
         raise ConfigError(f"sinks and cache must leave room for a window: the backbone has {sizes['positions']} positions, "

@@ -23,10 +23,11 @@ from pydantic import (
 )
 
 # What a setting may name besides its other values, and where that is, "module:name". Who adds a line can choose it.
-TIERS = {"exact": "lmcode.memory.search.exact:ExactTier", "faiss-flat": "lmcode.memory.search.faiss_index:FlatTier"}
+TIERS = {"exact": "lmcode.memory.search.exact:ExactTier", "faiss-flat": "lmcode.memory.search.flat:FlatTier",
+         "ivf": "lmcode.memory.search.ivf:IvfTier"}
 EVICTIONS = {name: f"lmcode.memory.evict:{name}" for name in ("clock", "fifo", "lru", "oldest", "importance", "random")}
 RECIPES = {"camelot": "lmcode.recipes.camelot:Camelot", "lmcode": "lmcode.recipes.own_read:OwnRead",
-           "mplus": "lmcode.recipes.mplus:MPlus"}
+           "memorag": "lmcode.recipes.memorag:MemoRAG", "mplus": "lmcode.recipes.mplus:MPlus"}
 FAISS_GPU_MAX_K = 2048  # largest k of GPU FAISS without cuVS; kept on every machine so that a config is portable
 
 
@@ -68,7 +69,7 @@ class Section(BaseModel):
 
 
 class LMCODEConfig(Section):
-    """Shape of the model. Sizes are counts or widths; letters are those of the glossary (C width, H heads, D key width)."""
+    """Shape of the model. Sizes are counts or widths; capital letters are those of `protocol` (H heads, D width)."""
 
     backbone: str = Field("lmcode", description="kind of model, a name in lmcode.opening.BACKBONES; or the folder of a "
                           "transformers model, from which the sizes are taken")
@@ -76,10 +77,10 @@ class LMCODEConfig(Section):
     recipe_options: dict[str, Any] = Field({}, description="settings of the recipe alone: see lmcode/recipes/README.md")
     train_backbone: bool = Field(False, description="train the weights of a backbone of transformers, too")
     vocab_size: int = Field(50257, ge=2)
-    hidden_size: int = Field(512, ge=8, description="C, the width of the residual stream")
+    hidden_size: int = Field(512, ge=8, description="width of the residual stream")
     num_layers: int = Field(6, ge=1)
     num_heads: int = Field(8, ge=1)
-    feed_forward_size: int | None = Field(None, ge=1, description="inner width of the feed-forward; 4C when None")
+    feed_forward_size: int | None = Field(None, ge=1, description="inner width; 4 x hidden_size when None")
     context_length: int = Field(1024, ge=2, description="most tokens of one stream in one forward pass")
     positions: Literal["rotary", "learned"] = "rotary"
     cache_windows: int = Field(0, ge=0, description="windows of context_length tokens before its own that attention sees, "
@@ -98,6 +99,10 @@ class LMCODEConfig(Section):
     memory_top_k: int = Field(32, ge=1, le=FAISS_GPU_MAX_K, description="K, hits per query and head")
     memory_temperature: float = Field(7.389, gt=0.0, description="initial factor on the cosine of query and key")
     memory_bias: float = Field(-4.0, description="initial logit bias on retrieved entries; learned per head")
+    memory_key_tokens: int = Field(0, ge=0, description="last tokens whose embeddings join the layer's state in keys and "
+                                   "queries")
+    memory_values: Literal["state", "token"] = Field("state", description="what an entry's value is made from: the layer's "
+                                                     "state at its token, or the embedding of the token alone")
     successor_values: bool = Field(True, description="an entry's value comes from the token after its key's token")
     retrieval_stride: int = Field(1, ge=1, description="tokens that share one retrieval")
 
@@ -123,6 +128,11 @@ class LMCODEConfig(Section):
             raise ValueError(f"memory_top_k must not exceed long_term_memory_slots: "
                              f"{self.memory_top_k} > {self.long_term_memory_slots}")
         return self
+
+    @property
+    def reads_embeddings(self) -> bool:
+        """Whether keys or values are made from the tokens' embeddings, too."""
+        return self.memory_key_tokens > 0 or self.memory_values == "token"
 
     @property
     def cache_tokens(self) -> int:
@@ -169,7 +179,10 @@ class MemoryConfig(Section):
                                       "the nearest entry of its text instead of taking a slot; null: none does")
     max_norm: float = Field(100.0, gt=0.0, description="longer values are scaled down to this length")
     experience_slots: int = Field(16384, ge=1, description="experiences that a model holds over all ranks")
-    recall_queries: int = Field(64, ge=0, description="queries per logged step that are checked against exact search")
+    recall_queries: int = Field(64, ge=0, description="queries per logged step, of all ranks, that are checked against "
+                                "exact search")
+    recall_target: float = Field(0.95, gt=0.0, le=1.0, description="share of the exact hits that an approximate tier is to "
+                                 "find; below it more lists are probed, centroids trained, or search is exact again")
 
     @model_validator(mode="before")
     @classmethod
@@ -300,8 +313,8 @@ class TrainConfig(Section):
                                        "spans")
     replay_sampler: Literal["importance", "uniform", "recent"] = Field("importance", description="how spans are drawn")
     replay_slots: int = Field(2048, ge=1, description="spans (windows that were trained on) kept for replay")
-    heartbeat_s: float = Field(30.0, ge=0.0, description="seconds; a rank that is silent or stands still for two of these "
-                               "ends the job, by name; 0 does not watch")
+    heartbeat_s: float = Field(30.0, ge=0.0, description="seconds; a rank without heartbeat or progress for two of these is "
+                               "named and ends the job; 0 switches the watch off")
     profile_steps: str | None = Field(None, pattern=r"^[1-9]\d*:[1-9]\d*$", description="'10:12': a trace of these steps "
                                       "in the run folder's profile/ (in quotes in a YAML file)")
     peak_tflops: float | None = Field(None, gt=0.0, description="10^12 operations a second that a rank's processor can do; "

@@ -1,8 +1,8 @@
 """Processes: who we are among the ranks, and the collectives of the memory group.
 
 The one importer of torch.distributed outside DeepSpeed. On one rank every collective is the identity and costs nothing,
-so the same program runs alone and in company. A `Group` counts the bytes it receives and the seconds it waits, which is
-where the run's `perf/bytes_received` and `perf/exchange_ms` come from.
+so the same program runs on one process and on many. A `Group` counts the bytes it receives and the seconds it waits, which
+is where the run's `perf/bytes_received` and `perf/exchange_ms` come from.
 """
 
 from __future__ import annotations
@@ -273,12 +273,12 @@ class Group:
         """Every rank's number, in rank order."""
         return self.all_gather(torch.tensor([number], device=device), phase=phase).tolist()
 
-    def all_gather_rows(self, rows: Tensor, count_R: Sequence[int], *, phase: str) -> Tensor:
-        """Concatenates along axis 0 the rows of all ranks, `count_R` of them each."""
-        padded = rows.new_zeros(max(1, *count_R), *rows.shape[1:])
+    def all_gather_rows(self, rows: Tensor, counts: Sequence[int], *, phase: str) -> Tensor:
+        """Concatenates along axis 0 the rows of all ranks, `counts` of them each."""
+        padded = rows.new_zeros(max(1, *counts), *rows.shape[1:])
         padded[:len(rows)] = rows
         parts = self.all_gather(padded, phase=phase).split(len(padded))
-        return torch.cat([part[:count] for part, count in zip(parts, count_R, strict=True)])
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def all_to_all(self, tensor: Tensor, *, phase: str) -> Tensor:
         """Sends the r-th equal part of axis 0 to rank r; returns the parts received, in rank order."""
@@ -292,8 +292,8 @@ class Group:
             td.all_to_all_single(received, tensor, group=self._handle)
         return received
 
-    def all_to_all_rows(self, rows: Tensor, sent_R: Sequence[int], arriving_R: Sequence[int], *, phase: str) -> Tensor:
-        """Sends the next `sent_R[r]` rows to rank r; returns the rows received, `arriving_R[r]` from rank r, in rank order.
+    def all_to_all_rows(self, rows: Tensor, sent_X: Sequence[int], arriving_X: Sequence[int], *, phase: str) -> Tensor:
+        """Sends the next `sent_X[r]` rows to rank r; returns the rows received, `arriving_X[r]` from rank r, in rank order.
 
         Every rank must know how many rows come from each other one.
         """
@@ -302,10 +302,10 @@ class Group:
         import torch.distributed as td
 
         rows = rows.contiguous()
-        received = rows.new_empty(sum(arriving_R), *rows.shape[1:])
-        others = sum(arriving_R) - arriving_R[self.rank]
+        received = rows.new_empty(sum(arriving_X), *rows.shape[1:])
+        others = sum(arriving_X) - arriving_X[self.rank]
         with self._counted(phase, others * math.prod(rows.shape[1:]) * rows.element_size()):
-            td.all_to_all_single(received, rows, list(arriving_R), list(sent_R), group=self._handle)
+            td.all_to_all_single(received, rows, list(arriving_X), list(sent_X), group=self._handle)
         return received
 
     def reduce_scatter(self, tensor: Tensor, *, phase: str) -> Tensor:

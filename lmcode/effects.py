@@ -1,8 +1,8 @@
-"""Settings that change nothing beside the others that were chosen: one table of rules, and what to say of each.
+"""Settings that have no effect together with the other settings: one table of rules, and the warning for each.
 
-A setting is what the user chose if it is neither what the preset has nor the default, so a preset's numbers for another
-policy are no reason to warn. That a setting is without effect is a warning and no error: it may wait for a sweep over the
-setting that wakes it.
+A setting counts as chosen by the user if its value is neither that of the preset nor the default, so the numbers that a
+preset has for another policy are no reason to warn. A setting without effect is a warning and no error: the user may be
+running a sweep over the setting that makes it effective.
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ RULES = (
     Rule(("memory.second_chance_importance",), lambda config, _: config.memory.eviction == "clock",
          "memory.eviction=clock"),
     Rule(("memory.exchange",), _exchanges, "more than one rank that shares a bank"),
+    Rule(("memory.recall_target",), lambda config, _: config.memory.tier in ("ivf", "auto"), "memory.tier of ivf or auto"),
+    Rule(("memory.recall_target",), lambda config, _: config.memory.scope == "global", "memory.scope=global"),
+    Rule(("memory.tier",), lambda config, _: config.memory.tier != "ivf" or config.memory.scope == "global",
+         "memory.scope=global: reads of one document are exact"),
     Rule(("memory.group_size",), lambda _, ranks: ranks is None or ranks > 1, "more than one rank"),
     Rule(_in("train", "min_learning_rate schedule"), lambda config, _: config.train.total_steps > config.train.warmup_steps,
          "train.total_steps beyond train.warmup_steps"),
@@ -63,14 +67,15 @@ RULES = (
          "a train.schedule that decays"),
     Rule(("train.decay_share",), lambda config, _: config.train.schedule == "wsd", "train.schedule=wsd"),
     Rule(("eval.windows",), lambda config, _: config.eval.every > 0, "eval.every of 1 or more"),
-    Rule(_in("model", "memory_heads memory_head_dim memory_temperature retrieval_stride successor_values"), _has_read,
+    Rule(_in("model", "memory_heads memory_head_dim memory_temperature memory_key_tokens memory_values "
+                  "retrieval_stride successor_values"), _has_read,
          "a layer in model.memory_layers"),
     Rule(_in("model", "memory_top_k memory_bias")
          + _in("memory", "virtual_shards group_size dtype tier fetch exchange scope write write_every write_share "
                          "value_store value_folder eviction "
                          "second_chance_importance importance_weight importance_growth consolidation_threshold merge_above "
                          "max_norm "
-                         "experience_slots recall_queries")
+                         "experience_slots recall_queries recall_target")
          + _in("train", "memory_consolidation_interval") + _in("eval", "slots"), _has_bank,
          "a bank: model.long_term_memory_slots above 0 and a layer in model.memory_layers"),
     Rule(_in("model", "short_term_dim short_term_segment memory_update_rate"), _has_slots,

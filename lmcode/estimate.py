@@ -1,9 +1,9 @@
 """What a run will need before it runs: memory of a rank, bytes it receives per step, size of a checkpoint.
 
-Traffic of the memory and checkpoints are counted from shapes and hold to a few per cent. Memory is an upper guess of what
-lives at the same time in the costliest moment of a step, on top of what any process of a run has; it is held against
-real runs by tools/estimate_check.py. Letters as everywhere: R ranks, G of them in a memory group, N queries of a rank, H, D,
-K, T, C, V vocabulary.
+Memory traffic and checkpoint sizes are computed from shapes and are right to a few per cent. The memory of a rank is an
+upper estimate of what is allocated at the peak of a step, plus what any process of a run needs; tools/estimate_check.py
+compares it with real runs. In formulas: R ranks, G of them in a memory group, N queries of a rank, C model width, H, D, K,
+T, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ MIB = 2**20
 BASE_BYTES = {"cpu": 450 * MIB, "gpu": 1200 * MIB}
 FAISS_GPU_BYTES = 256 * MIB  # the limit that memory/search/faiss_index.py sets
 COLUMN_BYTES = 61  # of one slot's metadata: seven int64, one fp32, one bool
+ADDEND_BYTES = 4  # of one slot's addend to its scores
 FACT_BYTES = 24  # what is known of a candidate: its namespace, its document and its surprise
 CUT_BYTES = 16  # per query and head, memory.exchange = all_to_all
 HIT_BYTES = 12  # score and id
@@ -180,12 +181,12 @@ def bank_bytes(config: RunConfig, R: int, device: Device) -> dict[str, int]:
         return {}
     H, D, K, N = model.memory_heads, model.memory_head_dim, model.memory_top_k, queries_per_rank(config, R)
     G = memory.ranks_per_group(R)
-    slot = H * (2 * D + 1) * BYTES[memory.dtype] + COLUMN_BYTES
+    slot = H * 2 * D * BYTES[memory.dtype] + ADDEND_BYTES + COLUMN_BYTES
     slots, evaluation = (slots_per_rank(config, R, count) for count in
                          (model.long_term_memory_slots, config.eval.slots or model.long_term_memory_slots))
     lists = G * N * H * K * (HIT_BYTES + 8) * 2 + (G * G * N * H * K * HIT_BYTES * 2 if G > 1 else 0)
-    queries = 3 * G * N * H * (D + 1) * 4
-    rows = H * (D + 1) * 4 * slots  # a copy of the rows that a group of queries sees; in fp32
+    queries = 3 * G * N * H * D * 4
+    rows = H * D * 4 * slots  # a copy of the rows that a group of queries sees; in fp32
     faiss = FAISS_GPU_BYTES if device == "gpu" and memory.tier != "exact" else 0
     return {"bank": layers * slots * slot, "evaluation's bank": layers * evaluation * slot,
             "search": queries + lists + (rows if memory.scope == "global" else 0) + faiss}
@@ -230,9 +231,9 @@ def traffic_bytes(config: RunConfig, R: int, stage: int, parameters: int, traine
         counted = (R // G - 1) * (8 + 16 * won) if G < R else 0
         traffic["writes"] += layers * ((R - 1) * (8 + offered * FACT_BYTES) + (R - 1) * vectors // G + counted)
         # A logged step measures recall on a sample: one search as it is, one exact.
-        sample = min(memory.recall_queries, N)
+        sample = math.ceil(min(memory.recall_queries, N * R) / R)
         traffic["recall"] = 2 * layers * sum(search_traffic(config, G, sample).values()) // train.log_every
-    b, share_R = BYTES[train.precision], (R - 1) / R
+    b, share_X = BYTES[train.precision], (R - 1) / R
     # Up to stage 2 gradients are all-reduced (by default stages 1 and 2, too, reduce buckets of several owners so), and from
     # stage 1 on owners send weights back; 3: weights twice and gradients once.
     passes = {"zero gradients": (1 if stage == 3 else 2) * micro,
@@ -240,7 +241,7 @@ def traffic_bytes(config: RunConfig, R: int, stage: int, parameters: int, traine
     if stage < 2:
         passes["zero gradients"] //= micro
     moved = {"zero gradients": trained, "zero weights": parameters if stage == 3 else trained}
-    return {**traffic, **{name: int(count * share_R * moved[name] * b) for name, count in passes.items()}} if R > 1 else {}
+    return {**traffic, **{name: int(count * share_X * moved[name] * b) for name, count in passes.items()}} if R > 1 else {}
 
 
 def checkpoint_bytes(config: RunConfig, parameters: int) -> dict[str, int]:

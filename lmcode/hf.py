@@ -39,27 +39,27 @@ from lmcode.model.lm import LMCODEOutput
 from lmcode.saved import pretrained
 from lmcode.saved.files import MODEL_TYPE
 
-# generate: the only values that it has, and what means nothing here.
+# generate: arguments with the only value that is supported; arguments that are ignored; arguments that are used.
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, "min_length": 0}
 IGNORED = ("pad_token_id", "bos_token_id", "use_cache", "transformers_version", "_from_model_config", "cache_implementation",
            "assistant_model", "assistant_tokenizer", "tokenizer", "custom_generate")
 PASSED_ON = ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size", "max_length", "max_new_tokens",
              "attention_mask", "seed", "namespace")
-# forward: the only values that it has, but for use_cache, which may be anything. `cache` is what transformers 5.24 calls
-# past_key_values.
+# forward: arguments with the only value that is supported (use_cache may have any). `cache` is the name of past_key_values
+# in transformers 5.24.
 FORWARD_NEUTRAL = {"past_key_values": None, "cache": None, "inputs_embeds": None, "position_ids": None,
                    "cache_position": None, "token_type_ids": None, "shift_labels": None, "output_attentions": False,
                    "output_hidden_states": False, "return_dict": True, "logits_to_keep": 0}
 FORWARD_NAMES = ("input_ids", "attention_mask", "labels", "namespace", "num_items_in_batch", "use_cache", *FORWARD_NEUTRAL)
-# from_pretrained: where to download from, what else is honoured, and what transformers and its callers pass that changes
-# nothing here. Any other is refused, unless it is None or False.
+# from_pretrained: arguments for the download, arguments that are used, and arguments of transformers and its callers that
+# are ignored. Any other is refused, unless it is None or False.
 HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 HONOURED = ("config", "dtype", "torch_dtype", "device_map")
 LOAD_IGNORED = ("trust_remote_code", "code_revision", "adapter_kwargs", "attn_implementation", "low_cpu_mem_usage",
                 "use_safetensors", "weights_only", "subfolder", "proxies", "max_memory", "offload_folder", "_commit_hash",
                 "_from_auto", "_from_pipeline", "name_or_path", "tqdm_class")
 ONE_DEVICE = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that leave a model where it was loaded
-# save_pretrained: what changes nothing here.
+# save_pretrained: arguments that are ignored.
 SAVE_IGNORED = ("safe_serialization", "save_function", "max_shard_size", "token", "save_peft_format",
                 "save_original_format")
 
@@ -210,8 +210,8 @@ class LMCODEForCausalLM(PreTrainedModel, GenerationMixin):
         moved_BT = None if labels is None else labels.gather(1, order_BT).where(valid_BT, -100)
         ids_BT = input_ids.gather(1, order_BT).where(valid_BT, 0)  # a pad token may lie outside the vocabulary
         output = self.lmcode(ids_BT, moved_BT, valid_BT=valid_BT, namespace_B=namespace_B)
-        back_BTV = order_BT.argsort(dim=1)[..., None].expand_as(output.logits)
-        return CausalLMOutput(loss=loss_of(output, num_items_in_batch), logits=output.logits.gather(1, back_BTV))
+        back_BTX = order_BT.argsort(dim=1)[..., None].expand_as(output.logits)
+        return CausalLMOutput(loss=loss_of(output, num_items_in_batch), logits=output.logits.gather(1, back_BTX))
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None,  # type: ignore[override]  # as `from_pretrained`

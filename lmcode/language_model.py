@@ -50,6 +50,12 @@ class LMCODE(MemoryLM, Backbone):  # type: ignore[misc]  # its forward takes its
     def memory_shapes(cls, config: LMCODEConfig) -> dict[int, EntryShape]:
         return memory_shapes(config)
 
+    def learned_numbers(self, layer: int) -> dict[str, list[float]]:
+        """See `Backbone.learned_numbers`; lists are empty where ZeRO-3 holds the weights elsewhere."""
+        temperature_H, bias_H, null_H = (self.get_parameter(f"layers.{layer}.long_term_read.{name}").detach()
+                                         for name in ("log_temperature_H", "retrieved_bias_H", "null_logit_H"))
+        return {"temperature": temperature_H.exp().tolist(), "bias": bias_H.tolist(), "null": null_H.tolist()}
+
     def resize_token_embeddings(self, vocab_size: int) -> torch.nn.Embedding:
         """See `MemoryLM.resize_token_embeddings`; it is refused, too, where the tokenizer has more ids."""
         if self.tokenizer is not None:

@@ -140,8 +140,16 @@ def open_model(path: str | Path, overrides: Sequence[str] = (), *, group: Group 
         config = build(RunConfig, with_overrides(values, overrides))
         if config.model != model.config:
             raise ConfigError(f"the model in '{path}' has its settings: leave out what begins with model.")
+        _prepare(model)
         return Opened(model, place, place.folder, config, 0)
     folder = on_rank_0(group, lambda: checkpoint.find(Path(path)))  # found once: a run may be saving newer ones
     config = load_run_config(folder / "config.yaml", overrides)
     model = checkpoint.read_model(folder, kind_of(config), config, group=group, device=device, memory=memory)
+    _prepare(model)
     return Opened(model, place, folder, config, durable.read_manifest(folder).facts.step)
+
+
+def _prepare(model: Backbone) -> None:
+    """Gives banks that are searched approximately, and were not saved so, what that takes. A collective."""
+    for bank in model.banks.values():
+        bank.prepare()

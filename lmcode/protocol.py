@@ -1,8 +1,18 @@
 """The words that the model and the memory share: what a read returns, what a write takes, who can answer a read.
 
 The model asks a `Retriever` and hands out `Candidates`; it never learns where entries live or how many ranks hold them.
-Shapes are in the names: H memory heads, N queries or candidates, K hits, D key width. Everything here is a named tuple,
-because DeepSpeed walks through tuples to find the tensors a module returns.
+Everything here is a named tuple, because DeepSpeed walks through tuples to find the tensors a module returns.
+
+A tensor's shape is in its name: `key_HND` is [H, N, D]. These are the capital letters of the whole package (digits are
+sizes):
+
+    B  streams of a batch                    N  queries, or candidates for entries
+    T  tokens of a window                    K  hits, or the best of something else
+    P  pieces of a window, each of           M  slots of a table: of a bank's rows, of one virtual shard,
+       another document                         of the short-term memory, of the replay store
+    H  heads                                 E  entries
+    D  width of a vector: the model's,       X  any other axis; the line, or the docstring of the file, says which
+       or a head's key or value
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lmcode import MemoryAwareTrainer, MemoryDataset, create_synthetic_dataset, opening
+from lmcode import MemoryAwareTrainer, MemoryDataset, create_synthetic_dataset, generate_memory_report, opening
 from lmcode.backbone import Backbone
 from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, RunConfig
 from lmcode.data.streams import StreamSampler
@@ -21,6 +21,8 @@ from lmcode.dist import Group
 from lmcode.eval.held_out import evaluate
 from lmcode.eval.reading import MODES
 from lmcode.protocol import Candidates, EntryShape, LayerMemory, NullRetriever, Retriever
+from lmcode.report.facts import gather
+from lmcode.report.flow import memory_flow
 from tests.helpers.ranks import run_on_ranks
 
 SHAPES = {0: EntryShape(1, 4, 4), 1: EntryShape(3, 6, 6)}
@@ -177,6 +179,16 @@ def test_it_has_experiences() -> None:
     assert [bank.stats()["live"] for bank in model.banks.values()] == [8, 8]
     assert model.delete_experiences(ids=[first]).entries == 10
     assert model.inspect_experience(second)["token_entries"][1]["live"] == 3
+
+
+def test_a_report_shows_what_it_has() -> None:
+    """Its layers, and no learned numbers, as it has none that the report knows."""
+    model, documents = toy().eval(), create_synthetic_dataset(4, 40, vocab_size=64, seed=0).tolist()
+    before = hashes(model)
+    facts = gather(model, documents, title="toy")
+    assert [bank.layer for bank in facts.banks] == list(SHAPES) and facts.banks[0].temperature_H == []
+    assert "layer 1" in str(generate_memory_report(model, documents)) and hashes(model) == before
+    assert memory_flow(model, documents[0][:8]).layers == tuple(SHAPES)
 
 
 def test_values_wider_than_keys_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

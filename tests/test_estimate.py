@@ -49,7 +49,8 @@ def test_a_bank_is_as_large_as_its_tensors_and_columns() -> None:
     shard = LMCODE(config.model, memory=config.memory).banks[1].shard
     columns = sum(column.nbytes for column in shard.columns.values())
     assert columns == COLUMN_BYTES * 48
-    assert bank_bytes(config, 1, "cpu")["bank"] == shard.key_HME.nbytes + shard.value_HMD.nbytes + columns
+    rows = shard.key_HMD.nbytes + shard.value_HMD.nbytes + shard.addend_M.nbytes
+    assert bank_bytes(config, 1, "cpu")["bank"] == rows + columns
 
 
 def test_a_checkpoints_bank_is_as_large_as_the_states_in_it() -> None:

@@ -34,11 +34,11 @@ def test_a_bank_is_neither_module_nor_parameter_nor_buffer() -> None:
     model = LMCODE(CONFIG, memory=MemoryConfig(virtual_shards=4))
     bank = model.banks[0]
     assert not isinstance(bank, nn.Module)
-    tables = {id(bank.shard.key_HME), id(bank.shard.value_HMD)}
+    tables = {id(bank.shard.key_HMD), id(bank.shard.value_HMD)}
     for tensor in [*model.parameters(), *model.buffers(), *model.state_dict().values()]:
         assert id(tensor) not in tables
     model.to(torch.bfloat16)
-    assert bank.shard.key_HME.dtype == torch.float32, "a cast of the model leaves the bank alone"
+    assert bank.shard.key_HMD.dtype == torch.float32, "a cast of the model leaves the bank alone"
 
 
 def test_two_models_in_one_process_share_no_memory() -> None:

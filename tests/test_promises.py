@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.patience import PATIENCE_S
-from tests.helpers.sources import CHECKOUT
+from tests.helpers.sources import CHECKOUT, FILES, tree
 
 SOURCES = sorted(path.relative_to(CHECKOUT).as_posix() for part in ("lmcode", "tests", "tools")
                  for path in (CHECKOUT / part).rglob("*.py"))
@@ -106,3 +107,40 @@ def test_security_names_only_what_exists() -> None:
     assert named, "SECURITY.md names at least the sharding files"
     for name in (*named, *linked):
         assert any(CHECKOUT.glob(name)) or any((CHECKOUT / "lmcode").rglob(name)), f"SECURITY.md names {name}: there is none"
+
+
+# Files some of whose tensors still have letters of their own, which the files' docstrings explain.
+OWN_LETTERS = {
+    "lmcode/bench/": {"peers": "L", "search": "L"},
+    "lmcode/memories/": {"files": "L"},
+    "lmcode/memory/": {"bank": "LW", "consolidate": "L", "entry": "C", "joining": "FGR", "ledger": "W", "measure": "S",
+                       "planning": "LS", "read": "GQR", "ring": "CV", "rounds": "FGLR", "search/decide": "LQW",
+                       "search/draw": "Q", "search/exact": "CGLQRVWZ", "search/faiss_index": "LS", "search/flat": "LQ",
+                       "search/ivf": "ACLQV", "search/lists": "CLQY", "search/pairs": "CQW", "search/plan": "L",
+                       "search/tier": "Q", "shard": "FGLQW", "ticket": "GQRUW", "values": "C", "write": "R"},
+    "lmcode/model/": {"attention": "ACL", "cache": "S", "generation/decode": "ACFGLOQS", "layer": "CLS", "lm": "CLSV",
+                      "long_term": "CGLS", "past": "CLU", "short_term": "CGLS"},
+    "lmcode/recipes/": {"attached": "CRV", "camelot": "Q", "carried": "R", "joint": "GQ", "own_read": "C", "recipe": "CQ"},
+}
+STORED_NAMES = {"initial_slots_SE", "address_SE"}  # parameters: their names are in every checkpoint
+
+
+def shape_letters(module: ast.Module) -> dict[str, str]:
+    """The letters of every name that ends in a shape, as `key_HND` does, by that name."""
+    found = {node.id if isinstance(node, ast.Name) else node.arg if isinstance(node, ast.arg) else node.attr
+             for node in ast.walk(module) if isinstance(node, ast.Name | ast.arg | ast.Attribute)}
+    shapes = {name: re.search(r"_([A-Z0-9]+)$", name) for name in found if not name.isupper()}
+    return {name: re.sub(r"\d", "", match[1]) for name, match in shapes.items() if match}
+
+
+def test_the_letters_of_shapes_are_those_of_the_one_legend() -> None:
+    text = ast.get_docstring(tree("lmcode/protocol.py"), clean=False)
+    legend = {*re.findall(r"(?:^ {4}|  )([A-Z])  \w", text, re.MULTILINE)}
+    assert len(legend) == 10
+    assert shape_letters(ast.parse("x_BTD.y_GHE = [z_X1 for z_X1 in g(k_HN)]")) == {
+        "x_BTD": "BTD", "y_GHE": "GHE", "z_X1": "X", "k_HN": "HN"}
+    own = {f"{folder}{name}.py": letters for folder, files in OWN_LETTERS.items() for name, letters in files.items()}
+    for file in FILES:
+        wrong = {name for name, letters in shape_letters(tree(file)).items()
+                 if name not in STORED_NAMES and not {*letters} <= legend | {*own.get(file, "")}}
+        assert not wrong, f"{file}: {wrong} have letters that the legend in lmcode/protocol.py lacks"

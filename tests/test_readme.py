@@ -18,7 +18,7 @@ from tests.helpers.patience import PATIENCE_S
 from tests.helpers.sources import CHECKOUT
 
 READMES = {folder: (CHECKOUT / folder / "README.md").read_text(encoding="utf-8")
-           for folder in (".", "lmcode", "lmcode/memory", "launch", "tools", "tests")}
+           for folder in (".", "lmcode", "lmcode/memory", "lmcode/recipes", "launch", "tools", "tests")}
 PROGRAM = READMES["."] + READMES["lmcode"]  # the second goes on where the first ends
 SHELL = "\n".join("\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)) + "\n" + "\n".join(
     re.findall(r"`((?:deepspeed|mpirun|srun|lmcode \w+|python -m lmcode) [^`]+)`", text)) for text in READMES.values())

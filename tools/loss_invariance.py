@@ -33,7 +33,7 @@ def main() -> int:
                          ranks=ranks, folder=arguments.folder.resolve())
         losses[name] = jobs.last(run, "train/loss")
         print(f"{name:<28} loss after {arguments.steps} steps {losses[name]:.6f}   entries "
-              f"evicted {jobs.last(run, 'memory/L2/evicted'):.0f}", flush=True)
+              f"evicted {jobs.last(run, 'memory/L3/evicted'):.0f}", flush=True)
     spread = max(losses.values()) - min(losses.values())
     print(f"largest difference {spread:.2e}, allowed {TOLERANCE:.0e}")
     return int(not spread <= TOLERANCE)

@@ -1,3 +1,3 @@
-"""The `lmcode` command: `command` reads the words, the other modules do what they ask for."""
+"""The `lmcode` command: `command` parses the command line, the other modules hold the subcommands."""
 
 from lmcode.cli.command import main as main

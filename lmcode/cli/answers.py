@@ -1,4 +1,4 @@
-"""What the commands of `lmcode memory` share: opening what holds a memory, reading JSONL, and printing answers."""
+"""What the commands of `lmcode memory` share: opening what holds a memory, reading JSONL, and printing results."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The subcommands for clusters: `submit` puts a run into Slurm's queue, `estimate` says beforehand what it will need.
+"""The subcommands for clusters: `submit` puts a run into Slurm's queue, `estimate` computes beforehand what it will need.
 
-`lmcode.cli` hands in its ways of making parsers and prints what the commands return.
+`cli.command` passes in how parsers are made, and prints what the functions here return.
 """
 
 from __future__ import annotations

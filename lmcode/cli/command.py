@@ -1,7 +1,7 @@
 """The `lmcode` command. Exit codes: 0 done, 1 failed, 2 bad usage or config, 75 saved and asks to be requeued
 (130 after Ctrl-C).
 
-Every rank of a job runs this same program, so what is wrong with a command line is said once, by rank 0. Subcommands
+Every rank of a job runs this same program, so an error in the command line is reported once, by rank 0. Subcommands
 import what they need when they run: `lmcode --help` and `lmcode config` do not wait for torch.
 """
 
@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lmcode.cli import bench as bench_commands
 from lmcode.cli import cluster as cluster_commands
 from lmcode.cli import doctor as doctor_commands
 from lmcode.cli import memory as memory_commands
@@ -135,6 +136,7 @@ def build_parser() -> Parser:
     _add_report(commands)
     _add_export(commands)
     memory_commands.add_memory(commands, partial(_command, run=memory, overrides=False), _number, _ignore_local_rank)
+    bench_commands.add_bench(commands, partial(_command, run=bench, overrides=False), _number, _ignore_local_rank)
     doctor_commands.add_doctor(partial(_command, commands, "doctor", doctor), _number, _add_source)
     _add_config(commands)
     return parser
@@ -181,7 +183,7 @@ def _add_train(commands: Any) -> None:
     _add_source(parser)
     _add_init_from(parser)
     parser.add_argument("--resume", metavar="auto|PATH|none", default="none",
-                        help="go on from the newest checkpoint in train.run_dir that verifies, or from step 0 if there is "
+                        help="resume from the newest checkpoint in train.run_dir that verifies, or from step 0 if there is "
                              "none (auto); from a run folder or a checkpoint, with its settings unless others are given "
                              "(PATH); or never (%(default)s)")
 
@@ -310,7 +312,7 @@ def _run_config(arguments: argparse.Namespace) -> RunConfig:
     if getattr(arguments, "init_from", None) is None:
         return load_run_config(source, arguments.overrides)
     if resume not in ("auto", "none"):
-        raise ConfigError("give either --init-from, for a new run, or --resume with a path, for one that goes on")
+        raise ConfigError("give either --init-from, for a new run, or --resume with a path, for one that is continued")
     from lmcode.opening import shape_of
 
     values = load_run_config(source).model_dump()
@@ -439,6 +441,12 @@ def memory(arguments: argparse.Namespace) -> int:
     return code
 
 
+def bench(arguments: argparse.Namespace) -> int:
+    """`lmcode bench ...`."""
+    print(bench_commands.bench(arguments))
+    return DONE
+
+
 def config_show(arguments: argparse.Namespace) -> int:
     """`lmcode config show`."""
     print(to_yaml(_run_config(arguments)), end="")
@@ -459,7 +467,7 @@ def config_check(arguments: argparse.Namespace) -> int:
 
         try:
             with noticing() as request:
-                load_corpus(config, progress=request.give_way)
+                load_corpus(config, progress=request.raise_if_asked)
         except Preempted:
             return REQUEUE
     for line in without_effect(config, arguments.world):

@@ -1,7 +1,7 @@
-"""What a command prints, whatever it is printed to: no encoding and no file name turns an answer into a traceback.
+"""Printing for commands, to any encoding: no character and no file name turns a result into a traceback.
 
-A character that the encoding lacks (PYTHONIOENCODING=ascii) is spelled as in JSON, `\\u00e9`, so that JSON stays JSON. A
-byte of a file name that is no UTF-8, which Python keeps as a lone surrogate, is printed as that byte.
+A character that the encoding lacks (PYTHONIOENCODING=ascii) is written as in JSON, `\\u00e9`, so that JSON stays JSON. A
+byte of a file name that is not UTF-8, which Python keeps as a lone surrogate, is printed as that byte.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`lmcode doctor`: this host, or the hosts of a hostfile or of a Slurm job, checked and compared.
 
-`lmcode.cli` hands in its ways of making parsers and prints what `doctor` returns.
+`cli.command` passes in how parsers are made, and prints what `doctor` returns.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def srun_commands(env: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def in_new_job(arguments: argparse.Namespace) -> int:
-    """Runs this very command inside a Slurm job that lasts as long; its exit code. It prints by itself.
+    """Runs this very command inside a Slurm job that lasts as long; its exit code. It prints its own output.
 
     Raises:
         ConfigError: without a number of nodes; or if Slurm has none to give now.

@@ -1,4 +1,4 @@
-"""`lmcode generate`: a text continued by the model at a path, on one process or on many, which all do the same work."""
+"""`lmcode generate`: a text continued by the model at a path, on one process or on many that all do the same work."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 The one thing to know: these commands work on the newest checkpoint that verifies, in one process, whatever number of
 ranks saved it. Those that change the memory commit a revision of that checkpoint (see `saved.amend`), all of the
-change or none of it. A saved model, or a checkpoint that lies in no run, is replaced as a whole. `lmcode.cli` hands in
-its way of making parsers and prints what the commands return.
+change or none of it. A saved model, or a checkpoint outside of a run, is replaced as a whole. `cli.command` passes in
+how parsers are made, and prints what the functions here return.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Text to a token file: splits off the held-out documents, trains the tokenizer, tokenizes everything once.
 
-A prepared corpus is a folder named by the fingerprint of everything that decided its content. It is written beside its
-place and renamed into it, so it exists whole or not at all, and a second call only opens it:
+A prepared corpus is a folder named by the fingerprint of everything that decided its content. It is written to a temporary
+folder and renamed, so it exists whole or not at all, and a second call only opens it:
 
     <fingerprint>/meta.json                      counts, dtype, digest of the tokens
                   tokenizer/                     what `load_tokenizer` reads
@@ -10,9 +10,10 @@ place and renamed into it, so it exists whole or not at all, and a second call o
                   {train,held_out}.names.json    relative path of each document, with ':line' for JSONL
                   {train,held_out}.counted       uint8 for each token, 1 if it is a target; of instruction data only
 
-Which side a document falls on is decided by a hash of its name, so it depends on no order, machine or neighbour (but
-for the rule that neither side stays empty). Of one text file the end is held out instead; and `data.held_out` names
-documents of its own. Any process may call `prepare_corpus` at any time; to do the work only once, let one go first.
+Whether a document is held out is decided by a hash of its name, so it depends neither on the order of the files, nor on the
+machine, nor on other documents (except that neither part may stay empty). Of a single text file the end is held out instead;
+and `data.held_out` names the held-out documents explicitly. Any process may call `prepare_corpus` at any time; to do the
+work only once, let one process finish it before the others call.
 """
 
 from __future__ import annotations

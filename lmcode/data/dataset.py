@@ -1,7 +1,7 @@
-"""What a `MemoryAwareTrainer` trains on: samples in memory, each a document, with the share that replay takes.
+"""What a `MemoryAwareTrainer` trains on: samples in memory, each a document, with the share of each batch that is replayed.
 
-A sample is read as it is, so ids are used without end marks; a text is tokenized and stands between two of them, as in a
-corpus. Nothing here knows a model: ids above its vocabulary are refused by the trainer.
+A sample of token ids is used as it is, without end tokens; a text is tokenized and gets an end token before and after it,
+as in a corpus. Nothing here knows a model: ids above its vocabulary are refused by the trainer.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def create_synthetic_dataset(num_samples: int = 1000, seq_len: int = 50, vocab_s
     """Samples of a small artificial language, int64 [num_samples, seq_len]; the same for the same arguments.
 
     The language has 64 phrases of 8 random tokens, fixed by `vocab_size`. A sample draws 3 of them and strings copies of
-    these together, beginning anywhere in the first. So there is structure to learn (how a phrase goes on, shared by all
+    these together, beginning anywhere in the first. So there is structure to learn (how a phrase continues, shared by all
     samples and seeds: another seed gives held-out samples of the same language) and something to remember (which phrases
     this sample repeats). What phrase comes next is random: no model reaches a loss of 0. A trainer reads a sample of this
     length in one window; the bank matters with a smaller `sequence_length`, or with the memory scope "global".
@@ -107,13 +107,13 @@ def create_synthetic_dataset(num_samples: int = 1000, seq_len: int = 50, vocab_s
                                 ("seed", seed, 0)):
         if value < lowest:
             raise ConfigError(f"{name} must be at least {lowest}: got {value}")
-    phrase_PX = torch.randint(vocab_size, (PHRASES, PHRASE_TOKENS), generator=torch.Generator().manual_seed(vocab_size))
+    phrase_XX = torch.randint(vocab_size, (PHRASES, PHRASE_TOKENS), generator=torch.Generator().manual_seed(vocab_size))
     draws = torch.Generator().manual_seed(seed)
     pieces = seq_len // PHRASE_TOKENS + 2
     own_N3 = torch.randint(PHRASES, (num_samples, PHRASES_PER_SAMPLE), generator=draws)
-    which_NY = own_N3.gather(1, torch.randint(PHRASES_PER_SAMPLE, (num_samples, pieces), generator=draws))
+    which_NX = own_N3.gather(1, torch.randint(PHRASES_PER_SAMPLE, (num_samples, pieces), generator=draws))
     start_N1 = torch.randint(PHRASE_TOKENS, (num_samples, 1), generator=draws)
-    return phrase_PX[which_NY].flatten(1).gather(1, start_N1 + torch.arange(seq_len))
+    return phrase_XX[which_NX].flatten(1).gather(1, start_N1 + torch.arange(seq_len))
 
 
 def _samples(data: Tensor | Sequence[Any], tokenizer: Tokenizer | None) -> list[np.ndarray]:

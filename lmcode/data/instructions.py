@@ -1,14 +1,15 @@
 """Instruction data: rows of JSON that are a prompt with its completion, or a conversation, as text with marked answers.
 
-`{"prompt": ..., "completion": ...}` is the one text behind the other, just as they are. `{"messages": [{"role": ...,
-"content": ...}, ...]}` is written plainly, an empty line between two messages, without one after the last:
+`{"prompt": ..., "completion": ...}` becomes the prompt and right after it the completion, unchanged. `{"messages":
+[{"role": ..., "content": ...}, ...]}` is written as plain text, with an empty line between two messages and none after the
+last:
 
     user: What is the capital of France?
 
     assistant: Paris.
 
-Only completions, and what "assistant" says, are learned: from the space behind "assistant:" to the empty line, or to the
-end mark of a document that an answer ends. All else is read, and written to memory, but its tokens are no targets.
+Only completions, and what "assistant" says, are targets of the loss: from the space after "assistant:" to the empty line,
+or to the end token of a document that ends with an answer. All other text is read, and written to memory, but not learned.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Experience replay: windows that were trained on, kept to be trained on again.
 
 A `Replay` keeps tokens and loss of the last windows (of each piece of one, where documents share it), the same on every
-rank: what is stored and drawn follows from the step and from losses that all ranks gather. `ReplaySampler` fills the rows of
-streams that pause (`Pauses`) with drawn spans. A replayed row starts from a blank state, and its namespace is -1, so it
-neither reads nor writes a bank: the entries written from itself could tell it its own tokens.
+rank: what is stored and drawn follows from the step and from losses that all ranks gather. `ReplaySampler` replaces the
+rows of streams that pause (`Pauses`) by drawn spans. A replayed row starts from a blank state, and its namespace is -1, so
+it neither reads nor writes a bank: the entries that were written from it would show it the tokens that it has to predict.
 Letters: M slots, X tokens of a span (a window and the target of its last token).
 """
 
@@ -227,22 +227,22 @@ class ReplaySampler:
                 used[row], pieces[row] = used[row] + length, pieces[row] + 1
         return placed
 
-    def remember(self, step: int, loss_GP: Tensor) -> None:
+    def remember(self, step: int, loss_BP: Tensor) -> None:
         """Stores what the streams read in `step`, which was trained on, and measures what was replayed.
 
         Args:
-            loss_GP: sum of the token losses of each piece of each row of the global batch, nats; the same on every rank.
+            loss_BP: sum of the token losses of each piece of each row of the global batch, nats; the same on every rank.
         """
         batch, placed = self._mix(step)
-        count_GP, loss_GP = batch.by_piece(batch.counted_BT), loss_GP.double().cpu()
-        mean_GP = (loss_GP / count_GP.clamp(min=1)).numpy()
+        count_BP, loss_BP = batch.by_piece(batch.counted_BT), loss_BP.double().cpu()
+        mean_BP = (loss_BP / count_BP.clamp(min=1)).numpy()
         row_N, piece_N, _, place_N = np.array(placed, dtype=np.int64).reshape(-1, 4).T
-        self._rows += len(loss_GP)
+        self._rows += len(loss_BP)
         self._replayed_rows += len(set(row_N.tolist()))
-        self._replayed_tokens += int(count_GP[row_N, piece_N].sum())
-        self._replayed_loss += float(loss_GP[row_N, piece_N].sum())
-        self.replay.update(place_N, mean_GP[row_N, piece_N], step)
-        self.replay.store(batch, mean_GP, step)
+        self._replayed_tokens += int(count_BP[row_N, piece_N].sum())
+        self._replayed_loss += float(loss_BP[row_N, piece_N].sum())
+        self.replay.update(place_N, mean_BP[row_N, piece_N], step)
+        self.replay.store(batch, mean_BP, step)
 
     def take(self) -> dict[str, float]:
         """Share of the rows that were replayed since the last call, and their mean token loss (NaN if there were none)."""
@@ -330,7 +330,7 @@ def load_replay(path: Path, replay: Replay) -> None:
 
 
 def resume(replay: Replay | None, folder: Path, data_pass: Pass, *, step: int) -> Pass:
-    """Fills `replay`, if the run has one, from a checkpoint of `step`; returns the pass that the run then goes on with.
+    """Fills `replay`, if the run has one, from a checkpoint of `step`; returns the pass that the run then continues.
 
     A checkpoint without spans is of a run that replayed nothing: pauses begin when a step has been stored.
     """

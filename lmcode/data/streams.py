@@ -1,10 +1,10 @@
 """Token file to batches: streams that walk documents in order, so that memory across windows means something.
 
-Each of the global batch's G streams reads a document window by window, T tokens a step; when it ends, the stream takes
-the next document of one queue that all streams share (the stream that is free first goes first, the lower number at a
-tie). A window holds one document, and padding after its end; or, packed, the next documents begin where one has ended, and
-a window is a row of pieces, each of a document of its own. Where text comes from several sources, the queue takes the next
-document from the one that is furthest behind its share of the tokens.
+Each of the global batch's G streams reads a document window by window, T tokens a step. At the end of a document it takes
+the next one from a queue that all streams share (the stream that is free first is served first, on a tie the lower number).
+A window holds one document, and padding after its end. With packing, the next document starts where one ends, and a window
+is a sequence of pieces, each of another document. With several sources of text, the queue takes the next document from the
+source that is furthest behind its share of the tokens.
 
 The state is one integer, the step: `StreamSampler.batch(step, ...)` is a pure function of its arguments, so resuming is
 asking for the next step, and what a step reads does not depend on the number of ranks. Experience replay takes rows away
@@ -136,7 +136,7 @@ class Pauses:
         return self.before(stream, step + 1) > self.before(stream, step)
 
     def end(self, stream: int, windows: int) -> int:
-        """The first step before which `stream` has read so many windows."""
+        """The first step by which `stream` has read `windows` windows."""
         step = windows
         while (missing := windows - (step - self.before(stream, step))) > 0:
             step += missing

@@ -1,8 +1,8 @@
-"""Text to token ids and back. A tokenizer belongs to a model: it is saved beside it and never swapped under it.
+"""Text to token ids and back. A tokenizer belongs to a model: it is saved with it and never replaced by another.
 
 The only importer of `tokenizers`, and only for byte-level BPE; `ByteTokenizer` needs nothing. `tokenizer.json` holds a
 tokenizer; beside it `tokenizer_config.json` names the end token, as Hugging Face does. Text never turns into a special
-token: a document that spells out '<|endoftext|>' is encoded as those characters, so it cannot end itself.
+token: a document that contains '<|endoftext|>' is encoded as those characters, so it cannot end itself.
 
 The end token of a foreign tokenizers file is, in this order: `eos_token` of the tokenizer_config.json beside it; the
 first of `END_TOKENS` in its vocabulary; else '<|endoftext|>' is added to it as a new token.

@@ -1,8 +1,8 @@
-"""The doctor's hands on one host: reads one request per line, does it, answers in one line; ends when its input does.
+"""The program that the doctor starts on each host: it reads one request per line, executes it and answers in one line.
 
-Started by `link.py` over ssh or srun. A request is a JSON object with "do", the name of a function here, "limit_s",
-after which the process gives up and ends, and the function's arguments. An answer begins with `MARK`, so that whatever
-a login shell or a library prints is not taken for one.
+Started by `link.py` over ssh or srun; it ends when its input ends. A request is a JSON object with "do", the name of a
+function here, "limit_s", the seconds after which the process gives up and exits, and the function's arguments. An answer
+begins with `MARK`, so that output of a login shell or a library is not taken for one.
 """
 
 from __future__ import annotations

@@ -175,18 +175,18 @@ def faiss_search_row() -> Row:
     import torch
 
     from lmcode import dist
-    from lmcode.memory.search import exact, faiss_index
+    from lmcode.memory.search import exact, faiss_index, flat
+    from lmcode.memory.search.tier import Rows
 
     device = dist.device()
     if not faiss_index.available(device):
         return Row("faiss search", "warn", f"FAISS cannot search on {device.type}; memory.tier=exact is used")
     generator = torch.Generator().manual_seed(0)
-    query_HNE = torch.randn(2, 64, 33, generator=generator).to(device)
-    key_HME = torch.randn(2, 2000, 33, generator=generator).to(device)
-    query_HNE[..., -1], key_HME[..., -1] = 1.0, 0.0
-    id_M = torch.arange(2000, device=device)
-    score_HNK, id_HNK, _ = faiss_index.search_flat(query_HNE, key_HME, id_M, 10)
-    wanted_score_HNK, wanted_id_HNK, _ = exact.search_exact(query_HNE, key_HME, id_M, 10)
+    query_HND = torch.randn(2, 64, 32, generator=generator).to(device)
+    key_HMD = torch.randn(2, 2000, 32, generator=generator).to(device)
+    rows = Rows(key_HMD, torch.zeros(2000, device=device), torch.arange(2000, device=device))
+    score_HNK, id_HNK, _ = flat.search_flat(query_HND, rows, 10)
+    wanted_score_HNK, wanted_id_HNK, _ = exact.search_exact(query_HND, rows, 10)
     wrong = int((id_HNK != wanted_id_HNK).sum())
     error = float((score_HNK - wanted_score_HNK).abs().max())
     # Two entries whose scores are an ulp apart may swap places, so a few differences are no fault; wrong scores are.

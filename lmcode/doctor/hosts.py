@@ -1,6 +1,6 @@
-"""The conversation with all hosts: each one's own report, then what only several can find out together.
+"""The checks over several hosts: first the report of each host, then what only several hosts can find out together.
 
-A host that is lost on the way is one failed row; the others go on without it.
+A host that stops answering becomes one failed row; the checks continue without it.
 """
 
 from __future__ import annotations

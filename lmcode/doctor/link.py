@@ -1,7 +1,7 @@
-"""Lines to and from the agents: one subprocess for each host, ssh or srun, all asked at the same time.
+"""Connections to the agents: one subprocess for each host, ssh or srun, all asked at the same time.
 
-A host that does not answer in time, or says anything else, is lost: it gets no further requests, the others go on. There is
-one `srun` for each host, because Slurm ends a step, on all its hosts, when one of them cannot be reached.
+A host that does not answer in time, or answers anything else, counts as lost: it gets no further requests, and the others
+continue. There is one `srun` for each host, because Slurm ends a step, on all its hosts, when one of them cannot be reached.
 """
 
 from __future__ import annotations

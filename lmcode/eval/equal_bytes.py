@@ -19,9 +19,9 @@ def cache_bytes(model: LMCODEConfig, precision: str = "fp32") -> int:
 
 
 def slot_bytes(model: LMCODEConfig, memory: MemoryConfig) -> int:
-    """Bytes of one slot of one layer's bank: keys with their addend, values, and the columns kept beside them."""
-    vectors = model.memory_heads * (2 * model.memory_head_dim + 1) * NUMBER_BYTES[memory.dtype]
-    return vectors + sum(np.dtype(kind).itemsize for kind in METADATA.values())
+    """Bytes of one slot of one layer's bank: keys, values, the addend to scores, and the columns kept beside them."""
+    vectors = model.memory_heads * 2 * model.memory_head_dim * NUMBER_BYTES[memory.dtype]
+    return vectors + NUMBER_BYTES["fp32"] + sum(np.dtype(kind).itemsize for kind in METADATA.values())
 
 
 def bank_bytes(model: LMCODEConfig, memory: MemoryConfig, streams: int) -> float:

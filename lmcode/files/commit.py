@@ -1,10 +1,10 @@
-"""One commit under way: files of many ranks, written by threads while training goes on.
+"""One commit in progress: the files of many ranks, written by threads while training continues.
 
 `advance` moves it from one stage to the next, on all ranks alike:
   1. Making a `Commit` copies everything to host memory. Training waits for this stage only.
   2. A thread of each rank writes its files, forces them to disk and hashes them.
-  3. When all have: a thread of rank 0 publishes the commit and removes old ones. Only then is it there.
-A kill in between leaves the older commits and a temporary folder, which the next commit sweeps.
+  3. When all ranks are done, a thread of rank 0 publishes the commit and removes old ones. Only then does the commit exist.
+A kill in between leaves the older commits and a temporary folder, which the next commit removes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SaveFailed(RuntimeError):
 
 
 class Commit:
-    """A commit that is under way. Making one is a collective; when it returns, training may go on.
+    """A commit in progress. Making one is a collective; when it returns, training may continue.
 
     Args:
         final: the folder that the commit will be.

@@ -1,17 +1,17 @@
-"""How a folder of files becomes a commit that is there whole or not at all, and how a reader finds out what it has.
+"""How a folder of files becomes a commit that is there whole or not at all, and how a reader finds out which one it has.
 
-The one thing to know: a commit is what `verify` accepts, never what a name says. It is written beside its place, every
-file and folder is forced to disk, and only then does it take its name:
+The one thing to know: a folder is a commit if `verify` accepts it, whatever its name says. It is written under a temporary
+name, every file and folder is forced to disk, and only then is it renamed:
 
     .step-00000300.tmp/...      files, each fsynced; then manifest.json, fsynced; then the folders, fsynced
     step-00000300/...           one rename, and an fsync of the parent
     step-00000300.1/...         the same step again, with another memory: a revision, which counts as newer
 
-A kill at any point leaves the earlier commits, or those and the new one; a temporary folder is swept at the next commit.
+A kill at any point leaves the earlier commits, or those and the new one; the next commit removes a temporary folder.
 `manifest.json` holds {"schema": 1, "step", "world_size", "virtual_shards", "config": blake2b of the settings,
 "versions": {name: version}, "files": {relative path: {"bytes", "blake2b"}}, "self": blake2b of the rest}, in one spelling
-only. Nothing may lie beside what it lists but what file managers and editors leave anywhere (`STRAYS`), which is no part of
-a commit.
+only. A commit holds no other files than those it lists, except what file managers and editors leave anywhere (`STRAYS`),
+which is ignored.
 
 Pure file protocol: no torch, no ranks. Several writers may fill one temporary folder; each seals the files it wrote, and
 one of them publishes.

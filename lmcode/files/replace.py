@@ -1,10 +1,10 @@
-"""Checkpoints that take the place of another one, so that a kill leaves one of the two whole.
+"""Replacing a checkpoint at a path, so that a kill leaves either the old or the new one whole.
 
-The one thing to know: a folder is made ready under another name and has its own only when all of it is on disk. Two renames
-put it in place, and a kill between them leaves both beside the path, where `left_by_a_kill` looks:
+The one thing to know: the new folder is completed under a temporary name and gets its final name only when all of it is on
+disk. Two renames put it in place, and a kill between them leaves both next to the path, where `left_by_a_kill` looks:
 
     .model.saving/.new.tmp      being written
-    .model.saving/new           whole before anything else is touched
+    .model.saving/new           complete before anything else is changed
     .model.saving/former        what was at the path, until the new one is there
 
 Pure file protocol: no torch, no ranks; one process does this.

@@ -1,1 +1,2 @@
-"""A job among others: Slurm scripts, host files, the network, requests to stop, and the watch over its ranks."""
+"""Running as a job: Slurm scripts, host files, the network, requests to stop, and the detection of ranks that die or hang.
+"""

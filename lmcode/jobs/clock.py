@@ -1,5 +1,6 @@
-"""Where the main thread is and where its time goes: named stretches of wall time, summed until they are read, and their
-totals over a job."""
+"""Wall time by phase: the phase that the main thread is in, the seconds of each phase since they were last read, and their
+totals over a job.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What decides how ranks reach each other: the variables that are set, and the addresses that are used.
 
-Nothing is set in here. The functions that judge are pure; `announce` is what a training run says when it starts.
+Nothing is set in here. The functions that compare ranks are pure; `announce` logs the result when a training run starts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ log = logging.getLogger("lmcode")
 
 PREFIXES = ("GLOO_", "NCCL_", "MASTER_")
 NAMES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
-# What may well be another on each host, since it names a thing of that host.
+# Variables that may differ between hosts, since they name a device of the host.
 OF_A_HOST = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "CUDA_VISIBLE_DEVICES")
 SHOWN_HOSTS = 8
 UNKNOWN = "an unknown address (NCCL_DEBUG=INFO makes NCCL say its own)"
@@ -51,7 +51,7 @@ def describe(places: Sequence[Place]) -> str:
 def differences(places: Sequence[Place], names: Sequence[str], *, noun: str = "") -> list[str]:
     """How the places differ in what is set, one text per variable; none if they agree.
 
-    What names a thing of a host (`OF_A_HOST`) may differ between hosts, but not be set on some of them alone.
+    Variables that name a device of a host (`OF_A_HOST`) may differ between hosts, but must be set on all of them or on none.
 
     Args:
         names: what to call each place; neighbours that agree are called by ranges if these are numbers.
@@ -114,8 +114,8 @@ def named(address: str) -> str:
 
 
 def listening() -> list[str]:
-    """The addresses on which this process waits for connections, but those that stand for all. After the first collective
-    these are those of gloo (or NCCL)."""
+    """The addresses on which this process accepts connections, without the wildcards (0.0.0.0, ::). After the first
+    collective these are the addresses of gloo (or NCCL)."""
     import psutil
 
     process = psutil.Process()

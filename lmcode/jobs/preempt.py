@@ -1,8 +1,8 @@
 """Asking a running job to save and end: SIGTERM, SIGUSR2, or a file SAVE_NOW in the run folder.
 
-A request is noticed by one process and decided by all: the training step carries it in the all_reduce of its loss, other
-phases ask with `agreed` where they are about to go on. Nothing here acts; the loop saves and ends with `REQUEUE`. Needs no
-torch, so that a signal is remembered from a process's first second on.
+One process notices a request, and all ranks agree on it: the training step carries it in the all_reduce of its loss, and
+other phases call `agreed` before they continue. This module only records requests; the loop saves a checkpoint and exits
+with `REQUEUE`. It imports no torch, so that a signal is noticed from the first second of a process.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Request:
                 self.reason = str(self._file)
         return self.reason is not None
 
-    def give_way(self, *_progress: object) -> None:
-        """Raises `Preempted` in this process alone, for work that one rank does while the others wait to be told."""
+    def raise_if_asked(self, *_progress: object) -> None:
+        """Raises `Preempted` in this process alone, for work that one rank does while the others wait for its result."""
         if self.asked():
             raise Preempted
 
@@ -70,7 +70,7 @@ class Request:
 
 
 def agreed(request: Request, group: Gatherer) -> None:
-    """Goes on if no rank was asked. A collective.
+    """Returns if no rank was asked. A collective.
 
     Raises:
         Preempted: on every rank, if any was asked; `request` has a reason then.

@@ -118,7 +118,7 @@ SCRIPT = """\
 #     GLOO_SOCKET_IFNAME   the interface for gloo, if it has the same name on all nodes (default: found on each node)
 # NCCL_* and other variables are passed on as they are and never set here.
 # A job that runs into its time limit, or is preempted, is asked to save (SIGUSR2) @warning@ s before its end; it exits
-# with 75, is put into the queue again and goes on from there, in the same run folder.
+# with 75, is put into the queue again and resumes from there, in the same run folder.
 set -euo pipefail
 
 fail() { echo "lmcode: error: $*" >&2; exit 2; }

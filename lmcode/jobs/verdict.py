@@ -1,8 +1,9 @@
-"""Who is to blame when a job of several ranks stops: pure judgement on what the ranks said and when.
+"""Which rank caused a job to fail: pure functions of what the ranks reported and when.
 
-No clock, socket or thread in here; `watch` brings those. A rank that died or raised is blamed at once; one that is silent,
-or whose main thread does not move, after two heartbeats; and of many that do not move, the one that is not merely waiting
-for the others. An exception out of a collective is a consequence, so it waits for its cause.
+There is no clock, socket or thread in here; `watch` has those. A rank that died or raised is blamed at once; a rank that
+sends nothing, or whose main thread makes no progress, after two heartbeats; and if several make no progress, the one that
+does not merely wait for the others in a collective. An exception that a collective raises is a consequence of another
+failure, so the verdict waits for the cause.
 """
 
 from __future__ import annotations

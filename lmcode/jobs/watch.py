@@ -1,9 +1,9 @@
-"""The control channel beside the data: every rank says each second where it is, and all hear at once who is to blame.
+"""Detection of ranks that die or hang: every rank sends a heartbeat each second, and all learn at once which rank failed.
 
-TCP connections of every rank with rank 0, served by a daemon thread in each process and used by no collective, so that they
-work while the main thread is stuck in one. Rank 0 judges the others (`verdict`), they judge rank 0. At a verdict every rank
-logs the same line, writes its Python stacks into its log file and leaves with exit code 1; a rank that is stopped is killed
-by those on its machine. On one rank there is nothing to watch and no thread.
+The heartbeats use TCP connections of every rank with rank 0, served by a daemon thread in each process. No collective uses
+them, so they work while the main thread is stuck in one. Rank 0 judges the others (`verdict`), they judge rank 0. At a
+verdict every rank logs the same line, writes its Python stacks into its log file and exits with code 1; a rank that is
+stopped is killed by the ranks on its machine. With one rank there is nothing to watch and no thread.
 """
 
 from __future__ import annotations
@@ -226,8 +226,8 @@ def watching(clock: Clock, group: Group, *, heartbeat_s: float, patience_s: floa
              alike: tuple[type[BaseException], ...] = ()) -> Iterator[NullWatch]:
     """Watches over the ranks of `group` during the block. A collective.
 
-    An exception inside the block is told to the others and ends the job, as a death does; but a ConfigError and Ctrl-C,
-    which every rank meets alike, are not, nor are those in `alike`.
+    An exception inside the block is reported to the other ranks and ends the job, as a killed rank does; but a ConfigError
+    and Ctrl-C, which every rank meets alike, are not, nor are those in `alike`.
 
     Args:
         heartbeat_s: a rank may be silent, or stand still between two signs of progress, for two of these, and longer before

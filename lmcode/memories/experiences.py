@@ -90,7 +90,7 @@ def namespace_number(namespace: Namespace) -> int:
     """The number of a namespace: its own, or for a name a hash from `NAMES` on, or for the name "visit:N" that of the N-th
     document, from 0 on, that training has read (one that is read again has another number), which is `VISITS` + N.
 
-    A run that was started before the visits of documents had a range of their own numbers them from 0 on, and goes on to:
+    A run that was started before the visits of documents had a range of their own numbers them from 0 on, and continues to:
     there 0 is both the first document and what was stored without a namespace, as it was when it was saved.
 
     Raises:

@@ -12,13 +12,17 @@ from pathlib import Path
 from torch import Tensor
 
 from lmcode.config import ConfigError
+from lmcode.dist import raise_together
 from lmcode.files.durable import Parts
 from lmcode.memories.experience_files import experience_parts, load_experiences
 from lmcode.memories.experiences import name_documents
 from lmcode.memories.memories import Memories
+from lmcode.memory.bank import LongTermMemory
+from lmcode.memory.planning import first_plan
+from lmcode.memory.search.plan import load_plan, save_plan
 from lmcode.memory.store import load_bank, save_shard, shard_file
 
-BANKS, EXPERIENCES = "banks", "experiences"
+BANKS, EXPERIENCES, PLAN = "banks", "experiences", "search.safetensors"
 
 
 def bank_folder(layer: int) -> str:
@@ -43,9 +47,27 @@ def memory_parts(memories: Memories) -> Parts:
     for layer, bank in memories.banks.items():
         parts.update({shard_file(bank_folder(layer), shard).as_posix(): partial(save_shard, state=on_host(bank.state(shard)))
                       for shard in bank.to_save})
+        if bank.plan.centroid_HLD is not None and memories.group.rank == 0:
+            parts[f"{bank_folder(layer)}/{PLAN}"] = partial(save_plan, plan=bank.plan)
     if memories.has_experiences:
         parts.update({f"{EXPERIENCES}/{name}": write for name, write in experience_parts(memories.experiences).items()})
     return parts
+
+
+def load_plan_of(bank: LongTermMemory, path: Path) -> None:
+    """Gives a bank the plan that was saved with it; where there is none, what an empty bank has. A collective.
+
+    Raises:
+        ConfigError: on every rank, if it is refused.
+    """
+    plan, problem = first_plan(bank.config.tier), None
+    try:
+        if path.exists():
+            plan = load_plan(path, heads=bank.heads, head_dim=bank.head_dim)
+    except ValueError as error:
+        problem = str(error)
+    raise_together(bank.group, problem)
+    bank.use(plan)
 
 
 def on_host(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -68,6 +90,7 @@ def load_memory(folder: Path, memories: Memories) -> None:
     try:
         for layer, bank in memories.banks.items():
             load_bank(folder / bank_folder(layer), bank)
+            load_plan_of(bank, folder / bank_folder(layer) / PLAN)
         if memories.banks:
             experiences = memories.new_experiences()  # those that were there do not go with these banks
             if memories.group.all_gather_object((folder / EXPERIENCES).is_dir())[0]:

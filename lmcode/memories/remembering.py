@@ -1,4 +1,4 @@
-"""What a model is told to remember: experiences stored, found, deleted and looked at, whatever the model.
+"""What users ask a model to remember: experiences stored, found, deleted and looked at, whatever the model.
 
 The one thing to know: an experience is there whole or not at all, its text in the experience bank and its token entries in
 the banks of the layers (see `experiences`); here both are written and removed together. Every method is a collective.
@@ -55,8 +55,8 @@ class Deleted(NamedTuple):
 
 
 class Remembering:
-    """The part of a model that users tell what to remember: over its `memories`, its `tokenizer`, and what whoever trains
-    it keeps in `replay`."""
+    """The part of a model that stores and finds what users ask it to remember: over its `memories`, its `tokenizer`, and
+    what whoever trains it keeps in `replay`."""
 
     config: LMCODEConfig
     memories: Memories

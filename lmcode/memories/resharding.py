@@ -36,8 +36,8 @@ def refuse_too_small(banks: Mapping[int, LongTermMemory], experiences: Experienc
                      slots: int, experience_slots: int) -> None:
     """Raises ConfigError where an entry would be without a slot. A collective."""
     _check_rooms("slots", slots, {f"layer {layer}": live_counts(bank, virtual_shards) for layer, bank in banks.items()})
-    live_S = live_counts(experiences.bank, virtual_shards) if experiences else np.zeros(virtual_shards, np.int64)
-    _check_rooms("experience_slots", experience_slots, {"experiences": live_S})
+    live_X = live_counts(experiences.bank, virtual_shards) if experiences else np.zeros(virtual_shards, np.int64)
+    _check_rooms("experience_slots", experience_slots, {"experiences": live_X})
 
 
 def empty_like(banks: Mapping[int, LongTermMemory], config: LMCODEConfig, memory: MemoryConfig, *,
@@ -64,17 +64,17 @@ def empty_like(banks: Mapping[int, LongTermMemory], config: LMCODEConfig, memory
 def live_counts(bank: LongTermMemory, virtual_shards: int) -> np.ndarray:
     """How many of a bank's entries would lie in each of `virtual_shards`, int64 [S], on every rank. A collective."""
     mine = {shard: live_by_shard(bank.state(shard)["id"].numpy(), virtual_shards) for shard in bank.owned}
-    counts = {shard: count_S for part in bank.group.all_gather_object(mine) for shard, count_S in part.items()}
-    count_S: np.ndarray = np.sum(list(counts.values()), axis=0)
-    return count_S
+    counts = {shard: count_X for part in bank.group.all_gather_object(mine) for shard, count_X in part.items()}
+    count_X: np.ndarray = np.sum(list(counts.values()), axis=0)
+    return count_X
 
 
 def _check_rooms(name: str, slots: int, live: Mapping[str, np.ndarray]) -> None:
     """Refuses a number of slots that is too small for any of these banks; the message gives one that does for all."""
     fewest = max(map(fewest_slots, live.values()))
-    for bank, live_S in live.items():
+    for bank, live_X in live.items():
         try:
-            check_room(live_S, slots, fewest=fewest)
+            check_room(live_X, slots, fewest=fewest)
         except ValueError as error:
             raise ConfigError(f"{bank} ({name} = {slots}): {error}") from None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,16 +19,21 @@ from torch import Tensor
 
 from lmcode.config import ConfigError, MemoryConfig
 from lmcode.dist import Group
-from lmcode.memory import entry, measure
+from lmcode.memory import entry, measure, planning
 from lmcode.memory.joining import join_nearest
 from lmcode.memory.placement import shards_of
 from lmcode.memory.read import SCOPES, Reader, check_search, turned
 from lmcode.memory.rounds import consolidate_shards
-from lmcode.memory.search.faiss_index import check_top_k, choose_tier
+from lmcode.memory.search.choice import choose_tier
+from lmcode.memory.search.faiss_index import check_top_k
+from lmcode.memory.search.plan import Plan
+from lmcode.memory.search.tier import tier_of
 from lmcode.memory.shard import Predicate, Scope, Shard, digest_of
 from lmcode.memory.write import Batch, batch_of, count_hits, gather_candidates
 from lmcode.precision import without_autocast
 from lmcode.protocol import Candidates, ConsolidationReport, Hits, check_threshold
+
+log = logging.getLogger("lmcode")
 
 
 class LongTermMemory:
@@ -70,6 +76,7 @@ class LongTermMemory:
         except ValueError as error:
             raise ConfigError(f"bank: {error}") from None
         self._reader = Reader(self.shard, self.group, self.inside)
+        self.shard.use(planning.first_plan(config.tier))
         self.next_id = self.rejected = self.clipped = 0
         nobody_N = torch.zeros(0, dtype=torch.int64)
         self._sample = measure.Sample(torch.zeros(heads, 0, head_dim), nobody_N, nobody_N, config.scope)
@@ -93,7 +100,7 @@ class LongTermMemory:
                 None: unknown, nothing is hidden.
             scope: "document" (entries of the query's namespace), "global", or the namespaces that every query may see;
                 the config's scope when None. The same on every rank, like `top_k` and `tier`.
-            tier: "exact" or "faiss-flat"; the config's when None.
+            tier: a name in `config.TIERS`; that of `tier_for` when None.
             ragged: whether N may differ between ranks; costs one more collective.
 
         Raises:
@@ -103,10 +110,30 @@ class LongTermMemory:
         scope = self.config.scope if scope is None else scope
         document_N = self._documents(namespace_N, document_N)
         self._check(query_HND, namespace_N, document_N, scope, k)
-        tier = tier or self._tiers["document" if scope == "document" else "global"]
-        self._sample = measure.sample_of(query_HND, namespace_N, document_N, scope, self.config.recall_queries)
+        tier = tier or self.tier_for(scope)
+        self._sample = measure.sample_of_all(query_HND, namespace_N, document_N, scope, self.config.recall_queries,
+                                             group=self.group)
         return self._reader.search(query_HND.transpose(0, 1), namespace_N, document_N, scope=scope, k=k, tier=tier,
                                    ragged=ragged)
+
+    def tier_for(self, scope: Scope) -> str:
+        """The tier of a search with this scope, as things are now."""
+        if scope == "document":
+            return self._tiers["document"]
+        if self.config.tier == "auto" and self.plan.probing:
+            return "ivf"
+        if self.config.tier == "ivf" and not self.plan.probing:
+            return "exact"
+        return self._tiers["global"]
+
+    @property
+    def plan(self) -> Plan:
+        """How searches of the whole bank go: the same on every rank, and changed by `review` only."""
+        return self.shard.plan
+
+    def use(self, plan: Plan) -> None:
+        """Searches by this plan from now on; every rank must be given the same."""
+        self.shard.use(plan)
 
     def _documents(self, namespace_N: Tensor, document_N: Tensor | None) -> Tensor:
         return torch.full_like(namespace_N, entry.UNKNOWN) if document_N is None else document_N
@@ -121,7 +148,8 @@ class LongTermMemory:
         """`attend` to a fresh `search`, without gradient; faster for few queries on one rank. Collective."""
         document_N = self._documents(namespace_N, document_N)
         self._check(query_HND, namespace_N, document_N, self.config.scope, self.top_k)
-        found = self._reader.look_up(query_HND.transpose(0, 1), namespace_N, document_N, self.top_k)
+        approximate = tier_of(self.tier_for(self.config.scope)).approximate
+        found = None if approximate else self._reader.look_up(query_HND.transpose(0, 1), namespace_N, document_N, self.top_k)
         if found is None:
             return self.attend(query_HND, self.search(query_HND, namespace_N, document_N))
         value_HND, lse_HN, doubtful_N = turned(found[0]), turned(found[1]), found[2]
@@ -206,11 +234,16 @@ class LongTermMemory:
                predicate: Predicate | None = None) -> int:
         """Removes, for good, the entries that meet all given conditions; returns how many there were. Collective.
 
+        Centroids go with them, and the next `review` or `prepare` trains new ones; until then a search is exact.
+
         Args:
             predicate: from the columns of `entry.METADATA` (arrays over slots, empty ones included) to a bool array.
         """
         slot_E = self.shard.matching(ids=ids, namespace=namespace, before_step=before_step, predicate=predicate)
-        return measure.totals(self.inside, self.device, self.shard.delete(slot_E))[0]
+        deleted = measure.totals(self.inside, self.device, self.shard.delete(slot_E))[0]
+        if deleted and self.plan.centroid_HLD is not None:  # they are means of what is to be gone
+            self.use(Plan(self.plan.probing))
+        return deleted
 
     def consolidate(self, threshold: float = 0.1) -> ConsolidationReport:
         """Merges pairs of entries of one text whose keys are less than a cosine distance apart. Collective.
@@ -255,9 +288,36 @@ class LongTermMemory:
     def recall(self) -> float | None:
         """`check_recall` of this bank as it is now, on queries of the latest search. Collective."""
         sample = self._sample
-        hits = self.search(*sample[:3], scope=sample.scope)
-        return self.check_recall(sample.query_HND, sample.namespace_N, hits, document_N=sample.document_N,
-                                 scope=sample.scope)
+        hits = self.search(*sample[:3], scope=sample.scope, ragged=True)
+        exact = self.search(*sample[:3], scope=sample.scope, tier="exact", ragged=True)
+        self._sample = sample
+        found, wanted = measure.totals(self.group, self.device, *measure.found_of(hits.id_HNK, exact))
+        return found / wanted if wanted else None
+
+    def review(self) -> float | None:
+        """`recall`, and what follows from it for how the bank is searched from now on, with a line in the log. Collective.
+
+        Only the tiers `ivf` and `auto` have anything to decide: see `search.plan.revise`.
+        """
+        recall = self.recall()
+        if self.config.tier in ("ivf", "auto"):
+            self._revise(recall if self._sample.scope != "document" else None)
+        return recall
+
+    def prepare(self) -> None:
+        """What `review` does before anything was measured: a bank that was filled gets its centroids. Collective."""
+        if self.config.tier in ("ivf", "auto") and self.config.scope != "document":
+            self._revise(None)
+
+    def _revise(self, recall: float | None) -> None:
+        change = planning.review(self.shard, self.group, self.inside, recall)
+        if change is None:
+            return
+        plan, lists = change.plan, change.plan.centroid_HLD
+        how = f"{plan.probes} of {0 if lists is None else lists.shape[1]} lists" if plan.probing else "exactly"
+        say = log.warning if change.alarming else log.info
+        say("memory.tier = %s: the bank is searched %s from now on%s: %s", self.config.tier, how,
+            ", with new centroids" if change.train else "", change.reason)
 
     def check_recall(self, query_HND: Tensor, namespace_N: Tensor, hits: Hits, *, document_N: Tensor | None = None,
                      scope: Scope | None = None) -> float | None:
@@ -274,9 +334,11 @@ class LongTermMemory:
 
     def like(self, *, slots: int | None = None, config: MemoryConfig | None = None, group: Group | None = None,
              device: torch.device | str | None = None) -> LongTermMemory:
-        """An empty bank of this shape; what is given is different. Collective of its group."""
-        return LongTermMemory(heads=self.heads, head_dim=self.head_dim, slots=slots or self.slots, top_k=self.top_k,
-                              config=config or self.config, group=group or self.group, device=device or self.device)
+        """An empty bank of this shape, searched by the same plan; what is given is different. Collective of its group."""
+        other = LongTermMemory(heads=self.heads, head_dim=self.head_dim, slots=slots or self.slots, top_k=self.top_k,
+                               config=config or self.config, group=group or self.group, device=device or self.device)
+        other.use(self.plan)
+        return other
 
     def fork(self, *, empty: bool, slots: int | None = None) -> LongTermMemory:
         """An independent bank with the same settings: empty (only then may `slots` differ) or a copy of all entries."""

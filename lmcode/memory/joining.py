@@ -63,7 +63,7 @@ def _nearest(entries: Entries, shard: Shard, group: Group, tier: str) -> tuple[n
     lists = shard.nearest(unit_GF, text_G2, tier=tier)[:2]
     score_R2, other_R2 = (group.all_to_all(part, phase="writes").view(group.size, n, 2) for part in lists)
     score_n2, other_n2 = merge_lists(score_R2, other_R2)
-    return other_n2[:E, 0].cpu().numpy(), score_n2[:E, 0].double().cpu().numpy() / shard.key_HME.shape[0]
+    return other_n2[:E, 0].cpu().numpy(), score_n2[:E, 0].double().cpu().numpy() / shard.key_HMD.shape[0]
 
 
 def _take_in(shard: Shard, vector_X2HD: Tensor, facts_X8: np.ndarray) -> None:

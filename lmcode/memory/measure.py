@@ -35,7 +35,7 @@ def count_entries(shard: Shard, group: Group, groups: int, blind_queries: int) -
     tally, by_rank = shard.ledger.tally, [0] * group.size
     by_rank[group.rank] = tally.live
     numbers = *by_rank, sum(shard.evicted.values()), tally.merged, tally.chances, tally.spared, blind_queries
-    *by_rank, evicted, merged, chances, spared, blind = totals(group, shard.key_HME.device, *numbers)
+    *by_rank, evicted, merged, chances, spared, blind = totals(group, shard.key_HMD.device, *numbers)
     once = (number // groups for number in (sum(by_rank), evicted, merged, chances, spared))
     live, evicted, merged, chances, spared = once
     return {"slots": shard.slots, "live": live, "live_by_rank": by_rank, "fill": live / shard.slots, "evicted": evicted,
@@ -60,6 +60,16 @@ def spread(rows_HNX: Tensor, count: int) -> Tensor:
     if N <= count:
         return rows_HNX
     return rows_HNX[:, torch.arange(count, device=rows_HNX.device) * N // max(1, count)]
+
+
+def sample_of_all(query_HND: Tensor, namespace_N: Tensor, document_N: Tensor, scope: Scope, count: int, *,
+                  group: Group) -> Sample:
+    """This rank's part of at most `count` queries, evenly spread over those of all ranks, if all have as many."""
+    N = len(namespace_N)
+    total = N * group.size
+    place_S = torch.arange(min(count, total)) * total // max(1, min(count, total)) - group.rank * N
+    at_S = place_S[(place_S >= 0) & (place_S < N)].to(query_HND.device)
+    return Sample(query_HND[:, at_S], namespace_N[at_S], document_N[at_S], scope)
 
 
 def sample_of(query_HND: Tensor, namespace_N: Tensor, document_N: Tensor, scope: Scope, count: int) -> Sample:

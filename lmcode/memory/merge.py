@@ -3,7 +3,7 @@
 A score and an id are packed into one int64 whose ascending order is the total order: sorting those with numpy's vector
 instructions is some twenty times faster than `torch.sort` on a CPU. Every list that is merged is itself in total order,
 so the hits that one rank contributes to a merged list are a prefix of its own.
-Letters: L hits in an unordered list, K hits kept; leading axes are free.
+Letters: X hits in an unordered list, or ranks; K hits kept; leading axes are free.
 """
 
 from __future__ import annotations
@@ -22,59 +22,59 @@ def _flip(bits: Tensor) -> Tensor:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def _pack(score_L: Tensor, id_L: Tensor) -> tuple[Tensor, Tensor] | None:
+def _pack(score_X: Tensor, id_X: Tensor) -> tuple[Tensor, Tensor] | None:
     """Packed hits and the id that counts as 0 in them; None if the ids span more than 32 bits."""
-    valid_L = id_L >= 0
-    top = id_L.max() if id_L.numel() else id_L.new_tensor(-1)
-    base = torch.where(valid_L, id_L, top).min() if id_L.numel() else top
+    valid_X = id_X >= 0
+    top = id_X.max() if id_X.numel() else id_X.new_tensor(-1)
+    base = torch.where(valid_X, id_X, top).min() if id_X.numel() else top
     if int(top - base) >= _INVALID:
         return None
-    ordered_L = ~_flip((score_L.where(valid_L, NO_SCORE) + 0.0).view(torch.int32))  # + 0.0 makes one zero of the two
-    return (ordered_L.long() << 32) | (id_L - base).where(valid_L, _INVALID), base
+    ordered_X = ~_flip((score_X.where(valid_X, NO_SCORE) + 0.0).view(torch.int32))  # + 0.0 makes one zero of the two
+    return (ordered_X.long() << 32) | (id_X - base).where(valid_X, _INVALID), base
 
 
-def _unpack(packed_L: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-    low_L = packed_L & _INVALID
-    score_L = _flip(~(packed_L >> 32).int()).view(torch.float32)
-    return score_L, (low_L + base).where(low_L < _INVALID, -1)
+def _unpack(packed_X: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+    low_X = packed_X & _INVALID
+    score_X = _flip(~(packed_X >> 32).int()).view(torch.float32)
+    return score_X, (low_X + base).where(low_X < _INVALID, -1)
 
 
-def order_hits(score_L: Tensor, id_L: Tensor) -> Tensor:
+def order_hits(score_X: Tensor, id_X: Tensor) -> Tensor:
     """Positions along the last axis that put hits in total order, invalid ones (id -1) last; int64.
 
     Args:
-        score_L: fp32 [..., L], no NaN.
-        id_L: int64 [..., L].
+        score_X: fp32 [..., X], no NaN.
+        id_X: int64 [..., X].
     """
-    packed = _pack(score_L, id_L)
+    packed = _pack(score_X, id_X)
     if packed is None:
-        by_id_L = torch.where(id_L < 0, torch.iinfo(torch.int64).max, id_L).argsort(dim=-1, stable=True)
-        score_L = score_L.where(id_L >= 0, NO_SCORE)
-        by_score_L = score_L.gather(-1, by_id_L).argsort(dim=-1, descending=True, stable=True)
-        return by_id_L.gather(-1, by_score_L)
+        by_id_X = torch.where(id_X < 0, torch.iinfo(torch.int64).max, id_X).argsort(dim=-1, stable=True)
+        score_X = score_X.where(id_X >= 0, NO_SCORE)
+        by_score_X = score_X.gather(-1, by_id_X).argsort(dim=-1, descending=True, stable=True)
+        return by_id_X.gather(-1, by_score_X)
     if packed[0].device.type == "cpu":
         return torch.from_numpy(np.argsort(packed[0].numpy(), axis=-1))
     return packed[0].argsort(dim=-1)
 
 
-def merge_hits(score_L: Tensor, id_L: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def merge_hits(score_X: Tensor, id_X: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The first k hits of the total order, padded with invalid ones: fp32 [..., K] and int64 [..., K].
 
     Args:
-        score_L: fp32 [..., L], no NaN; ignored where invalid.
-        id_L: int64 [..., L]; -1 where invalid; no id twice in a list.
+        score_X: fp32 [..., X], no NaN; ignored where invalid.
+        id_X: int64 [..., X]; -1 where invalid; no id twice in a list.
         k: hits to keep, at least 1.
     """
-    packed = _pack(score_L, id_L)
+    packed = _pack(score_X, id_X)
     if packed is None:
-        order_K = order_hits(score_L, id_L)[..., :k]
-        score_K, id_K = score_L.gather(-1, order_K), id_L.gather(-1, order_K)
+        order_K = order_hits(score_X, id_X)[..., :k]
+        score_K, id_K = score_X.gather(-1, order_K), id_X.gather(-1, order_K)
         score_K = score_K.where(id_K >= 0, NO_SCORE)
     else:
-        packed_L, base = packed
-        sorted_L = (torch.from_numpy(np.sort(packed_L.numpy(), axis=-1)) if packed_L.device.type == "cpu"
-                    else packed_L.sort(dim=-1).values)
-        score_K, id_K = _unpack(sorted_L[..., :k], base)
+        packed_X, base = packed
+        sorted_X = (torch.from_numpy(np.sort(packed_X.numpy(), axis=-1)) if packed_X.device.type == "cpu"
+                    else packed_X.sort(dim=-1).values)
+        score_K, id_K = _unpack(sorted_X[..., :k], base)
     short = k - score_K.shape[-1]
     if short > 0:
         score_K = torch.nn.functional.pad(score_K, (0, short), value=NO_SCORE)
@@ -82,12 +82,12 @@ def merge_hits(score_L: Tensor, id_L: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return score_K.contiguous(), id_K.contiguous()
 
 
-def merge_lists(score_RXK: Tensor, id_RXK: Tensor) -> tuple[Tensor, Tensor]:
+def merge_lists(score_XXK: Tensor, id_XXK: Tensor) -> tuple[Tensor, Tensor]:
     """Merges the lists of R ranks, [R, ..., K], each in total order, into [..., K]."""
-    if len(score_RXK) == 1:
-        return score_RXK[0], id_RXK[0]
-    score_L, id_L = (part.movedim(0, -2).flatten(-2) for part in (score_RXK, id_RXK))
-    return merge_hits(score_L, id_L, score_RXK.shape[-1])
+    if len(score_XXK) == 1:
+        return score_XXK[0], id_XXK[0]
+    score_X, id_X = (part.movedim(0, -2).flatten(-2) for part in (score_XXK, id_XXK))
+    return merge_hits(score_X, id_X, score_XXK.shape[-1])
 
 
 def winners(score_K: Tensor, id_K: Tensor, cut_score: Tensor, cut_id: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Phases 1 to 3 are `Reader.search`, phase 4 is `Reader.attend`. Everything here h
 those of this rank and [G, H, ...] for those of all; so a collective, which joins ranks along axis 0, needs no turning. The
 bank turns what comes in and goes out.
 Letters: R ranks of a memory group; n queries of one rank, padded to the same number in all of it; G = R * n gathered
-queries; E = D + 1; Q = G * H bags of winners; X anything that travels with a query.
+queries; Q = G * H bags of winners; X anything that travels with a query.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lmcode.dist import Group
 from lmcode.memory.merge import logsumexp_of, merge_lists, pack_cuts, unpack_cuts, winners
@@ -34,10 +33,10 @@ MAX_QUERY = 1e15  # a longer component could overflow a score; such a query find
 
 
 class Asked(NamedTuple):
-    """The queries of all ranks, in rank order: query_GHE fp32 with trailing component 1, namespace_G and document_G int64,
+    """The queries of all ranks, in rank order: query_GHD fp32, namespace_G and document_G int64,
     and how many each rank contributed, padding included."""
 
-    query_GHE: Tensor
+    query_GHD: Tensor
     namespace_G: np.ndarray
     document_G: np.ndarray
     rows_per_rank: int
@@ -80,7 +79,7 @@ class Reader:
         """Phases 1 to 3; see `LongTermMemory.search`."""
         with self.clock.running():
             asked = self.ask(query_NHD, namespace_N, document_N, scope, ragged=ragged)
-            score_GHK, id_GHK, slot_GHK = self.shard.search(asked.query_GHE, asked.namespace_G, asked.document_G, k,
+            score_GHK, id_GHK, slot_GHK = self.shard.search(asked.query_GHD, asked.namespace_G, asked.document_G, k,
                                                             scope=scope, tier=tier)
             agreed = self.agree(score_GHK, id_GHK)
             won_GHK = winners(score_GHK, id_GHK, agreed.cut_score_GH, agreed.cut_id_GH)
@@ -101,7 +100,7 @@ class Reader:
             names_NX = torch.cat([names_NX, document_N[:, None]], dim=1)
         query_GHD = self.inside.all_gather(pad(query_NHD, n), phase="queries")
         names_GX = self.inside.all_gather(pad(names_NX, n, -1), phase="queries").cpu().numpy()
-        return Asked(F.pad(query_GHD.float(), (0, 1), value=1.0), names_GX[:, 0], names_GX[:, -1], n)
+        return Asked(query_GHD.float(), names_GX[:, 0], names_GX[:, -1], n)
 
     def agree(self, score_GHK: Tensor, id_GHK: Tensor) -> Agreed:
         """Phase 3: the local lists of all ranks are merged, by every rank or by each query's owner."""
@@ -135,7 +134,7 @@ class Reader:
     def fetch(self, ticket: Ticket, id_NHK: Tensor) -> tuple[Tensor, ...]:
         """Keys and values of the hits, fp32 [N, H, K, D] each, zero where invalid."""
         R, (N, H, k), shard = self.inside.size, id_NHK.shape, self.shard
-        sent_GHKX = winning_rows(shard.key_HME, shard.value_HMD, ticket, k).view(R * ticket.rows_per_rank, H, k, -1)
+        sent_GHKX = winning_rows(shard.key_HMD, shard.value_HMD, ticket, k).view(R * ticket.rows_per_rank, H, k, -1)
         rows_RNHKX = self.inside.all_to_all(sent_GHKX, phase="values").view(R, -1, *sent_GHKX.shape[1:])[:, :N]
         holder_NHK = holders_of(id_NHK, self.config.virtual_shards, R).where(id_NHK >= 0, -1)
         parts: tuple[Tensor, ...] = align_rows(rows_RNHKX, holder_NHK).split(shard.value_HMD.shape[-1], dim=-1)
@@ -154,8 +153,8 @@ class Reader:
             longest = float(torch.linalg.vector_norm(query_NHD, dim=-1, dtype=torch.float32).max())
             if not longest < MAX_QUERY:  # it may be NaN
                 return None
-            return self.shard.look_up(F.pad(query_NHD.float(), (0, 1), value=1.0), namespace_N.cpu().numpy(), k,
-                                      scope=self.config.scope, longest=longest)
+            return self.shard.look_up(query_NHD.float(), namespace_N.cpu().numpy(), k, scope=self.config.scope,
+                                      longest=longest)
 
 
 class SumsOverShards(torch.autograd.Function):
@@ -184,7 +183,7 @@ class SumsOverShards(torch.autograd.Function):
         dot_NH1 = (grad_NHD * value_NHD).sum(-1, keepdim=True)
         sent_NHX = torch.cat([grad_NHD.float(), dot_NH1, grad_lse_NH.unsqueeze(-1)], dim=-1)
         grad_QX = group.all_gather(pad(sent_NHX, ticket.rows_per_rank), phase="gradients").flatten(0, 1)
-        part_QD = query_gradients(shard.key_HME, shard.value_HMD, ticket, grad_QX[:, :-2].contiguous(), grad_QX[:, -2],
+        part_QD = query_gradients(shard.key_HMD, shard.value_HMD, ticket, grad_QX[:, :-2].contiguous(), grad_QX[:, -2],
                                   grad_QX[:, -1])
         grad_NHD = group.reduce_scatter(part_QD.view(-1, *value_NHD.shape[1:]), phase="gradients")[:len(value_NHD)]
         return grad_NHD.to(ctx.dtype), None, None, None, None, None

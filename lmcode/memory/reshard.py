@@ -3,7 +3,7 @@
 An entry's id, hence its virtual shard `hash(id) mod S`, is all that decides where it goes; everything else about it stays.
 The one thing to know: nothing is ever dropped. Where a virtual shard would hold more live entries than it has slots, the
 move is refused, and `fewest_slots` says how many slots of the whole bank would do.
-Letters: S virtual shards; C slots of one, E entries.
+Letters: X virtual shards; M slots of one; E entries.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ ROWS = {"key": 1, "value": 1, **dict.fromkeys(METADATA, 0)}  # what an entry has
 
 
 def live_by_shard(id_E: np.ndarray, virtual_shards: int) -> np.ndarray:
-    """How many of these entries (those with an id of at least 0) each virtual shard holds, int64 [S]."""
+    """How many of these entries (those with an id of at least 0) each virtual shard holds, int64 [X]."""
     return np.bincount(virtual_shard_of(id_E[id_E >= 0], virtual_shards), minlength=virtual_shards)
 
 
-def fewest_slots(live_S: np.ndarray) -> int:
+def fewest_slots(live_X: np.ndarray) -> int:
     """The smallest bank, in slots, whose virtual shards (`capacity_of`) can hold so many entries each."""
-    most, S = max(1, int(live_S.max())), len(live_S)
-    fullest = np.flatnonzero(live_S == most)
+    most, S = max(1, int(live_X.max())), len(live_X)
+    fullest = np.flatnonzero(live_X == most)
     # The first few virtual shards have one slot more than the rest: as many as reach the last one that needs it.
     return max(S, S * (most - 1) + (int(fullest[-1]) + 1 if len(fullest) else 0))
 
 
-def check_room(live_S: np.ndarray, slots: int, *, fewest: int | None = None) -> None:
+def check_room(live_X: np.ndarray, slots: int, *, fewest: int | None = None) -> None:
     """Refuses a number of slots that would leave an entry without one.
 
     Args:
-        live_S: int64, entries of each virtual shard.
+        live_X: int64, entries of each virtual shard.
         fewest: the number of slots to ask for; `fewest_slots` when None.
 
     Raises:
         ValueError: naming the first virtual shard that has no room, or fewer slots than virtual shards.
     """
-    for shard, live in enumerate(live_S.tolist()):
-        if live > (capacity := capacity_of(shard, slots, len(live_S))):
-            raise ValueError(f"virtual shard {shard} of {len(live_S)} would hold {live} live entries in {capacity} slots; "
-                             f"{fewest or fewest_slots(live_S)} slots are the fewest that hold everything")
+    for shard, live in enumerate(live_X.tolist()):
+        if live > (capacity := capacity_of(shard, slots, len(live_X))):
+            raise ValueError(f"virtual shard {shard} of {len(live_X)} would hold {live} live entries in {capacity} slots; "
+                             f"{fewest or fewest_slots(live_X)} slots are the fewest that hold everything")
 
 
 def reshard(states: Iterable[Mapping[str, Tensor]], *, virtual_shards: int, slots: int,
@@ -68,16 +68,16 @@ def reshard(states: Iterable[Mapping[str, Tensor]], *, virtual_shards: int, slot
             whatever `shards` says.
     """
     wanted = np.arange(virtual_shards) if shards is None else np.asarray(shards, np.int64)
-    live_S, kept, facts = np.zeros(virtual_shards, np.int64), [], []
+    live_X, kept, facts = np.zeros(virtual_shards, np.int64), [], []
     for state in states:
-        id_C = state["id"].numpy()
-        live_S += live_by_shard(id_C, virtual_shards)
-        mine_C = (id_C >= 0) & np.isin(virtual_shard_of(id_C, virtual_shards), wanted)
-        rows = torch.from_numpy(np.flatnonzero(mine_C))
+        id_M = state["id"].numpy()
+        live_X += live_by_shard(id_M, virtual_shards)
+        mine_M = (id_M >= 0) & np.isin(virtual_shard_of(id_M, virtual_shards), wanted)
+        rows = torch.from_numpy(np.flatnonzero(mine_M))
         kept.append({name: state[name].index_select(dim, rows) for name, dim in ROWS.items()})
         facts.append({name: int(number) for name, number in state.items() if name not in ROWS})
     counters = _of_one_bank(facts)
-    check_room(live_S, slots)
+    check_room(live_X, slots)
     entries = {name: torch.cat([part[name] for part in kept], dim) for name, dim in ROWS.items()}
     id_E = entries["id"].numpy()
     home_E = virtual_shard_of(id_E, virtual_shards)

@@ -25,7 +25,7 @@ def consolidate_shards(shard: Shard, group: Group, threshold: float, *, tier: st
     Args:
         tier: of the search for neighbours.
     """
-    slot_P, block, device = shard.slots_by_text()[0], consolidate.BLOCK, shard.key_HME.device
+    slot_P, block, device = shard.slots_by_text()[0], consolidate.BLOCK, shard.key_HMD.device
     live_R = group.all_gather_int(len(slot_P), phase="writes", device=device)
     starts = range(0, max(1, *live_R), block)
     link_L3 = torch.cat([_links(shard, group, slot_P[start:start + block], threshold, tier) for start in starts])
@@ -39,7 +39,8 @@ def consolidate_shards(shard: Shard, group: Group, threshold: float, *, tier: st
 
 
 def _links(shard: Shard, group: Group, slot_n: np.ndarray, threshold: float, tier: str) -> Tensor:
-    """Links of the entries in one block of this rank's slots, or in fewer; every rank asks for as many."""
+    """Links of the entries in `slot_n`, one block of this rank's slots or less; every rank pads its queries to a whole
+    block."""
     n, block = len(slot_n), consolidate.BLOCK
     id_n, text_n2, unit_nF = shard.questions(slot_n)
     unit_GF = group.all_gather(pad(unit_nF, block), phase="writes")
@@ -47,7 +48,7 @@ def _links(shard: Shard, group: Group, slot_n: np.ndarray, threshold: float, tie
     lists = shard.nearest(unit_GF, text_G2, tier=tier)[:2]
     score_R2, other_R2 = (group.all_to_all(part, phase="writes").view(-1, block, 2) for part in lists)
     score_n2, other_n2 = (part[:n] for part in merge_lists(score_R2, other_R2))
-    return consolidate.links_of(id_n, score_n2, other_n2, heads=shard.key_HME.shape[0], threshold=threshold)
+    return consolidate.links_of(id_n, score_n2, other_n2, heads=shard.key_HMD.shape[0], threshold=threshold)
 
 
 def _merge(shard: Shard, group: Group, survivor_E: np.ndarray, loser_E: np.ndarray) -> None:

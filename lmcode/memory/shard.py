@@ -1,10 +1,9 @@
 """What one rank holds of a bank: the rows of its virtual shards, each a ring in a contiguous range of slots.
 
 The shard does what needs no other rank: it searches its rows, weighs and differentiates those that won, and writes,
-deletes and counts. Keys are stored `[H, M, D+1]`: the last component is `importance_weight * log(importance)` of a live
-entry and `NO_SCORE` in an empty slot, and a query carries 1 there, so that a score is one inner product.
-Letters: E = D + 1; M slots of this rank; G gathered queries; Q = G * H bags of winners, bag = query * H + head;
-W winners.
+deletes and counts. Beside the keys, `[H, M, D]`, lie the addends to their scores, fp32 `[M]`: `importance_weight *
+log(importance)` of a live entry and `NO_SCORE` in an empty slot. So that attention is counted changes no key.
+Letters: M slots of this rank; G gathered queries; Q = G * H bags of winners, bag = query * H + head; W winners.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from typing import Any, Union
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lmcode.config import MemoryConfig
 from lmcode.memory.consolidate import merge_columns, merge_vectors, pack_columns, unit_keys
@@ -25,7 +23,10 @@ from lmcode.memory.entry import COUNTERS, MASS_UNIT, MAX_IMPORTANCE, UNKNOWN, En
 from lmcode.memory.evict import policy_of
 from lmcode.memory.ledger import Ledger
 from lmcode.memory.placement import capacity_of, virtual_shard_of
-from lmcode.memory.search.exact import Stack, attend_best, no_hits, stack_rows
+from lmcode.memory.search.decide import no_hits
+from lmcode.memory.search.exact import Stack, attend_best, stack_rows
+from lmcode.memory.search.ivf import IvfTier
+from lmcode.memory.search.plan import Plan
 from lmcode.memory.search.tier import Found, Hidden, Rows, Tier, tier_of
 from lmcode.memory.ticket import Ticket
 from lmcode.memory.values import copy_of, value_table
@@ -54,8 +55,8 @@ class Shard:
         self.ledger = Ledger(self.owned, capacities, favoured_from=config.second_chance_importance)
         self.columns, self.range_of = self.ledger.columns, self.ledger.range_of
         self.num_slots = M = self.ledger.num_slots
-        self.key_HME = torch.zeros(heads, M, head_dim + 1, dtype=DTYPES[config.dtype], device=device)
-        self.key_HME[..., -1] = NO_SCORE
+        self.key_HMD = torch.zeros(heads, M, head_dim, dtype=DTYPES[config.dtype], device=device)
+        self.addend_M = torch.full((M,), NO_SCORE, device=device)
         self.value_HMD = value_table((heads, M, head_dim), DTYPES[config.dtype], config, device)
         self.hand, self.evicted = self.ledger.hand, self.ledger.evicted
         self._policy = policy_of(config.eviction)
@@ -64,6 +65,7 @@ class Shard:
         self._kept: dict[object, Rows] = {}
         self._stacks: dict[object, Stack | None] = {}
         self._tiers: dict[str, Tier] = {}
+        self.plan = Plan()
 
     @property
     def live_M(self) -> np.ndarray:
@@ -94,26 +96,30 @@ class Shard:
 
     def _put(self, slot_E: np.ndarray, entries: Entries) -> None:
         slots = self._on_device(slot_E)
-        self.key_HME[:, slots, :-1] = entries.key_EHD.transpose(0, 1).to(self.key_HME.dtype)
+        self.key_HMD[:, slots] = entries.key_EHD.transpose(0, 1).to(self.key_HMD.dtype)
         self.value_HMD[:, slots.to(self.value_HMD.device)] = entries.value_EHD.transpose(0, 1).to(self.value_HMD)
         self.ledger.put(slot_E, {**entries.metadata(),
                                  "chance": entries.importance_E >= self.config.second_chance_importance})
         self._refresh_scores(slot_E)
+        self._say_changed(slot_E)
         self._texts = None
 
     def _refresh_scores(self, slot_E: np.ndarray) -> None:
-        """Puts importance into the keys of slots that have changed; whatever was kept of them is out of date.
+        """Puts importance into the addends of slots that have changed; whatever was kept of them is out of date.
 
         The logarithm is fp64, so that its fp32 value is the same on every path.
         """
         live_E = self.columns["id"][slot_E] >= 0
         importance_E = np.where(live_E, self.columns["importance"][slot_E], 1.0).astype(np.float64)
         addend_E = np.where(live_E, self.config.importance_weight * np.log(importance_E), NO_SCORE)
-        self.key_HME[:, self._on_device(slot_E), -1] = torch.from_numpy(addend_E.astype(np.float32)).to(self.key_HME)
+        self.addend_M[self._on_device(slot_E)] = self._on_device(addend_E.astype(np.float32))
         self._kept.clear()
         self._stacks.clear()
         self.version = next(_VERSIONS)
-        for tier in self._tiers.values():
+
+    def _say_changed(self, slot_E: np.ndarray) -> None:
+        """Tells the tiers which slots have other keys, other entries or none now."""
+        for tier in self._tiers.values() if len(slot_E) else ():
             tier.changed(slot_E)
 
     def matching(self, *, ids: Sequence[int] | None, namespace: int | None, before_step: int | None,
@@ -142,9 +148,10 @@ class Shard:
         slot_E = slot_E[self.columns["id"][slot_E] >= 0]
         self.ledger.clear(slot_E)
         slots = self._on_device(slot_E)
-        self.key_HME[:, slots] = 0
+        self.key_HMD[:, slots] = 0
         self.value_HMD[:, slots.to(self.value_HMD.device)] = 0
         self._refresh_scores(slot_E)
+        self._say_changed(slot_E)
         self._texts = None
         return len(slot_E)
 
@@ -167,7 +174,7 @@ class Shard:
         [n, 2]), `unit_keys`."""
         id_n, namespace_n, document_n = (self._on_device(self.columns[name][slot_n])
                                          for name in ("id", "namespace", "document"))
-        unit_nF = unit_keys(self.key_HME[:, self._on_device(slot_n), :-1])
+        unit_nF = unit_keys(self.key_HMD[:, self._on_device(slot_n)])
         return id_n, torch.stack([namespace_n, document_n], dim=1), unit_nF
 
     def take(self, id_E: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -175,7 +182,7 @@ class Shard:
         slot_E = self.slots_of_ids(id_E)
         slots = self._on_device(slot_E)
         value_HED = self.value_HMD[:, slots.to(self.value_HMD.device)].to(slots.device)
-        vector_2HED = torch.stack([self.key_HME[:, slots, :-1], value_HED]).float()
+        vector_2HED = torch.stack([self.key_HMD[:, slots], value_HED]).float()
         return vector_2HED.permute(2, 0, 1, 3), self._on_device(pack_columns(self.columns, slot_E))
 
     def absorb(self, id_E: np.ndarray, other_E2HD: Tensor, other_E5: Tensor) -> None:
@@ -184,10 +191,11 @@ class Shard:
         merged_E2HD = merge_vectors(mine_E2HD, other_E2HD, mine_E5[:, 0], other_E5[:, 0])
         key_HED, value_HED = merged_E2HD.permute(1, 2, 0, 3)
         slots = self._on_device(slot_E)
-        self.key_HME[:, slots, :-1] = key_HED.to(self.key_HME.dtype)
+        self.key_HMD[:, slots] = key_HED.to(self.key_HMD.dtype)
         self.value_HMD[:, slots.to(self.value_HMD.device)] = value_HED.to(self.value_HMD)
         self.ledger.update(slot_E, merge_columns(mine_E5.cpu().numpy(), other_E5.cpu().numpy()))
         self._refresh_scores(slot_E)
+        self._say_changed(slot_E)
 
     def count_hits(self, tickets: Sequence[Ticket], credits_Q: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """Which slots won in these reads, ascending, and the attention that each received, over all heads, in units of
@@ -237,7 +245,7 @@ class Shard:
         """Live slots of these namespaces, by (namespace, id)."""
         return self.ledger.slots_of_namespaces(namespaces)
 
-    def search(self, query_GHE: Tensor, namespace_G: np.ndarray, document_G: np.ndarray, k: int, *, scope: Scope,
+    def search(self, query_GHD: Tensor, namespace_G: np.ndarray, document_G: np.ndarray, k: int, *, scope: Scope,
                tier: str) -> Found:
         """The k best rows of this rank for each query and head: score, id and slot, [G, H, K], in total order.
 
@@ -247,9 +255,11 @@ class Shard:
         def hidden(slot_P: Tensor | None, queries: np.ndarray) -> Hidden:
             return () if scope == "document" else self._hidden(slot_P, namespace_G[queries], document_G[queries])
 
-        return self._search(query_GHE, _groups(namespace_G, scope), k, self._tier(tier).search, self._rows_of, hidden)
+        searching = self._tier(tier)
+        rows_of = self._table if searching.whole else self._rows_of
+        return self._search(query_GHD, _groups(namespace_G, scope), k, searching.search, rows_of, hidden)
 
-    def look_up(self, query_NHE: Tensor, namespace_N: np.ndarray, k: int, *, scope: Scope,
+    def look_up(self, query_NHD: Tensor, namespace_N: np.ndarray, k: int, *, scope: Scope,
                 longest: float) -> tuple[Tensor, ...] | None:
         """What attending to the hits of a `search` would give, [N, H, D], and its log-sum-exp, [N, H], and whether that
         takes a search after all, bool [N]; None if it does for all.
@@ -259,7 +269,7 @@ class Shard:
         """
         if self.value_HMD.device != self.device:
             return None
-        (N, H, E), names = query_NHE.shape, namespace_N.tolist()
+        (N, H, D), names = query_NHD.shape, namespace_N.tolist()
         if scope == "document":
             groups: Groups = tuple((name,) for name in (names if len(set(names)) > 1 else names[:1]))
         else:
@@ -267,7 +277,7 @@ class Shard:
         stack = self._stack(groups)
         if stack is None:
             return None
-        value_XQD, lse_XQ, doubtful_XQ = attend_best(query_NHE.transpose(0, 1).reshape(H * len(groups), -1, E), stack,
+        value_XQD, lse_XQ, doubtful_XQ = attend_best(query_NHD.transpose(0, 1).reshape(H * len(groups), -1, D), stack,
                                                      self.value_HMD.flatten(0, 1), k, longest)
         value_NHD, lse_NH = value_XQD.view(H, N, -1).transpose(0, 1), lse_XQ.view(H, N).transpose(0, 1)
         if stack.has_empty or min(names) < 0:
@@ -284,7 +294,7 @@ class Shard:
             if columns + sum(stack.num_columns for stack in self._stacks.values() if stack) > STACKED_ROWS:
                 self._stacks.clear()
             self._stacks[groups] = (None if columns > STACKED_ROWS
-                                    else stack_rows(self.key_HME, [self._on_device(slot_P) for slot_P in slots]))
+                                    else stack_rows(self.key_HMD, self.addend_M, [*map(self._on_device, slots)]))
         return self._stacks[groups]
 
     def nearest(self, unit_GF: Tensor, text_G2: np.ndarray, *, tier: str) -> Found:
@@ -294,31 +304,43 @@ class Shard:
             unit_GF: rows of `unit_keys`; so are the rows that they are compared with, a text at a time.
             text_G2: namespace (negative: none, so nothing is found) and document of each query.
         """
-        query_G1E = F.pad(unit_GF, (0, 1), value=1.0).unsqueeze(1)
         order_G = np.lexsort((text_G2[:, 1], text_G2[:, 0]))
         groups = [(order_G[start:end], text) for start, end, text in zip(*_runs(text_G2[order_G]), strict=True)
                   if text[0] >= 0]
-        found = self._search(query_G1E, groups, 2, self._tier(tier).search_alike, self._unit_rows_of)
+        found = self._search(unit_GF.unsqueeze(1), groups, 2, self._tier(tier).search, self._unit_rows_of)
         return found[0][:, 0], found[1][:, 0], found[2][:, 0]
+
+    def use(self, plan: Plan) -> None:
+        """How the whole bank is searched from now on."""
+        self.plan = plan
+        for tier in self._tiers.values():
+            tier.use(plan)
+
+    def list_lengths(self) -> np.ndarray:
+        """How many entries each list of the plan's centroids holds here, int64 [H, L]."""
+        tier = self._tier("ivf")
+        assert isinstance(tier, IvfTier)
+        return tier.lengths(self._table(None))
 
     def _tier(self, name: str) -> Tier:
         if name not in self._tiers:
             self._tiers[name] = tier_of(name)()
+            self._tiers[name].use(self.plan)
         return self._tiers[name]
 
-    def _search(self, query_GHE: Tensor, groups: list[tuple[np.ndarray, Any]], k: int, search: Callable[..., Found],
+    def _search(self, query_GHD: Tensor, groups: list[tuple[np.ndarray, Any]], k: int, search: Callable[..., Found],
                 rows_of: Callable[[Any], Rows],
                 hidden_of: Callable[[Tensor | None, np.ndarray], Hidden] = lambda *_: ()) -> Found:
         """Group by group; a tier goes head by head, so here, and nowhere else, queries are turned for it."""
-        G, H, _ = query_GHE.shape
-        found = no_hits((G, H, k), query_GHE.device)
+        G, H, _ = query_GHD.shape
+        found = no_hits((G, H, k), query_GHD.device)
         for queries, seen in groups:
             rows = rows_of(seen)
             if len(rows.id_P) == 0:
                 continue
             positions = self._on_device(queries)
-            query_HQE = query_GHE.index_select(0, positions).transpose(0, 1).contiguous()
-            score_HQK, id_HQK, slot_HQK = search(query_HQE, rows, k, hidden=hidden_of(rows.slot_P, queries))
+            query_HQD = query_GHD.index_select(0, positions).transpose(0, 1).contiguous()
+            score_HQK, id_HQK, slot_HQK = search(query_HQD, rows, k, hidden=hidden_of(rows.slot_P, queries))
             if rows.slot_P is not None:
                 slot_HQK = rows.slot_P[slot_HQK.clamp(min=0)].where(slot_HQK >= 0, -1)
             for whole, part in zip(found, (score_HQK, id_HQK, slot_HQK), strict=True):
@@ -342,6 +364,12 @@ class Shard:
                  for number, (document, namespace) in enumerate(readings) if document >= 0]
         return [(self._on_device(query_Q), self._on_device(row_P)) for query_Q, row_P in pairs if len(row_P)]
 
+    def _table(self, names: tuple[int, ...] | None) -> Rows:
+        """`_rows_of`, but all slots where all rows are seen."""
+        if names is not None:
+            return self._rows_of(names)
+        return Rows(self.key_HMD, self.addend_M, self._on_device(self.columns["id"]), None)
+
     def _rows_of(self, names: tuple[int, ...] | None) -> Rows:
         """The rows of these namespaces; None: of all."""
         if names in self._kept:
@@ -349,10 +377,10 @@ class Shard:
         slot_P = np.flatnonzero(self.live_M) if names is None else self.slots_of(np.array(names))
         # From half full on, scores of empty slots cost less than a copy of the live rows.
         if names is None and (2 * len(slot_P) >= self.num_slots > 0):
-            return Rows(self.key_HME, self._on_device(self.columns["id"]), None)
+            return Rows(self.key_HMD, self.addend_M, self._on_device(self.columns["id"]), None)
         slots = self._on_device(slot_P)
         id_P = self._on_device(self.columns["id"][slot_P])
-        return self._keep(names, Rows(self.key_HME.index_select(1, slots), id_P, slots))
+        return self._keep(names, Rows(self.key_HMD.index_select(1, slots), self.addend_M[slots], id_P, slots))
 
     def _unit_rows_of(self, text: tuple[int, int]) -> Rows:
         """The `unit_keys` of the rows of a text."""
@@ -361,8 +389,9 @@ class Shard:
         order_P, texts = self.slots_by_text()
         slot_P = order_P[texts.get(text, slice(0))]
         slots = self._on_device(slot_P)
-        unit_1PE = F.pad(unit_keys(self.key_HME[:, slots, :-1]), (0, 1)).unsqueeze(0)
-        return self._keep(("text", text), Rows(unit_1PE, self._on_device(self.columns["id"][slot_P]), slots))
+        unit_1PF = unit_keys(self.key_HMD[:, slots]).unsqueeze(0)
+        return self._keep(("text", text), Rows(unit_1PF, unit_1PF.new_zeros(len(slot_P)),
+                                               self._on_device(self.columns["id"][slot_P]), slots))
 
     def _keep(self, key: object, rows: Rows) -> Rows:
         """Keeps few rows until the shard changes."""
@@ -379,7 +408,7 @@ class Shard:
         columns = {name: torch.from_numpy(column[place].copy()) for name, column in self.columns.items()}
         numbers = {"shard": shard, "virtual_shards": self.config.virtual_shards, "slots": self.slots,
                    "hand": self.hand[shard], "evicted": self.evicted[shard]}
-        return {"key": copy_of(self.key_HME[:, place, :-1], self.config),
+        return {"key": copy_of(self.key_HMD[:, place], self.config),
                 "value": copy_of(self.value_HMD[:, place], self.config),
                 **columns, **{name: torch.tensor(number) for name, number in numbers.items()}}
 
@@ -392,13 +421,14 @@ class Shard:
         """
         self.check(shard, state)
         place = self._place_of(shard)
-        self.key_HME[:, place, :-1] = state["key"].to(self.key_HME)
+        self.key_HMD[:, place] = state["key"].to(self.key_HMD)
         self.value_HMD[:, place] = state["value"].to(self.value_HMD)
         for name, column in self.columns.items():
             column[place] = state[name].numpy()
         self.hand[shard], self.evicted[shard] = int(state["hand"]), int(state["evicted"])
         self.ledger.forget()
         self._refresh_scores(np.arange(place.start, place.stop))
+        self._say_changed(np.arange(place.start, place.stop))
         self._texts = None
 
     def check(self, shard: int, state: Mapping[str, Tensor]) -> None:
@@ -426,7 +456,7 @@ class Shard:
         return self.range_of[shard]
 
     def _on_device(self, index: np.ndarray) -> Tensor:
-        return torch.from_numpy(index).to(self.key_HME.device)
+        return torch.from_numpy(index).to(self.key_HMD.device)
 
 
 def seen_in(scope: Scope) -> tuple[int, ...] | None:

@@ -1,7 +1,7 @@
 """Which of a shard's rows won a search, and what follows from that: weighted sums of their values, and the gradients.
 
-Pure functions over a shard's tables, keys [H, M, E] and values [H, M, D].
-Letters: E = D + 1; M slots of this rank; Q = G * H bags of winners, bag = query * H + head; W winners; R rows of a table.
+Pure functions over a shard's tables, keys and values [H, M, D].
+Letters: M slots of this rank; Q = G * H bags of winners, bag = query * H + head; W winners; R rows of a table.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def value_sums(value_HMD: Tensor, ticket: Ticket) -> Tensor:
     return weighted_sums(value_HMD.flatten(0, 1), ticket.row_W, ticket.offset_Q, ticket.weight_W)
 
 
-def query_gradients(key_HME: Tensor, value_HMD: Tensor, ticket: Ticket, grad_QD: Tensor, dot_Q: Tensor,
+def query_gradients(key_HMD: Tensor, value_HMD: Tensor, ticket: Ticket, grad_QD: Tensor, dot_Q: Tensor,
                     grad_lse_Q: Tensor) -> Tensor:
     """This shard's part of the gradient with respect to the queries, fp32 [Q, D].
 
@@ -86,17 +86,17 @@ def query_gradients(key_HME: Tensor, value_HMD: Tensor, ticket: Ticket, grad_QD:
     dot_W = (torch.autograd.grad(sum_QD, weight_W, grad_QD)[0] if len(weight_W)
              else torch.zeros_like(ticket.weight_W))
     score_grad_W = ticket.weight_W * (dot_W + (grad_lse_Q - dot_Q)[ticket.bag_W])
-    keys_RE = key_HME.flatten(0, 1)
-    return weighted_sums(keys_RE, ticket.row_W, ticket.offset_Q, score_grad_W)[:, :-1]
+    key_RD = key_HMD.flatten(0, 1)
+    return weighted_sums(key_RD, ticket.row_W, ticket.offset_Q, score_grad_W)
 
 
-def winning_rows(key_HME: Tensor, value_HMD: Tensor, ticket: Ticket, k: int) -> Tensor:
+def winning_rows(key_HMD: Tensor, value_HMD: Tensor, ticket: Ticket, k: int) -> Tensor:
     """Keys and values of the winners, fp32 [Q, K, 2D]: a bag's first rows are its winners, the rest is zero."""
     D = value_HMD.shape[-1]
-    rows_QKD = key_HME.new_zeros(len(ticket.offset_Q) * k, 2 * D, dtype=torch.float32)
+    rows_QKD = key_HMD.new_zeros(len(ticket.offset_Q) * k, 2 * D, dtype=torch.float32)
     place_W = torch.arange(len(ticket.row_W), device=ticket.row_W.device) - ticket.offset_Q[ticket.bag_W]
     at_W = ticket.bag_W * k + place_W
-    rows_QKD[at_W, :D] = key_HME.flatten(0, 1)[ticket.row_W, :D].float()
+    rows_QKD[at_W, :D] = key_HMD.flatten(0, 1)[ticket.row_W].float()
     value_WD = value_HMD.flatten(0, 1)[ticket.row_W.to(value_HMD.device)]
     rows_QKD[at_W, D:] = value_WD.float().to(rows_QKD.device)
     return rows_QKD.view(-1, k, 2 * D)

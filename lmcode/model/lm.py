@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lmcode.config import LMCODEConfig, build
 from lmcode.model.cache import Cache
-from lmcode.model.layer import MemoryAugmentedLayer, norm
+from lmcode.model.layer import NORM_EPSILON, MemoryAugmentedLayer, norm
 from lmcode.model.long_term import LongTermRead, ReadTape, Window
 from lmcode.model.past import length_after, visible
 from lmcode.model.rotary import rotary_table
@@ -29,6 +29,7 @@ from lmcode.protocol import EntryShape, LayerMemory, NullRetriever, Retriever
 
 IGNORED = -100  # the target that is not counted, as in torch and Hugging Face
 INITIAL_STD = 0.02  # of every matrix (Radford et al. 2019)
+COPY_SCALE = 0.5  # how much of a token's embedding a read that finds nothing else adds to the residual stream at first
 
 
 class StreamState(NamedTuple):
@@ -74,8 +75,12 @@ def begin_read(read: LongTermRead, config: LMCODEConfig) -> None:
     nn.init.constant_(read.log_temperature_H, math.log(config.memory_temperature))
     nn.init.constant_(read.retrieved_bias_H, config.memory_bias)
     nn.init.zeros_(read.null_logit_H)
-    query_PC, key_PC, _ = read.query_key_value.weight.chunk(3)
-    query_PC.copy_(key_PC)
+    query_PI, key_PI = read.query_key_value.weight.chunk(3 if read.value is None else 2)[:2]
+    query_PI.copy_(key_PI)
+    if read.value is not None:
+        # What is read points to where the tied head looks for it, so that a hit raises its token's logit at once.
+        nn.init.normal_(read.value.weight, std=config.hidden_size ** -0.5)
+        read.output.weight.copy_(COPY_SCALE * read.value.weight.T)
 
 
 def memory_shapes(config: LMCODEConfig) -> dict[int, EntryShape]:
@@ -120,6 +125,7 @@ class MemoryLM(nn.Module):
 
         Matrices are normal(0, 0.02); those that write into the residual stream are divided by sqrt(2 * num_layers)
         (Radford et al. 2019). Slot addresses are normal(0, 1), on the scale of the write keys they are compared with.
+        Values made from embeddings are normal(0, 1/C), their way back into the residual stream the transpose.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -229,6 +235,8 @@ class MemoryLM(nn.Module):
         if cache is not None:
             self._begin(cache, input_ids_BT, valid_BT)
         x_BTC = self.embedding(input_ids_BT)
+        if self.config.reads_embeddings:
+            window = window._replace(token_BTC=unit(x_BTC.detach()))
         if self.positions is not None:
             x_BTC = x_BTC + self.positions(places(input_ids_BT, piece_BT))
         x_BTC, tapes = self._run_layers(self.dropout(x_BTC), window, state, cache)
@@ -400,6 +408,11 @@ def _check_pieces(piece_BT: Tensor, namespace_BP: Tensor) -> None:
                                        | (piece_BT[:, -1] >= namespace_BP.shape[1]).any()):
         raise ValueError("piece_BT must ascend from 0 by 0 or 1, within the P documents of namespace_B [B, P]: got up to "
                          f"{int(piece_BT.max())}, namespaces {list(namespace_BP.shape)}")
+
+
+def unit(x_BTC: Tensor) -> Tensor:
+    """Vectors of mean square 1, as the norms make them: embeddings of rare and of frequent tokens differ a lot in length."""
+    return F.rms_norm(x_BTC, x_BTC.shape[-1:], eps=NORM_EPSILON)
 
 
 def same_piece(piece_BT: Tensor) -> Tensor:

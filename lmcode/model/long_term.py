@@ -42,6 +42,7 @@ class Window(NamedTuple):
     piece_BT: int64, the document within the window that each token belongs to, ascending from 0; None: there is one, and
         else `namespace_B` and `document_B` are [B, P], of each such document.
     seen_BTT: bool, which tokens (last dim) each token may attend to; None: itself and all before it.
+    token_BTC: the tokens' embeddings, of mean square 1; None where no layer makes keys or values from them.
     with_past: puts keys and values [H, B, N, D] of the window's tokens that were read before in front of these ones, where a
         window is read in parts; `seen_BTT` then has a column for each of them.
     past_BLC: this layer's cache of the tokens before the window; None where there is none. See `past.py`.
@@ -60,6 +61,7 @@ class Window(NamedTuple):
     document_B: Tensor | None = None
     piece_BT: Tensor | None = None
     seen_BTT: Tensor | None = None
+    token_BTC: Tensor | None = None
     with_past: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     past_BLC: Tensor | None = None
     past_length_B: Tensor | None = None
@@ -112,6 +114,25 @@ def merge_partials(values_HND: Sequence[Tensor], lses_HN: Sequence[Tensor]) -> t
     parts = [share_HN.unsqueeze(-1) * value_HND
              for share_HN, value_HND in zip(share_PHN, values_HND, strict=False)]
     return torch.stack(parts).sum(dim=0), share_PHN
+
+
+def embeddings(window: Window) -> Tensor:
+    """The embeddings of a window's tokens; ValueError where whoever made the window has left them out."""
+    if window.token_BTC is None:
+        raise ValueError("a layer that makes keys or values from embeddings needs them in its window: got token_BTC = None")
+    return window.token_BTC
+
+
+def last_tokens(token_BTC: Tensor, count: int, piece_BT: Tensor | None) -> list[Tensor]:
+    """For each token itself, the one before it and so on, `count` in all; 0 where the window or its document has begun."""
+    before = [token_BTC]
+    for back in range(1, count):
+        shifted_BTC = F.pad(token_BTC, (0, 0, back, 0))[:, :token_BTC.shape[1]]
+        if piece_BT is not None:
+            same_BT = piece_BT == F.pad(piece_BT, (back, 0), value=-1)[:, :piece_BT.shape[1]]
+            shifted_BTC = shifted_BTC.where(same_BT[..., None], 0.0)
+        before.append(shifted_BTC)
+    return before
 
 
 def attend_own_past(query_HBTD: Tensor, key_HBTD: Tensor, value_HBTD: Tensor, *, successor_values: bool,
@@ -239,7 +260,9 @@ class LongTermRead(nn.Module):
         self.num_heads, self.head_dim = H, D
         self.successor_values = config.successor_values
         self.stride = config.retrieval_stride
-        self.query_key_value = nn.Linear(C, 3 * H * D, bias=False)
+        self.key_tokens, from_token = config.memory_key_tokens, config.memory_values == "token"
+        self.query_key_value = nn.Linear((1 + self.key_tokens) * C, (2 if from_token else 3) * H * D, bias=False)
+        self.value = nn.Linear(C, H * D, bias=False) if from_token else None
         self.output = nn.Linear(H * D, C, bias=False)
         self.gate = nn.Linear(C, 1)
         self.log_temperature_H = nn.Parameter(torch.empty(H))
@@ -249,9 +272,11 @@ class LongTermRead(nn.Module):
     def forward(self, x_BTC: Tensor, *, window: Window, retriever: Retriever, tape: ReadTape) -> Tensor:
         """What each token recalls, gated: [B, T, C] in the dtype of x. Everything else goes on the tape."""
         B, T, _ = x_BTC.shape
-        query_HBTD, key_HBTD, value_HBTD = self._project(x_BTC)
+        query_HBTD, key_HBTD, value_HBTD = self._project(x_BTC, window)
         if window.cache is not None:
             fill_cache(window.cache, query_HBTD, key_HBTD, value_HBTD, successor_values=self.successor_values)
+            if self.key_tokens > 1:
+                window.cache.fill("token", embeddings(window).unsqueeze(1))
         own = (key_HBTD, value_HBTD) if window.with_past is None else window.with_past(key_HBTD, value_HBTD)
         merged_HBTD, share_PHBT = self._read(query_HBTD, *own, window, retriever, tape)
         gate_BT1, share_HBT = torch.sigmoid(self.gate(x_BTC)), share_PHBT[1].detach()
@@ -265,10 +290,15 @@ class LongTermRead(nn.Module):
         recalled_BTC: Tensor = gate_BT1 * self.output(merged_BTP.to(x_BTC.dtype))
         return recalled_BTC
 
-    def _project(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x_BTC: Tensor, window: Window) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of length temperature, unit keys and values, each fp32 [H, B, T, D]: a score is then q . k."""
         B, T, _ = x_BTC.shape
-        qkv_BTPHD = self.query_key_value(x_BTC).float().view(B, T, 3, self.num_heads, self.head_dim)
+        if self.key_tokens:
+            x_BTC = torch.cat([x_BTC, *last_tokens(embeddings(window), self.key_tokens, window.piece_BT)], dim=-1)
+        qkv_BTO = self.query_key_value(x_BTC)
+        if self.value is not None:
+            qkv_BTO = torch.cat([qkv_BTO, self.value(embeddings(window))], dim=-1)
+        qkv_BTPHD = qkv_BTO.float().view(B, T, 3, self.num_heads, self.head_dim)
         query_HBTD, key_HBTD, value_HBTD = qkv_BTPHD.permute(2, 3, 0, 1, 4).contiguous()
         temperature_H = self.log_temperature_H.float().exp()
         query_HBTD = F.normalize(query_HBTD, dim=-1) * temperature_H[:, None, None, None]

@@ -15,11 +15,11 @@ ROTARY_BASE = 10000.0
 def rotary_table(num_tokens: int, head_dim: int, *, device: torch.device | None = None) -> Rotation:
     """Cosine of position x frequency, fp32 [T, 1, D/2], and its sine with both signs, - and +, fp32 [T, 2, D/2] (Su et
     al. 2021, RoFormer, section 3.2)."""
-    exponent_F = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    exponent_X = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     position_T = torch.arange(num_tokens, device=device, dtype=torch.float32)
-    angle_TF = torch.outer(position_T, ROTARY_BASE**-exponent_F)
-    sin_TF = angle_TF.sin()
-    return angle_TF.cos().unsqueeze(1), torch.stack([-sin_TF, sin_TF], dim=1)
+    angle_TX = torch.outer(position_T, ROTARY_BASE**-exponent_X)
+    sin_TX = angle_TX.sin()
+    return angle_TX.cos().unsqueeze(1), torch.stack([-sin_TX, sin_TX], dim=1)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

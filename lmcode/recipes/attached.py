@@ -98,7 +98,7 @@ class Attached(Backbone):
     def offers_by_token(self) -> bool:
         return self.recipe.offers_by_token
 
-    def learned_numbers(self, layer: int) -> tuple[list[float], list[float], list[float]]:
+    def learned_numbers(self, layer: int) -> dict[str, list[float]]:
         return self.recipe.learned_numbers(layer)
 
     def identity(self) -> dict[str, Any]:

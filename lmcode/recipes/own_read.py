@@ -82,10 +82,10 @@ class OwnRead(recipe.Recipe):
             raise ValueError(f"layer {layer} has not read its memory in this pass")
         return candidates._replace(surprise_N=known_BT.flatten())
 
-    def learned_numbers(self, layer: int) -> tuple[list[float], list[float], list[float]]:
+    def learned_numbers(self, layer: int) -> dict[str, list[float]]:
         read: Any = self.reads[str(layer)]
-        return (read.log_temperature_H.detach().exp().tolist(), read.retrieved_bias_H.detach().tolist(),
-                read.null_logit_H.detach().tolist())
+        numbers = {"temperature": read.log_temperature_H.exp(), "bias": read.retrieved_bias_H, "null": read.null_logit_H}
+        return {name: number_H.detach().tolist() for name, number_H in numbers.items()}
 
     def blank_state(self, num_streams: int, device: torch.device | None) -> tuple[Tensor, ...]:
         key_BHD = torch.zeros(num_streams, self.config.memory_heads, self.config.memory_head_dim, device=device)

@@ -8,7 +8,6 @@ searching over ranks, commits, checkpoints, deletion, is the product's. A recipe
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -145,10 +144,9 @@ class Recipe(nn.Module, ABC):
             known_BT: fp32, the surprise of each token of this window, nats; 0 where unknown.
         """
 
-    def learned_numbers(self, layer: int) -> tuple[list[float], list[float], list[float]]:
-        """See `Backbone.learned_numbers`; a recipe that learns none has its constants, NaN where there is no null slot."""
-        heads = self.config.memory_heads
-        return [1.0] * heads, [self.config.memory_bias] * heads, [math.nan] * heads
+    def learned_numbers(self, layer: int) -> dict[str, list[float]]:
+        """See `Backbone.learned_numbers`."""
+        return {}
 
     def blank_state(self, num_streams: int, device: torch.device | None) -> tuple[Tensor, ...]:
         """What this recipe's streams carry before they start, tensors [B, ...]."""

@@ -48,8 +48,8 @@ def mass_share(mass_E: np.ndarray, top: float) -> float:
 
 
 def bank_bytes(bank: LongTermMemory) -> int:
-    """Bytes of a whole bank over all ranks: keys with their extra component, values and metadata."""
-    row = bank.heads * (2 * bank.head_dim + 1) * bank.shard.key_HME.element_size()
+    """Bytes of a whole bank over all ranks: keys, values, addends to scores and metadata."""
+    row = bank.heads * 2 * bank.head_dim * bank.shard.key_HMD.element_size() + bank.shard.addend_M.element_size()
     return bank.slots * (row + sum(np.dtype(kind).itemsize for kind in METADATA.values()))
 
 
@@ -118,14 +118,14 @@ class Recorder(NullRetriever):
 class Items(NamedTuple):
     """Entries of some text beside the query that stands at each one's key. P positions, in reading order.
 
-    key_HPD, value_HPD, query_HPD: fp32. importance_P: fp32. next_P: int64, the token after the key's.
+    key_HXD, value_HXD, query_HXD: fp32. importance_X: fp32. next_X: int64, the token after the key's.
     """
 
-    key_HPD: Tensor
-    value_HPD: Tensor
-    query_HPD: Tensor
-    importance_P: Tensor
-    next_P: Tensor
+    key_HXD: Tensor
+    value_HXD: Tensor
+    query_HXD: Tensor
+    importance_X: Tensor
+    next_X: Tensor
 
 
 @contextmanager
@@ -159,19 +159,19 @@ def read_items(model: Backbone, sequences: list[list[int]]) -> dict[int, Items]:
 def _items(model: Backbone, batch: Any, candidates: Any, query_HND: Tensor, stride: int) -> Items:
     """Pairs each query with the candidate whose key stands at the token that asks; both are b-major."""
     B, T = batch.input_ids_BT.shape
-    asks_G = torch.arange(query_HND.shape[1] // B) * stride - int(stride > 1)  # a chunk asks with the token before it
-    entry_G = asks_G + model.config.successor_values
-    kept_G = (asks_G >= 0) & (entry_G < T)
-    asks_G, entry_G = asks_G[kept_G], entry_G[kept_G]
-    rows_BG = torch.arange(B)[:, None] * T
-    query_BG = (torch.arange(B)[:, None] * len(kept_G) + kept_G.nonzero().squeeze(1)).to(query_HND.device)
-    at_N = (rows_BG + entry_G).flatten().to(query_HND.device)
+    asks_X = torch.arange(query_HND.shape[1] // B) * stride - int(stride > 1)  # a chunk asks with the token before it
+    entry_X = asks_X + model.config.successor_values
+    kept_X = (asks_X >= 0) & (entry_X < T)
+    asks_X, entry_X = asks_X[kept_X], entry_X[kept_X]
+    rows_BX = torch.arange(B)[:, None] * T
+    query_BX = (torch.arange(B)[:, None] * len(kept_X) + kept_X.nonzero().squeeze(1)).to(query_HND.device)
+    at_N = (rows_BX + entry_X).flatten().to(query_HND.device)
     valid_N = candidates.valid_N[at_N]
-    at_P, query_P = at_N[valid_N], query_BG.flatten()[valid_N]
-    importance_P = torch.from_numpy(importance_of(candidates.surprise_N[at_P].cpu().numpy()))
-    next_P = batch.targets_BT.flatten()[(rows_BG + asks_G).flatten().to(query_HND.device)[valid_N]]
-    return Items(candidates.key_HND[:, at_P].float(), candidates.value_HND[:, at_P].float(), query_HND[:, query_P].float(),
-                 importance_P, next_P)
+    at_X, query_X = at_N[valid_N], query_BX.flatten()[valid_N]
+    importance_X = torch.from_numpy(importance_of(candidates.surprise_N[at_X].cpu().numpy()))
+    next_X = batch.targets_BT.flatten()[(rows_BX + asks_X).flatten().to(query_HND.device)[valid_N]]
+    return Items(candidates.key_HND[:, at_X].float(), candidates.value_HND[:, at_X].float(), query_HND[:, query_X].float(),
+                 importance_X, next_X)
 
 
 def analyze_memory_capacity(model: Backbone, test_sequences: Iterable[Any], *, sizes: Sequence[int] | None = None,
@@ -200,7 +200,7 @@ def analyze_memory_capacity(model: Backbone, test_sequences: Iterable[Any], *, s
     if not model.banks:
         raise ValueError("the model has no bank whose capacity could be measured: long_term_memory_slots is 0")
     items = read_items(model, token_sequences(model, test_sequences, tokenizer=tokenizer))
-    bank, total = next(iter(model.banks.values())), len(next(iter(items.values())).next_P)
+    bank, total = next(iter(model.banks.values())), len(next(iter(items.values())).next_X)
     if not total:
         raise ValueError("the sequences are too short: no token of theirs has a successor to store")
     sizes = default_sizes(total) if sizes is None else sorted(set(sizes))
@@ -216,21 +216,21 @@ def default_sizes(total: int) -> list[int]:
 
 
 def _curve(bank: LongTermMemory, items: Items, sizes: Sequence[int], slots: int | None) -> dict[str, list[float]]:
-    fork, id_P = bank.fork(empty=True, slots=slots), torch.empty(0, dtype=torch.int64)
+    fork, id_X = bank.fork(empty=True, slots=slots), torch.empty(0, dtype=torch.int64)
     curve: dict[str, list[float]] = {"stored": [], "live": [], "recall_at_1": [], "recall_at_k": [], "next_at_1": []}
     for size in sizes:
-        new = slice(len(id_P), size)
-        id_E = fork.write(items.key_HPD[:, new], items.value_HPD[:, new], torch.zeros(size - len(id_P), dtype=torch.int64),
-                          items.importance_P[new])
-        id_P = torch.cat([id_P, id_E])
-        asked_Q = torch.linspace(0, size - 1, min(QUERIES, size)).round().long()
-        hits = fork.search(items.query_HPD[:, asked_Q], torch.zeros(len(asked_Q), dtype=torch.int64), scope="global")
-        found_HQK = hits.id_HNK.cpu() == id_P[asked_Q][None, :, None]
+        new = slice(len(id_X), size)
+        id_E = fork.write(items.key_HXD[:, new], items.value_HXD[:, new], torch.zeros(size - len(id_X), dtype=torch.int64),
+                          items.importance_X[new])
+        id_X = torch.cat([id_X, id_E])
+        asked_N = torch.linspace(0, size - 1, min(QUERIES, size)).round().long()
+        hits = fork.search(items.query_HXD[:, asked_N], torch.zeros(len(asked_N), dtype=torch.int64), scope="global")
+        found_HNK = hits.id_HNK.cpu() == id_X[asked_N][None, :, None]
         # Ids count up from 0 in the order of writing, rejected ones included, so an id is also the item's position.
-        next_HQ = items.next_P.cpu()[hits.id_HNK[..., 0].cpu().clamp(min=0)]
-        right_HQ = (next_HQ == items.next_P.cpu()[asked_Q]) & hits.valid_HNK[..., 0].cpu()
-        row = {"stored": size, "live": fork.stats()["live"], "recall_at_1": float(found_HQK[..., 0].float().mean()),
-               "recall_at_k": float(found_HQK.any(-1).float().mean()), "next_at_1": float(right_HQ.float().mean())}
+        next_HN = items.next_X.cpu()[hits.id_HNK[..., 0].cpu().clamp(min=0)]
+        right_HN = (next_HN == items.next_X.cpu()[asked_N]) & hits.valid_HNK[..., 0].cpu()
+        row = {"stored": size, "live": fork.stats()["live"], "recall_at_1": float(found_HNK[..., 0].float().mean()),
+               "recall_at_k": float(found_HNK.any(-1).float().mean()), "next_at_1": float(right_HN.float().mean())}
         for name, value in row.items():
             curve[name].append(value)
     return curve

@@ -27,9 +27,9 @@ READ_DOCUMENTS, READ_TOKENS = 4, 4096  # what is read for examples: documents, t
 @dataclass(frozen=True)
 class BankFacts:
     """One bank. age_E, received_E, importance_E: of every live entry, in id order: steps since it was written, units of
-    attention, importance. shard_live_S, shard_slots_S, shard_rank_S: of every virtual shard. namespaces: name and entries
+    attention, importance. shard_live_X, shard_slots_X, shard_rank_X: of every virtual shard. namespaces: name and entries
     of the largest. most_read: the entries read most. temperature_H, bias_H, null_H: learned numbers of the read by head,
-    empty where they are not at hand (ZeRO-3)."""
+    empty where they are not at hand (ZeRO-3, other models)."""
 
     layer: int
     stats: dict[str, Any]
@@ -37,9 +37,9 @@ class BankFacts:
     age_E: np.ndarray
     received_E: np.ndarray
     importance_E: np.ndarray
-    shard_live_S: list[int]
-    shard_slots_S: list[int]
-    shard_rank_S: list[int]
+    shard_live_X: list[int]
+    shard_slots_X: list[int]
+    shard_rank_X: list[int]
     namespaces: list[tuple[str, int]]
     most_read: list[dict[str, float]]
     temperature_H: list[float]
@@ -138,17 +138,18 @@ def experience_facts(model: Backbone) -> ExperienceFacts | None:
 def bank_facts(model: Backbone, layer: int, efficiency: dict[str, Any], step: int | None, ranks: int) -> BankFacts:
     """The facts of one bank. A collective."""
     bank = model.banks[layer]
-    temperature_H, bias_H, null_H = model.learned_numbers(layer)
+    learned = model.learned_numbers(layer)
     columns, shards = entry_columns(bank), bank.config.virtual_shards
     names = {namespace_number(one): str(one) for one in model.experiences.namespaces()} if model.has_experiences else {}
     now = step if step is not None else int(columns["step"].max(initial=0))
-    live_S = np.bincount(virtual_shard_of(columns["id"], shards), minlength=shards)
+    live_X = np.bincount(virtual_shard_of(columns["id"], shards), minlength=shards)
     return BankFacts(
         layer=layer, stats=bank.stats(), efficiency=efficiency, age_E=now - columns["step"],
-        received_E=attention_received(columns), importance_E=columns["importance"], shard_live_S=live_S.tolist(),
-        shard_slots_S=[capacity_of(shard, bank.slots, shards) for shard in range(shards)],
-        shard_rank_S=rank_of(np.arange(shards), ranks).tolist(), namespaces=largest_namespaces(columns, names),
-        most_read=most_read(columns, now, names), temperature_H=temperature_H, bias_H=bias_H, null_H=null_H)
+        received_E=attention_received(columns), importance_E=columns["importance"], shard_live_X=live_X.tolist(),
+        shard_slots_X=[capacity_of(shard, bank.slots, shards) for shard in range(shards)],
+        shard_rank_X=rank_of(np.arange(shards), ranks).tolist(), namespaces=largest_namespaces(columns, names),
+        most_read=most_read(columns, now, names), temperature_H=learned.get("temperature", []),
+        bias_H=learned.get("bias", []), null_H=learned.get("null", []))
 
 
 def largest_namespaces(columns: Mapping[str, np.ndarray], names: Mapping[int, str]) -> list[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""Where one sequence's tokens look: gates, and how the softmax of each memory layer's read was shared out."""
+"""What the tokens of one sequence attend to: the gate, and the shares of the softmax, of each memory layer's read."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ class Flow(NamedTuple):
     """One sequence's way through the memory layers, fp32 arrays [layers, T]; shares are means over heads and add up to 1.
 
     layers: numbers of the memory layers. tokens: readable text of each token.
-    gate_LT: 0 closed, 1 open. own_LT, bank_LT, null_LT: shares of the read's softmax; with a retrieval stride the tokens of
+    gate_XT: 0 closed, 1 open. own_XT, bank_XT, null_XT: shares of the read's softmax; with a retrieval stride the tokens of
     a chunk share their mean.
     """
 
     layers: tuple[int, ...]
     tokens: tuple[str, ...]
-    gate_LT: np.ndarray
-    own_LT: np.ndarray
-    bank_LT: np.ndarray
-    null_LT: np.ndarray
+    gate_XT: np.ndarray
+    own_XT: np.ndarray
+    bank_XT: np.ndarray
+    null_XT: np.ndarray
 
 
 def memory_flow(model: Backbone, input_sequence: Any, *, namespace: Namespace | None = None,
@@ -64,7 +64,7 @@ def memory_flow(model: Backbone, input_sequence: Any, *, namespace: Namespace | 
         ValueError: a model without memory layers; a sequence that is empty, too long or no sequence at all; a negative
             namespace.
     """
-    layers = model.config.memory_layer_indices
+    layers = model.memory_layers
     if not layers:
         raise ValueError("the model has no memory layer whose reads could be shown: memory_layers is empty")
     number = 0 if namespace is None else namespace_number(namespace)
@@ -80,12 +80,12 @@ def memory_flow(model: Backbone, input_sequence: Any, *, namespace: Namespace | 
     with quietly(model), model.reading_from(retrievers):
         output = model(torch.tensor([ids], device=device), namespace_B=torch.tensor([number], device=device))
     words = tuple(as_text(tokenizer_of(model, tokenizer), [one]) for one in ids)
-    bank_LT, null_LT = (_per_token(share_LHN, model.config.retrieval_stride, len(ids)) for share_LHN in (
+    bank_XT, null_XT = (_per_token(share_XHN, model.config.retrieval_stride, len(ids)) for share_XHN in (
         [output.memory[layer].share_HN for layer in layers], [output.memory[layer].null_share_HN for layer in layers]))
-    gate_LT = np.stack([output.memory[layer].gate_BT[0].cpu().numpy() for layer in layers])
-    return Flow(layers, words, gate_LT, 1.0 - bank_LT - null_LT, bank_LT, null_LT)
+    gate_XT = np.stack([output.memory[layer].gate_BT[0].cpu().numpy() for layer in layers])
+    return Flow(layers, words, gate_XT, 1.0 - bank_XT - null_XT, bank_XT, null_XT)
 
 
-def _per_token(share_LHN: Sequence[Tensor], stride: int, length: int) -> np.ndarray:
+def _per_token(share_XHN: Sequence[Tensor], stride: int, length: int) -> np.ndarray:
     asked = -(-length // stride)
-    return np.stack([by_token(one.float(), asked).mean((0, 2)).cpu().numpy().repeat(stride)[:length] for one in share_LHN])
+    return np.stack([by_token(one.float(), asked).mean((0, 2)).cpu().numpy().repeat(stride)[:length] for one in share_XHN])

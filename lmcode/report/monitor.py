@@ -148,9 +148,9 @@ def _median_age(bank: LongTermMemory, read: LayerMemory, step: int) -> float:
     """The median age of the hits that all ranks hold, the lower one of two; the same on any number of ranks."""
     ages = np.zeros(0, np.int64) if read.hits.ticket is None else bank.ages(read.hits, step=step).cpu().numpy()
     parts = bank.group.all_gather_object(np.unique(ages, return_counts=True))
-    age_U, count_U = (np.concatenate(part) for part in zip(*parts, strict=True))
-    if not count_U.sum():
+    age_X, count_X = (np.concatenate(part) for part in zip(*parts, strict=True))
+    if not count_X.sum():
         return math.nan
-    order_U = np.argsort(age_U)
-    reached_U = np.cumsum(count_U[order_U])
-    return float(age_U[order_U][np.searchsorted(reached_U, (reached_U[-1] + 1) // 2)])
+    order_X = np.argsort(age_X)
+    reached_X = np.cumsum(count_X[order_X])
+    return float(age_X[order_X][np.searchsorted(reached_X, (reached_X[-1] + 1) // 2)])

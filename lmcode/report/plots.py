@@ -160,10 +160,10 @@ def visualize_memory_flow(model: Backbone, input_sequence: Any, *, namespace: Na
     flow = memory_flow(model, input_sequence, namespace=namespace, tokenizer=tokenizer)
     labelled, rows = len(flow.tokens) <= MOST_LABELS, len(flow.layers)
     figure = new_figure(max(7.0, min(16.0, 2 + 0.24 * len(flow.tokens))), 2.2 + 4 * (0.35 + 0.32 * rows))
-    maps = (("Gate (0 closed, 1 open)", flow.gate_LT), ("Share read from the bank", flow.bank_LT),
-            ("Share read from the sequence's own past", flow.own_LT), ("Share of the null slot (nothing)", flow.null_LT))
-    for axes, (title, value_LT) in zip(figure.subplots(4, 1, sharex=True), maps, strict=True):
-        image = axes.imshow(value_LT, vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest")
+    maps = (("Gate (0 closed, 1 open)", flow.gate_XT), ("Share read from the bank", flow.bank_XT),
+            ("Share read from the sequence's own past", flow.own_XT), ("Share of the null slot (nothing)", flow.null_XT))
+    for axes, (title, value_XT) in zip(figure.subplots(4, 1, sharex=True), maps, strict=True):
+        image = axes.imshow(value_XT, vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest")
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
         axes.set_yticks(range(rows), [f"layer {layer}" for layer in flow.layers], fontsize=8)
     if labelled:

@@ -1,8 +1,8 @@
-"""Reading text with forked banks and remembering where each entry came from, so that hits can be shown as text.
+"""Reading text with forked banks and keeping where each entry came from, so that hits can be shown as text.
 
-Entries hold vectors and no words. Whoever reads a document with a fork, which starts empty or as a copy, sees the ids that
-its tokens are given and can say later which place a hit points at. The model's own banks are never written. Everything
-here is a collective: all ranks read the same documents. Letters: Q queries with a place, K hits, H heads.
+Entries hold vectors and no words. A fork, which starts empty or as a copy, gives every token that it reads an id; from those
+ids a hit is mapped back to a position in the text. The model's own banks are never written. Everything here is a collective:
+all ranks read the same documents. Letters: N queries at known positions.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class Place(NamedTuple):
 class Asked(NamedTuple):
     """The queries of one layer that had a place, over all windows, in reading order.
 
-    place_Q: the token that asked. score_HQK, id_HQK: its hits. share_HQ, null_share_HQ: of the read's softmax.
+    place_N: the token that asked. score_HNK, id_HNK: its hits. share_HN, null_share_HN: of the read's softmax.
     gate_X: fp32, the gate of every token.
     """
 
-    place_Q: np.ndarray
-    score_HQK: np.ndarray
-    id_HQK: np.ndarray
-    share_HQ: np.ndarray
-    null_share_HQ: np.ndarray
+    place_N: np.ndarray
+    score_HNK: np.ndarray
+    id_HNK: np.ndarray
+    share_HN: np.ndarray
+    null_share_HN: np.ndarray
     gate_X: np.ndarray
 
 
@@ -168,7 +168,7 @@ class _Reader:
 
     def result(self, tokenizer: Tokenizer | None) -> Reading:
         on, off = np.array(list(self.losses.values()), float).T
-        whole = {layer: Asked(*(np.concatenate(part, axis=1 if part[0].ndim == 3 or name.endswith("HQ") else 0)
+        whole = {layer: Asked(*(np.concatenate(part, axis=1 if part[0].ndim == 3 or name.endswith("HN") else 0)
                                 for name, part in zip(Asked._fields, zip(*parts, strict=True), strict=True)))
                  for layer, parts in self.seen.items()}
         layers = {layer: summary(one, self.origin[layer], self.documents) for layer, one in whole.items()}
@@ -179,17 +179,17 @@ class _Reader:
                        layers, tuple(examples))
 
     def _examples(self, layer: int, one: Asked, tokenizer: Tokenizer | None) -> Iterator[Example]:
-        weight_HQK = softmax(one)
+        weight_HNK = softmax(one)
         for head, query, blind in pick(one):
-            place = Place(*one.place_Q[query].tolist())
+            place = Place(*one.place_N[query].tolist())
             loss_on, loss_off = self.losses[place]
             tell = _Teller(self.documents, tokenizer, place)
-            rows = zip(one.score_HQK[head, query].tolist(), weight_HQK[head, query].tolist(),
-                       one.id_HQK[head, query].tolist(), strict=True)
+            rows = zip(one.score_HNK[head, query].tolist(), weight_HNK[head, query].tolist(),
+                       one.id_HNK[head, query].tolist(), strict=True)
             hits = tuple(tell.hit(score, weight, entry, self.origin[layer].get(entry))
                          for score, weight, entry in rows if entry >= 0)
             yield Example(layer, head, blind, tell.where(place), tell.before(place), tell.after(place, 1),
-                          float(one.share_HQ[head, query]), loss_on, loss_off, hits[:SHOWN_HITS])
+                          float(one.share_HN[head, query]), loss_on, loss_off, hits[:SHOWN_HITS])
 
 
 def only_once(candidates: Candidates, bank: LongTermMemory) -> Candidates:
@@ -207,13 +207,13 @@ def places(batch: Batch) -> np.ndarray:
 def asked(memory: LayerMemory, place_BT: np.ndarray, valid_BT: np.ndarray, stride: int) -> Asked:
     """The queries of one window that a token of a document asked; padding is left out."""
     B, T, _ = place_BT.shape
-    asks_G = np.arange(-(-T // stride)) * stride - int(stride > 1)  # -1 is before the first chunk: nobody asks
-    place_NT = place_BT[:, asks_G].reshape(-1, 2)
-    kept_N = (valid_BT[:, asks_G] & (asks_G >= 0)).reshape(-1)
-    share_HQ, null_share_HQ = (by_token(part, len(kept_N)).mean(-1).cpu().numpy()[:, kept_N]
+    asks_X = np.arange(-(-T // stride)) * stride - int(stride > 1)  # -1 is before the first chunk: nobody asks
+    place_NT = place_BT[:, asks_X].reshape(-1, 2)
+    kept_N = (valid_BT[:, asks_X] & (asks_X >= 0)).reshape(-1)
+    share_HN, null_share_HN = (by_token(part, len(kept_N)).mean(-1).cpu().numpy()[:, kept_N]
                                for part in (memory.share_HN.float(), memory.null_share_HN.float()))
-    score_HQK, id_HQK = (by_token(part, len(kept_N))[:, :, 0].cpu().numpy()[:, kept_N] for part in memory.hits[:2])
-    return Asked(place_NT[kept_N], score_HQK, id_HQK, share_HQ, null_share_HQ,
+    score_HNK, id_HNK = (by_token(part, len(kept_N))[:, :, 0].cpu().numpy()[:, kept_N] for part in memory.hits[:2])
+    return Asked(place_NT[kept_N], score_HNK, id_HNK, share_HN, null_share_HN,
                  memory.gate_BT.cpu().numpy()[valid_BT])
 
 
@@ -225,11 +225,11 @@ def by_token(part_HN: Tensor, tokens: int) -> Tensor:
 
 def summary(one: Asked, origin: dict[int, Place], documents: Documents) -> LayerReading:
     """What the layer did on average. The shares of the softmax add up to 1."""
-    hit, null = float(one.share_HQ.mean()), float(one.null_share_HQ.mean())
+    hit, null = float(one.share_HN.mean()), float(one.null_share_HN.mean())
     known = right = 0
-    for query, (document, token) in enumerate(one.place_Q.tolist()):
+    for query, (document, token) in enumerate(one.place_N.tolist()):
         came = successor(documents, Place(document, token))
-        for entry in one.id_HQK[:, query, 0].tolist():
+        for entry in one.id_HNK[:, query, 0].tolist():
             if entry in origin:
                 known += 1
                 right += successor(documents, origin[entry]) == came
@@ -242,29 +242,29 @@ def successor(documents: Documents, place: Place) -> int:
 
 
 def softmax(one: Asked) -> np.ndarray:
-    """Weights of the hits among themselves, fp64 [H, Q, K]; 0 where invalid, and all 0 without a hit."""
-    valid_HQK = one.id_HQK >= 0
-    score_HQK = one.score_HQK.astype(np.float64)
-    power_HQK = np.where(valid_HQK, np.exp(score_HQK - score_HQK.max(-1, keepdims=True)), 0.0)
-    weight_HQK: np.ndarray = power_HQK / np.maximum(power_HQK.sum(-1, keepdims=True), 1.0)
-    return weight_HQK
+    """Weights of the hits among themselves, fp64 [H, N, K]; 0 where invalid, and all 0 without a hit."""
+    valid_HNK = one.id_HNK >= 0
+    score_HNK = one.score_HNK.astype(np.float64)
+    power_HNK = np.where(valid_HNK, np.exp(score_HNK - score_HNK.max(-1, keepdims=True)), 0.0)
+    weight_HNK: np.ndarray = power_HNK / np.maximum(power_HNK.sum(-1, keepdims=True), 1.0)
+    return weight_HNK
 
 
 def pick(one: Asked) -> list[tuple[int, int, bool]]:
     """(head, query, blind) of the examples: first where a single hit got the largest share of a head's softmax, apart from
     each other and at most two of a document; then queries at even distances among those with hits, whatever came of them,
     in the head that was surest of its hit."""
-    share_HQ = one.share_HQ * softmax(one)[..., 0]
-    share_Q, head_Q = share_HQ.max(0), share_HQ.argmax(0)
-    usable = np.flatnonzero((one.id_HQK[:, :, 0] >= 0).all(0))
+    share_HN = one.share_HN * softmax(one)[..., 0]
+    share_N, head_N = share_HN.max(0), share_HN.argmax(0)
+    usable = np.flatnonzero((one.id_HNK[:, :, 0] >= 0).all(0))
     chosen: list[int] = []
-    for query in usable[np.argsort(-share_Q[usable], kind="stable")].tolist():
-        document, token = one.place_Q[query]
-        others = [one.place_Q[other][1] for other in chosen if one.place_Q[other][0] == document]
+    for query in usable[np.argsort(-share_N[usable], kind="stable")].tolist():
+        document, token = one.place_N[query]
+        others = [one.place_N[other][1] for other in chosen if one.place_N[other][0] == document]
         if len(chosen) < STRONGEST and len(others) < 2 and all(abs(token - other) >= APART for other in others):
             chosen.append(query)
     blind = [int(usable[(place + 1) * len(usable) // (BLIND + 1)]) for place in range(BLIND)] if len(usable) else []
-    return [(int(head_Q[query]), query, at >= len(chosen)) for at, query in enumerate([*chosen, *blind])]
+    return [(int(head_N[query]), query, at >= len(chosen)) for at, query in enumerate([*chosen, *blind])]
 
 
 @dataclass(frozen=True)

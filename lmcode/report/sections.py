@@ -33,14 +33,14 @@ def bins(value_E: np.ndarray) -> tuple[list[int], list[float]]:
 
 def bank_charts(bank: BankFacts, ranks: int) -> list[Markup]:
     """How full the virtual shards and the ranks are."""
-    fill = [live / slots for live, slots in zip(bank.shard_live_S, bank.shard_slots_S, strict=True)]
-    by_rank = [[place for place, rank in enumerate(bank.shard_rank_S) if rank == one] for one in range(ranks)]
-    ranks_rows = [(f"rank {one}", [("filled", sum(bank.shard_live_S[s] for s in shards)
-                                    / max(1, sum(bank.shard_slots_S[s] for s in shards)))])
+    fill = [live / slots for live, slots in zip(bank.shard_live_X, bank.shard_slots_X, strict=True)]
+    by_rank = [[place for place, rank in enumerate(bank.shard_rank_X) if rank == one] for one in range(ranks)]
+    ranks_rows = [(f"rank {one}", [("filled", sum(bank.shard_live_X[s] for s in shards)
+                                    / max(1, sum(bank.shard_slots_X[s] for s in shards)))])
                   for one, shards in enumerate(by_rank[:16])]
     spread = f"from {percent(min(fill))} to {percent(max(fill))}"
     return [
-        figure(histogram(bank.shard_live_S, [], x="virtual shard", labels=every(len(fill))),
+        figure(histogram(bank.shard_live_X, [], x="virtual shard", labels=every(len(fill))),
                title="Entries by virtual shard",
                caption=f"Virtual shards are filled {spread}. Ids are spread by a hash, so bars of equal height are what "
                        "should be seen; each shard forgets on its own."),
@@ -87,7 +87,7 @@ def gates_section(facts: ReportFacts) -> Markup:
               for layer, one in layers.items()]
     charts = [figure(share_bars(shares), title="Where the read looked", legend=("own past", "bank", "null slot"),
                      caption="Mean share of the softmax over tokens and heads: the window\u2019s own earlier tokens, the "
-                             "retrieved entries, and the null slot, which stands for nothing.")]
+                             "retrieved entries, and the null slot, which means: nothing was found.")]
     for layer, one in layers.items():
         counts, edges = np.histogram(np.clip(one.gate_X, 0, 1), np.linspace(0, 1, 21))
         charts.append(figure(

@@ -1,4 +1,4 @@
-"""What a person hands over to be read, as lists of token ids: texts, id sequences, tensors or a dataset of these."""
+"""The inputs of an analysis as lists of token ids: texts, id sequences, tensors or a dataset of these."""
 
 from __future__ import annotations
 

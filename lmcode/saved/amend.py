@@ -3,7 +3,7 @@
 The one thing to know: a saved memory is never changed in place. `amend` writes a revision of the newest checkpoint (the
 same step, everything but the memory linked to the old files) as a commit of its own, and only then removes the old one,
 so that a kill leaves one or the other. `--resume auto` and `load_model` take the revision, since it counts as newer. A
-checkpoint that lies in no run keeps its path (`files.replace`).
+checkpoint outside of a run keeps its path (`files.replace`).
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def reshard(draft: Draft, virtual_shards: int, *, slots: int | None = None,
     """Moves a run's memory to another number of virtual shards: see `Memories.reshard`.
 
     The revision's config.yaml says the new numbers; its trainer.json keeps the former ones, so that a job whose settings
-    still have them can go on (`checkpoint.since_resharded`).
+    still have them can resume (`checkpoint.since_resharded`).
 
     Returns:
         count (of entries moved), former (number of virtual shards), virtual_shards, slots and experience_slots.

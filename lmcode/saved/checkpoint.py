@@ -1,6 +1,6 @@
-"""Checkpoints of a run: found, verified before use, resumed exactly. `saving` writes them.
+"""Checkpoints of a run: finding them, verifying them before use, and which settings may differ on resuming.
 
-What lies in one, `train.resuming` says. `durable` makes it a commit.
+`train.saving` writes them; `train.resuming` says what they contain and reads it; `files.durable` makes each a commit.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ def locate(path: Path) -> tuple[Path, Path | None]:
 
 
 def check_resumable(config: RunConfig, folder: Path, world_size: int) -> int:
-    """Refuses a checkpoint that this job cannot go on from; returns its step. Says when the ranks are not as many."""
+    """Refuses a checkpoint that this job cannot resume from; returns its step. Logs another number of ranks."""
     saved, now = (flatten(one.model_dump(mode="json")) for one in (load_run_config(folder / "config.yaml"), config))
     for name in now:
-        # Another share would move streams to other places in their documents; from none to some they go on from theirs.
+        # Another share would move streams to other places in their documents; from none to some they keep their places.
         fixed = saved[name] > 0 if name == "train.memory_sample_ratio" else name.startswith(FIXED)
         if fixed and saved[name] != now[name]:
             raise ConfigError(f"{name} must be that of the checkpoint '{folder}': expected {saved[name]!r}, "
                               f"got {now[name]!r}")
     facts = durable.read_manifest(folder).facts
     if facts.world_size != world_size:
-        log.info("'%s' was saved by %d rank(s): going on with %d", folder, facts.world_size, world_size)
+        log.info("'%s' was saved by %d rank(s): resuming with %d", folder, facts.world_size, world_size)
     return facts.step
 
 
@@ -65,8 +65,9 @@ def stored_sizes(config: RunConfig) -> dict[str, int]:
 
 
 def since_resharded(config: RunConfig, folder: Path) -> dict[str, int]:
-    """The numbers that `lmcode memory reshard` gave to a verified checkpoint, where `config` has those from before it: a job
-    that is started again with the same words goes on with them. Other numbers `check_resumable` refuses."""
+    """The settings that `lmcode memory reshard` changed in a verified checkpoint, as they are there, where `config` still
+    has the former ones: a job that is started again with the same command uses the new numbers. `check_resumable` refuses
+    any others."""
     trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
     saved, now = stored_sizes(load_run_config(folder / "config.yaml")), stored_sizes(config)
     return {name: saved[name] for name, numbers in trainer.get("resharded", {}).items()

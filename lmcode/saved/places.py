@@ -1,7 +1,7 @@
-"""What a path means, answered here alone: a run, a checkpoint of one, a checkpoint by itself, a saved model, another model.
+"""What a path means: a run, a checkpoint in a run, a lone checkpoint, a saved model, or another model. Decided here alone.
 
-The one thing to know: a kill can have left what belongs at a path beside it; `Place.folder` says where its files are now.
-Nothing is verified here, and torch is not needed.
+The one thing to know: a kill can have left the files that belong at a path next to it; `Place.folder` says where they are
+now. Nothing is verified here, and torch is not needed.
 """
 
 from __future__ import annotations

@@ -83,12 +83,12 @@ def _run(config: RunConfig, me: Rank, watch: NullWatch, request: Request, resume
         with clock("finishing"):
             finish(session, session.training_seconds)
     except Preempted:
-        return give_way(session)
+        return save_and_end(session)
     return 0 if session.saved == resuming.place_of(session) else 1
 
 
 def fit(session: Session) -> None:
-    """Trains from `session.step` to `session.last_step`, evaluating, logging and saving on the way. A collective.
+    """Trains from `session.step` to `session.last_step`, with evaluations, logging and checkpoints in between. A collective.
 
     Raises:
         Preempted: on every rank, if any was asked to save and end; the session is then as after `session.step` steps.
@@ -158,7 +158,7 @@ def update(session: Session) -> StepResult:
     reads: dict[int, list[LayerMemory]] = {layer: [] for layer in session.model.banks}
     states: dict[int, State] = {}
     losses_BP: list[torch.Tensor] = []
-    by_source_2S = torch.zeros(2, max(1, len(config.data.sources)), dtype=torch.float64, device=engine.device)
+    by_source_2X = torch.zeros(2, max(1, len(config.data.sources)), dtype=torch.float64, device=engine.device)
     loss_sum, applied = torch.zeros((), dtype=torch.float64, device=engine.device), False
     tokens = session.sampler.global_tokens(session.step)
     for micro in range(accumulation):
@@ -178,13 +178,13 @@ def update(session: Session) -> StepResult:
         states[micro] = (output.state if session.replay is None or state is None
                          else keep_paused(state, output.state, batch.replayed_B))
         losses_BP.append(batch.by_piece(loss_BT.detach()))
-        by_source_2S += sums_by_source(batch, losses_BP[-1], sources=by_source_2S.shape[1])
+        by_source_2X += sums_by_source(batch, losses_BP[-1], sources=by_source_2X.shape[1])
         loss_sum += local_sum.detach().double()
         for layer, layer_reads in reads.items():
             layer_reads.append(output.memory[layer])
     with clock("commit"):
         local = torch.stack([loss_sum, loss_sum.new_tensor(float(session.request.asked()))])
-        loss_sum, asked, *by_source = group.all_reduce(torch.cat([local, by_source_2S.flatten()]), phase="loss").tolist()
+        loss_sum, asked, *by_source = group.all_reduce(torch.cat([local, by_source_2X.flatten()]), phase="loss").tolist()
         loss = loss_sum / max(1, tokens)
         session.states = states if applied else {}  # what a refused step carried may not be finite: streams start afresh
         if applied:
@@ -196,8 +196,8 @@ def update(session: Session) -> StepResult:
 def sums_by_source(batch: Batch, loss_BP: torch.Tensor, *, sources: int) -> torch.Tensor:
     """Sums of token losses and numbers of targets of what each source gave to a micro-batch, [2, S]; replay left out."""
     both_2BP = torch.stack([loss_BP, batch.by_piece(batch.counted_BT)])
-    of_S = [(batch.source_BP == source).double() for source in range(sources)]
-    return torch.stack([(both_2BP * of_BP).sum((1, 2)) for of_BP in of_S], dim=1)
+    of_X = [(batch.source_BP == source).double() for source in range(sources)]
+    return torch.stack([(both_2BP * of_BP).sum((1, 2)) for of_BP in of_X], dim=1)
 
 
 def source_losses(config: RunConfig, sums: list[float]) -> dict[str, float]:
@@ -260,9 +260,9 @@ def digest(session: Session, result: StepResult, *, whole: bool) -> int:
     return digest_of(result.loss, result.applied, counters, session.engine.module.parameters() if whole else ())
 
 
-def give_way(session: Session) -> int:
-    """Saves what a job that was asked to end has trained, and ends it. Returns the exit code: 1 if nothing was saved that
-    was worth it. A collective."""
+def save_and_end(session: Session) -> int:
+    """Ends a job that was asked to end, with a checkpoint of its last step. Returns the exit code: 1 if that step could not
+    be saved. A collective."""
     log.warning("asked to end by %s", session.request.reason or "another rank")
     with session.clock("saving"):
         saving.settle(session, wait=True)
@@ -270,7 +270,7 @@ def give_way(session: Session) -> int:
             saving.save(session)
     safe = not session.step or session.saved == resuming.place_of(session)
     if safe:
-        log.warning("stopped after step %d: go on with --resume auto train.run_dir=%s", session.step, session.run_folder)
+        log.warning("stopped after step %d: resume with --resume auto train.run_dir=%s", session.step, session.run_folder)
         session.request.honoured()
     session.close()
     return preempt.REQUEUE if safe else 1

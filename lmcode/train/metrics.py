@@ -26,10 +26,10 @@ class Metrics(NullMetrics):
     """Writes `metrics.jsonl` (one object per call of `scalars`) in the run folder, and to the writers of `log_to`.
 
     A non-finite number becomes null in the JSON and is left out elsewhere. What the file system (a full disk) or a service
-    refuses is lost with a warning; training goes on.
+    refuses is lost with a warning; training continues.
 
     Args:
-        resumed_step: a run that goes on behind this step drops what an earlier process recorded beyond it.
+        resumed_step: a run that is resumed from this step drops what an earlier process recorded after it.
         log_to: "tensorboard" (a folder of this name in the run folder) and the names of `WRITERS`.
 
     Raises:

@@ -114,7 +114,7 @@ def layer_metrics(session: Session, result: StepResult, layer: int) -> dict[str,
     scores = torch.cat([read.hits.score_HNK[read.hits.valid_HNK] for read in reads])
     for name, sample in (("scores", scores), ("ages", ages), ("gates", gate)):
         session.metrics.histogram(session.step, f"{prefix}/{name}", sample)
-    recall = bank.recall()
+    recall = bank.review()
     return {
         **({} if recall is None else {f"{prefix}/recall_at_k": recall}),
         f"{prefix}/fill": stats["live"] / stats["slots"],

@@ -1,7 +1,7 @@
 """A checkpoint at a path of its own, whatever its name: what `MemoryAwareTrainer.save_checkpoint` writes.
 
-It is the commit of `checkpoint` under another name, put in place as `files.replace` describes: a kill while an old one is
-replaced leaves both beside the path, and `find` looks there.
+It is the commit of `saved.checkpoint` under another name, put in place as `files.replace` describes: a kill while an old
+one is replaced leaves both next to the path, where `find` looks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _make_way(path: Path) -> None:
 def corpus_of(folder: Path) -> tuple[dict[str, Any], Corpus]:
     """The trainer.json of a verified checkpoint, and its corpus as far as it is known: the digest and the tokenizer.
 
-    The documents are a stand-in, two tokens long: whoever trains on brings the samples.
+    The documents are a placeholder of two tokens: the caller that continues training passes the samples.
     """
     trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
     nothing = Documents(np.zeros(2, np.int64), np.array([0, 2]), ["samples that are yet to come"])

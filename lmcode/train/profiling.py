@@ -1,4 +1,4 @@
-"""A window of steps under torch's profiler: a Chrome trace of every rank, since a slow one shows beside the others only."""
+"""A window of steps under torch's profiler: a Chrome trace of every rank, since a slow rank shows only beside the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a progress bar on a terminal, plain lines elsewhere."""
+"""What is printed while a run trains: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

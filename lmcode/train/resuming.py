@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: everything in it becomes the state of a session again. `saving` writes what is read here.
+"""Resuming from a checkpoint: everything in it becomes the state of a session again. `saving` writes what is read here.
 
 A checkpoint holds, all of the same step: the weights, the optimizer's state (whole parameters, spread over one file per
 rank), every bank (one file per virtual shard), the streams' short-term state (one file per rank, by stream), the spans

@@ -1,7 +1,7 @@
-"""Saving a job's checkpoint: what goes into it, and when training waits for it. `commit` writes it.
+"""Saving a job's checkpoint: what it contains, and when training waits for it. `files.commit` writes it.
 
-`start` copies the step and lets training go on; `settle`, called at every logged step, finds out whether the commit is
-through, and books it. `save` waits.
+`start` copies the state of a step, and training continues; `settle`, called at every logged step, checks whether the commit
+is complete and records it. `save` waits for it.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def start(session: Session) -> None:
 
 
 def settle(session: Session, *, wait: bool = False) -> None:
-    """Moves a save that is under way on, and books its end. A collective.
+    """Advances a save that is in progress, and records its end. A collective.
 
-    A failure is logged and counted (`train/failed_saves`); the older checkpoints are as they were, and training goes on.
+    A failure is logged and counted (`train/failed_saves`); the older checkpoints stay as they are, and training continues.
     """
     saving = session.saving
     if saving is None:

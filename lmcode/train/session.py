@@ -1,4 +1,4 @@
-"""What a training job is made of, on one rank: values that its parts hand to each other, and nothing that acts."""
+"""The state of a training job on one rank: the values that its parts share, without behaviour of its own."""
 
 from __future__ import annotations
 

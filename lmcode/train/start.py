@@ -1,6 +1,6 @@
 """How a job starts: its run folder, new or resumed, and the session with corpus, model, banks and engine.
 
-Whatever is wrong is found here, before the first step, and reported alike on every rank.
+Every error that can be known beforehand is found here, before the first step, and reported alike on every rank.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ log = logging.getLogger("lmcode")
 
 @dataclass(frozen=True)
 class Start:
-    """Where a job starts: its folder, the verified checkpoint it goes on from (None: step 0), whether nothing is left to
+    """Where a job starts: its folder, the verified checkpoint it resumes from (None: step 0), whether nothing is left to
     do, the settings that a reshard has changed, and, on rank 0, the right to write into the folder."""
 
     run_folder: Path
@@ -53,13 +53,13 @@ class Start:
     lock: Lock | None = None
 
     def close(self) -> None:
-        """Gives the run folder back."""
+        """Unlocks the run folder."""
         if self.lock is not None:
             self.lock.close()
 
 
 def open_run(config: RunConfig, group: Group, resume: str | None = None) -> Start:
-    """Makes the run folder, or finds in it what to go on from, and locks it. A collective.
+    """Makes the run folder, or finds the checkpoint in it to resume from, and locks it. A collective.
 
     Args:
         resume: None or 'none' for a new folder; 'auto' for the newest checkpoint in `train.run_dir` that verifies, or
@@ -84,18 +84,18 @@ def _open(config: RunConfig, world_size: int, resume: str | None, held: list[Loc
           ) -> tuple[Path, Path | None, bool, dict[str, int]]:
     name, resharded = config.train.run_dir, {}
     if resume == "auto" and name is None:
-        raise ConfigError("--resume auto needs train.run_dir, the run folder to go on in")
+        raise ConfigError("--resume auto needs train.run_dir, the run folder to resume in")
     run, chosen = (None if name is None else expanded("train.run_dir", name)), None
     if resume not in (None, "auto"):
         former, (run, chosen) = run, checkpoint.locate(expanded("--resume", resume))
         if former is not None and former.resolve() != run.resolve():
-            log.warning("going on in '%s', where the checkpoint is; train.run_dir says '%s'", run, name)
+            log.warning("resuming in '%s', where the checkpoint is; train.run_dir says '%s'", run, name)
     run = run or free_folder(Path("runs"), f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
     _check_ours(run)
     durable.make_folder(run)
     held.append(Lock(run))
     if resume is None and (run / "config.yaml").exists():
-        raise ConfigError(f"'{run}' already holds a run; give another train.run_dir, or --resume auto to go on with it")
+        raise ConfigError(f"'{run}' already holds a run; give another train.run_dir, or --resume auto to resume it")
     if resume == "auto":
         chosen = checkpoint.newest(run)
     elif resume is not None:
@@ -223,7 +223,7 @@ def shared_corpus(config: RunConfig, group: Group, request: Request) -> Corpus:
 
     def prepare() -> None:
         with suppress(Preempted):  # the others hear of it below
-            opened.append(load_corpus(config, progress=request.give_way))
+            opened.append(load_corpus(config, progress=request.raise_if_asked))
 
     on_rank_0(group, prepare)
     agreed(request, group)

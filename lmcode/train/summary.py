@@ -15,7 +15,7 @@ from lmcode.train.session import Session
 
 SHOWN = ("forward", "backward", "search", "exchange", "optimizer", "commit")  # phases of a step, as a person reads them
 SAMPLE_TOKENS = 96
-SAMPLE_WINDOWS = 3  # windows of a held-out document that are read before the model goes on writing it
+SAMPLE_WINDOWS = 3  # windows of a held-out document that are read before the model continues it
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def collect(session: Session, results: dict[str, EvalResult], void: dict[str, st
 
 
 def continue_document(session: Session) -> tuple[str, str]:
-    """Reads the start of a held-out document with the memory on, and goes on writing it: (end of what was read, text).
+    """Reads the start of a held-out document with the memory on, and continues it: (end of what was read, text).
 
     Every rank does the same work, so that the searches of all ranks match; the banks are forks and are thrown away.
     """

@@ -95,12 +95,12 @@ class MemoryAwareTrainer:
         model.share(self.group, dist.device())
         self._engine: Engine | None = None
         self._start: start.Start | None = None
-        self._resume: str | None = None  # what `open_run` is to go on from
+        self._resume: str | None = None  # what `open_run` resumes from
         self._session: Session | None = None
 
     @property
     def step(self) -> int:
-        """Optimizer steps behind the trainer, over all calls of `train`."""
+        """Optimizer steps so far, over all calls of `train`."""
         return 0 if self._session is None else self._session.step
 
     @property
@@ -113,9 +113,9 @@ class MemoryAwareTrainer:
         """Trains until the samples have been read `num_epochs` times or `total_steps` are reached, whichever comes first.
 
         Each sample is a document: `batch_size` of them are read side by side, window by window, and a free row takes the
-        next one; rows without any are padding. Learning rate and steps go on over several calls; so does a reading that
-        `total_steps` or a checkpoint cut short, if it is called again with the same samples, windows and batch size.
-        Anything else is read from its beginning, as new documents.
+        next one; rows without any are padding. Learning rate and steps continue over several calls. So does a pass through
+        the samples that `total_steps` or a checkpoint interrupted, if `train` is called again with the same samples, windows
+        and batch size. Any other data is read from its beginning, as new documents.
 
         Args:
             dataset: a `MemoryDataset`, or what one can be made of (then with `config.memory_sample_ratio`).
@@ -181,7 +181,7 @@ class MemoryAwareTrainer:
         path_checkpoint.save(self._session, Path(path))
 
     def load_checkpoint(self, path: str | Path) -> None:
-        """Puts model and trainer where they were when `path` was saved; `train` with the same dataset then goes on exactly.
+        """Restores model and trainer as they were when `path` was saved; `train` with the same dataset then resumes exactly.
 
         Raises:
             ConfigError: if there is no checkpoint, it does not verify, or is of another shape of model or training.
@@ -208,14 +208,14 @@ class MemoryAwareTrainer:
         self._session, self.model.replay = session, session.replay
 
     def resume(self) -> int:
-        """Goes on in `run_dir` after a crash: from its newest checkpoint that verifies, or from the beginning if there is
-        none. Call it before `train`. Returns the step to go on from; 0, too, for a folder that is yet to be made.
+        """Resumes in `run_dir` after a crash: from its newest checkpoint that verifies, or from the beginning if there is
+        none. Call it before `train`. Returns the step it resumes from; 0 also for a folder that does not exist yet.
 
         Raises:
             ConfigError: without `run_dir`; after training has begun; if there are checkpoints and none verifies.
         """
         if self.config.run_dir is None:
-            raise ConfigError("resume needs run_dir, the folder to go on in")
+            raise ConfigError("resume needs run_dir, the folder to resume in")
         if self._session is not None:
             raise ConfigError(f"resume must come before train and load_checkpoint: {self.step} steps are behind")
         run = Path(self.config.run_dir).expanduser()
@@ -268,8 +268,8 @@ class MemoryAwareTrainer:
 
     def _next_session(self, config: RunConfig, data: MemoryDataset, num_epochs: int,
                       held_out: MemoryDataset | None) -> tuple[Session, History]:
-        """The session of this call, and what it records: it goes on where the last one was, with new data or with the rest
-        of the same."""
+        """The session of this call, and its history: it continues after the last step, with new data or with the rest of the
+        same data."""
         former, train = self._session, config.train
         tokenizer = data.tokenizer or getattr(self.model, "tokenizer", None) or ByteTokenizer()
         documents = data.as_documents()
@@ -301,7 +301,7 @@ class MemoryAwareTrainer:
 
     def _make_session(self, config: RunConfig, corpus: Corpus, replay: Replay | None, data_pass: Pass,
                       num_epochs: int | None) -> Session:
-        if self._engine is None:  # one engine for the trainer's life: its optimizer state goes on
+        if self._engine is None:  # one engine for the trainer's life: it keeps the optimizer state
             network.announce(self.group)
             torch.manual_seed(config.train.seed)
             self.model.activation_checkpointing = config.train.activation_checkpointing

@@ -1,6 +1,6 @@
 """Where numbers go beside metrics.jsonl and TensorBoard: Weights & Biases and MLflow. The one importer of both.
 
-A writer takes what `NullMetrics` takes. A service's own errors become OSError, which whoever records numbers survives.
+A writer has the methods of `NullMetrics`. A service's own errors become OSError, which `Metrics` logs and survives.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lmcode.config import ConfigError
 from lmcode.files.durable import replace_text
 
 PROJECT = "lmcode"  # the services' own environment variables may name another
-IDS = "tracking.json"  # in the run folder: what a service calls this run, so that a resumed one goes on there
+IDS = "tracking.json"  # in the run folder: the id that a service gave this run, so that a resumed run continues there
 
 
 class NullMetrics:

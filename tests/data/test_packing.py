@@ -54,8 +54,9 @@ def window(lengths: list[int], *, rows: int = 2) -> tuple[torch.Tensor, torch.Te
 
 
 @pytest.mark.parametrize("changes", [{}, {"positions": "learned"}, {"retrieval_stride": 2}, {"retrieval_stride": SEGMENT},
-                                     {"successor_values": False}, {"short_term_memory_size": 0}],
-                         ids=["plain", "learned", "stride 2", "stride 4", "own values", "no slots"])
+                                     {"successor_values": False}, {"short_term_memory_size": 0},
+                                     {"memory_values": "token", "memory_key_tokens": 3}],
+                         ids=["plain", "learned", "stride 2", "stride 4", "own values", "no slots", "tokens"])
 def test_documents_in_one_window_are_read_as_if_alone(changes) -> None:
     """Where a document begins with a short-term segment, nothing at all differs."""
     model, lengths = make_model(**changes), [8, 4, 12]
@@ -86,11 +87,11 @@ def test_documents_in_one_window_are_read_as_if_alone(changes) -> None:
         torch.testing.assert_close(one[where], other[where])
 
 
-@pytest.mark.parametrize("stride", [1, 3])
-def test_no_document_sees_another_or_its_own_future(stride) -> None:
+@pytest.mark.parametrize("changes", [{}, {"retrieval_stride": 3}, {"memory_values": "token", "memory_key_tokens": 4}])
+def test_no_document_sees_another_or_its_own_future(changes) -> None:
     """By perturbation, at boundaries that fit nothing; padding trails."""
     lengths = [5, 7, 1, 6, 5]
-    model = make_model(retrieval_stride=stride)
+    model = make_model(**changes)
     ids_BT, target_BT, piece_BT = window(lengths, rows=1)
     valid_BT = torch.arange(24)[None] < 22
     namespaces_BP = torch.tensor([[0, 1, 2, 3, 0]])

@@ -149,17 +149,17 @@ def test_missing_shared_memory_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_a_search_that_returns_wrong_hits_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    faiss_index = pytest.importorskip("lmcode.memory.search.faiss_index")
+    flat = pytest.importorskip("lmcode.memory.search.flat")
     pytest.importorskip("faiss")
     assert host.faiss_search_row().state == "ok"
-    search = faiss_index.search_flat
+    search = flat.search_flat
 
     def wrong(*arguments: object) -> tuple:
         score_HNK, id_HNK, slot_HNK = search(*arguments)
         id_HNK[0] += 1
         return score_HNK, id_HNK, slot_HNK
 
-    monkeypatch.setattr(faiss_index, "search_flat", wrong)
+    monkeypatch.setattr(flat, "search_flat", wrong)
     found = host.faiss_search_row()
     assert found.state == "fail" and found.detail.startswith("640 of 1280")
 

@@ -21,8 +21,8 @@ def test_bytes_are_those_of_the_tensors(dtype: str) -> None:
     ids_BT = torch.zeros(2, 8, dtype=torch.int64)
     past = model(ids_BT).state.past
     assert cache_bytes(model.config) == sum(one[0].nbytes for one in past)
-    held = sum(shard.key_HME.nbytes + shard.value_HMD.nbytes + sum(column.nbytes for column in shard.columns.values())
-               for shard in (bank.shard for bank in model.banks.values()))
+    held = sum(table.nbytes for shard in (bank.shard for bank in model.banks.values())
+               for table in (shard.key_HMD, shard.value_HMD, shard.addend_M, *shard.columns.values()))
     assert bank_bytes(model.config, memory, streams=5) == held / 5
 
 

@@ -57,10 +57,10 @@ def test_a_file_is_a_request_and_goes_when_it_is_honoured(tmp_path: Path, monkey
 
 def test_work_of_one_rank_gives_way_only_when_asked() -> None:
     request = Request()
-    request.give_way(1, 2)
+    request.raise_if_asked(1, 2)
     request.reason = "SIGTERM"
     with pytest.raises(Preempted):
-        request.give_way()
+        request.raise_if_asked()
 
 
 def test_all_ranks_agree_when_one_was_asked() -> None:

@@ -109,7 +109,7 @@ def entries_of(bank: LongTermMemory) -> list[tuple[Any, ...]]:
     shard, mine = bank.shard, {}
     for slot in np.flatnonzero(shard.live_M):
         columns = {name: column[slot].item() for name, column in shard.columns.items()}
-        mine[columns.pop("id")] = (columns, shard.key_HME[:, slot].tolist(), shard.value_HMD[:, slot].tolist())
+        mine[columns.pop("id")] = (columns, shard.key_HMD[:, slot].tolist(), shard.value_HMD[:, slot].tolist())
     everyones = {id: one for part in bank.inside.all_gather_object(mine) for id, one in part.items()}
     documents: dict[int, int] = {}
     for _, (columns, *_) in sorted(everyones.items()):

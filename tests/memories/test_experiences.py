@@ -99,7 +99,7 @@ def test_many_at_once_are_as_one_by_one() -> None:
     assert many.experiences.bank.content_hash() == single.experiences.bank.content_hash()
     for one, other in zip(many.banks.values(), single.banks.values(), strict=True):
         assert (one.shard.columns["id"] == other.shard.columns["id"]).all()
-        torch.testing.assert_close(one.shard.key_HME, other.shard.key_HME, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one.shard.key_HMD, other.shard.key_HMD, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("write", "counts"), [({"write": "every_nth", "write_every": 3}, [10, 3]),

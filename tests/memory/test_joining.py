@@ -65,7 +65,7 @@ def test_a_newcomer_joins_the_nearest_entry_of_its_text() -> None:
     for slot in shard.live_M.nonzero()[0]:
         one = held[int(shard.columns["id"][slot])]
         assert (int(shard.columns["count"][slot]), int(shard.columns["step"][slot])) == (one["count"], one["step"])
-        torch.testing.assert_close(shard.key_HME[:, slot, :-1], one["key"])
+        torch.testing.assert_close(shard.key_HMD[:, slot], one["key"])
         torch.testing.assert_close(shard.value_HMD[:, slot], one["value"])
 
 

@@ -153,12 +153,11 @@ def test_a_batch_larger_than_the_ring_keeps_its_last_entries() -> None:
     assert sorted(whole.columns["id"]) == sorted(parts.columns["id"])
 
 
-def test_the_last_component_of_a_key_is_the_weighted_log_importance() -> None:
+def test_the_addend_to_a_score_is_the_weighted_log_importance() -> None:
     shard = make_shard(importance_weight=0.5)
     fill(shard, 10, importance=3.0)
-    last = shard.key_HME[..., -1]
-    assert torch.allclose(last[:, shard.live_M], torch.tensor(0.5 * np.log(3.0), dtype=torch.float32))
-    assert last[:, ~shard.live_M].eq(NO_SCORE).all()
+    assert torch.allclose(shard.addend_M[shard.live_M], torch.tensor(0.5 * np.log(3.0), dtype=torch.float32))
+    assert shard.addend_M[~shard.live_M].eq(NO_SCORE).all()
 
 
 def test_index_by_namespace_follows_every_change() -> None:
@@ -181,8 +180,8 @@ def test_a_deleted_slot_keeps_nothing() -> None:
     mask = np.isin(shard.columns["id"], [3, 4, 5, 999])
     assert shard.delete(np.flatnonzero(mask)) == mask.sum() == 3
     assert shard.delete(np.flatnonzero(mask)) == 0
-    assert shard.key_HME[:, mask, :-1].eq(0).all() and shard.value_HMD[:, mask].eq(0).all()
-    assert shard.key_HME[:, mask, -1].eq(NO_SCORE).all()
+    assert shard.key_HMD[:, mask].eq(0).all() and shard.value_HMD[:, mask].eq(0).all()
+    assert shard.addend_M[mask].eq(NO_SCORE).all()
     for name in METADATA:
         assert (shard.columns[name][mask] == EMPTY[name]).all()
 
@@ -198,7 +197,7 @@ def test_a_hit_raises_importance_and_may_earn_a_chance() -> None:
     assert columns["chance"][slots].tolist() == [False, False, True, True]
     assert columns["hit_mass"][slots].tolist() == mass.tolist()
     assert (columns["last_hit"] == 7).sum() == 4
-    assert torch.allclose(shard.key_HME[0, slots, -1], torch.tensor([1.0, 1.5, 2.0, MAX_IMPORTANCE]).log())
+    assert torch.allclose(shard.addend_M[slots], torch.tensor([1.0, 1.5, 2.0, MAX_IMPORTANCE]).log())
     shard.ledger.update(slots, {"chance": False})
     shard.touch(slots, mass, step=8)  # crossed before: no second second chance
     assert columns["chance"][slots].tolist() == [False, True, False, False]
@@ -234,9 +233,9 @@ def test_sums_and_their_gradient_against_autograd(dtype: str) -> None:
             weights.append(torch.zeros(0))
             values.append(torch.zeros(D))
             continue
-        key = torch.stack([shard.key_HME[head, slot] for head, slot in bag]).float()
+        key = torch.stack([shard.key_HMD[head, slot] for head, slot in bag]).float()
         value = torch.stack([shard.value_HMD[head, slot] for head, slot in bag]).float()
-        score = key[:, :-1] @ query[at] + key[:, -1]
+        score = key @ query[at] + shard.addend_M[[slot for _, slot in bag]]
         weights.append(score.softmax(0))
         values.append(weights[-1] @ value)
         total = total + values[-1] @ grad[at] + score.logsumexp(0) * grad_lse[at]
@@ -244,14 +243,14 @@ def test_sums_and_their_gradient_against_autograd(dtype: str) -> None:
     value_QD = torch.stack(values).detach()
     assert torch.allclose(value_sums(shard.value_HMD, ticket), value_QD, atol=1e-5)
     wanted = torch.autograd.grad(total, query)[0]
-    found = query_gradients(shard.key_HME, shard.value_HMD, ticket, grad, (grad * value_QD).sum(-1), grad_lse)
+    found = query_gradients(shard.key_HMD, shard.value_HMD, ticket, grad, (grad * value_QD).sum(-1), grad_lse)
     assert torch.allclose(found, wanted, atol=1e-5)
     assert found[[1, 4]].eq(0).all()
 
 
 def test_a_ticket_without_winners() -> None:
     shard = make_shard()
-    ticket, tables = make_ticket(shard, [[], [], []]), (shard.key_HME, shard.value_HMD)
+    ticket, tables = make_ticket(shard, [[], [], []]), (shard.key_HMD, shard.value_HMD)
     assert torch.equal(value_sums(shard.value_HMD, ticket), torch.zeros(3, D))
     assert query_gradients(*tables, ticket, torch.ones(3, D), torch.ones(3), torch.ones(3)).eq(0).all()
     assert winning_rows(*tables, ticket, 2).eq(0).all()
@@ -268,7 +267,7 @@ def test_a_state_moves_to_another_shard() -> None:
         second.load(number, with_counters(first.state(number)))
         for name, tensor in first.state(number).items():
             assert torch.equal(second.state(number)[name], tensor)
-        assert torch.equal(second.key_HME[:, second.range_of[number]], first.key_HME[:, first.range_of[number]])
+        assert torch.equal(second.key_HMD[:, second.range_of[number]], first.key_HMD[:, first.range_of[number]])
     assert sorted(second.slots_of(np.arange(3))) == np.flatnonzero(second.live_M).tolist()
 
 

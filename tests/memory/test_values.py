@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from lmcode.config import ConfigError, MemoryConfig, build
 from lmcode.dist import Group
+from lmcode.memory import LongTermMemory
 from lmcode.memory.store import load_bank, save_bank
 from lmcode.protocol import Candidates
 from tests.helpers.banks import H, make_bank, my_part, twins, unit
@@ -79,7 +81,7 @@ def test_a_folder_that_takes_no_file_is_refused(tmp_path: Path) -> None:
 
 # One head of width 256 and 60,000 slots: 61 MB of keys, 61 MB of values.
 PROGRAM = """
-import re, sys, torch
+import os, re, signal, sys, torch
 from pathlib import Path
 from lmcode.config import MemoryConfig
 from lmcode.memory import LongTermMemory
@@ -95,9 +97,10 @@ for _ in range(60):
     key = torch.randn(1, 1000, 256)
     bank.write(key, key, torch.zeros(1000).long())
 held, states = own(), [bank.state(shard) for shard in bank.owned]  # as a checkpoint does, which is written later
-print(held - before, own() - held)
 (folder / "saved").mkdir()
 save_bank(folder / "saved", bank)
+print(held - before, own() - held, bank.content_hash(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -107,7 +110,13 @@ def test_values_in_a_file_take_no_memory_and_neither_does_a_save(tmp_path: Path)
     for store in ("device", "mmap"):
         (tmp_path / store).mkdir()
         command = [sys.executable, "-c", PROGRAM, str(tmp_path / store), store]
-        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        held[store], copied[store] = map(float, output.split())
+        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        *numbers, digest = ended.stdout.split()
+        held[store], copied[store] = map(float, numbers)
+        assert ended.returncode == -signal.SIGKILL and [path.name for path in (tmp_path / store).iterdir()] == ["saved"]
+        config = MemoryConfig(value_store=store, virtual_shards=8, value_folder=str(tmp_path))
+        again = LongTermMemory(heads=1, head_dim=256, slots=60_000, top_k=4, config=config)
+        load_bank(tmp_path / store / "saved", again)
+        assert again.content_hash() == digest
     assert held["device"] - held["mmap"] > 50, "the values' 61 MB"
     assert copied["device"] > 115 and copied["mmap"] < 20, "a copy of keys and values, in memory or in a file"

@@ -19,6 +19,8 @@ SHAPE = {"vocab_size": V, "hidden_size": 24, "num_heads": 3, "num_layers": 3, "c
          "memory_heads": 2, "memory_head_dim": 8, "memory_top_k": 6}
 READS = [{"successor_values": successor, "retrieval_stride": stride, "positions": positions}
          for successor in (True, False) for stride in (1, 4) for positions in ("rotary", "learned")]
+TOKENS = {"memory_values": "token", "memory_key_tokens": 3}  # keys and values made from embeddings
+READS += [READS[0] | TOKENS, READS[-1] | TOKENS]
 
 
 def build(**changes: object) -> tuple[MemoryLM, OracleRetriever]:
@@ -117,11 +119,11 @@ def test_the_bank_changes_the_logits_and_streams_do_not_mix(stride: int) -> None
 # --- gradients and initialisation -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("changes", [{"positions": "rotary"}, {"positions": "learned"}, TOKENS])
 @pytest.mark.parametrize("carried", [False, True])
-def test_every_parameter_gets_a_gradient_from_its_initial_value(positions: str, carried: bool) -> None:
+def test_every_parameter_gets_a_gradient_from_its_initial_value(changes: dict, carried: bool) -> None:
     torch.manual_seed(4)
-    config = LMCODEConfig(**(SHAPE | {"positions": positions, "context_length": T}))
+    config = LMCODEConfig(**(SHAPE | changes | {"context_length": T}))
     model = MemoryLM(config, {MEMORY_LAYER: random_retriever(config, num_entries=40, num_namespaces=B)})
     state = model(ids(seed=5)).state if carried else None
     reset = torch.tensor([False, True, False]) if carried else None
@@ -353,7 +355,8 @@ def run_once(model: MemoryLM, state: object, **arguments: Tensor) -> tuple[LMCOD
     return output, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("changes", [{}, {"retrieval_stride": 4, "memory_layers": "all", "dropout": 0.2}])
+@pytest.mark.parametrize("changes", [{}, {"retrieval_stride": 4, "memory_layers": "all", "dropout": 0.2},
+                                     TOKENS | {"memory_layers": "all"}])
 def test_activation_checkpointing_changes_no_number_and_searches_once(changes: dict) -> None:
     model, retriever = build(**changes)
     num_layers = len(model.config.memory_layer_indices)
@@ -463,6 +466,18 @@ def test_memory_heads_begin_by_matching_equal_contexts() -> None:
     for layer in model.layers:
         query_PC, key_PC, _ = layer.long_term_read.query_key_value.weight.chunk(3)
         assert torch.equal(query_PC, key_PC)
+
+
+@pytest.mark.parametrize("changes", [TOKENS, {}])
+def test_what_followed_an_equal_context_is_likely_before_any_training(changes: dict) -> None:
+    """Of 256 tokens the one that stood behind the same three; a model without these settings has to learn that."""
+    torch.manual_seed(0)
+    model = MemoryLM(LMCODEConfig(vocab_size=256, hidden_size=128, num_layers=2, num_heads=2, context_length=48,
+                                  memory_layers=(1,), memory_temperature=16.0, short_term_memory_size=0, **changes))
+    ids_BT = torch.stack([torch.randperm(256)[:48] for _ in range(8)])
+    ids_BT[:, -3:] = ids_BT[:, 10:13]
+    place_B = (model(ids_BT).logits[:, -1] > model(ids_BT).logits[:, -1].gather(1, ids_BT[:, 13:14])).sum(dim=1)
+    assert (place_B <= 3).all() == bool(changes)  # the context itself is there, too
 
 
 @pytest.mark.parametrize("size", [V + 7, V - 5])

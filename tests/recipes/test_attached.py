@@ -143,7 +143,7 @@ def test_what_is_saved_is_the_memory_and_what_was_trained(recipe: str, tmp_path:
     first.store_experience(tokens(3, 30, seed=1))
     first.save_pretrained(saved)
     names = [name for name, _ in first.kept_parameters()]
-    assert all(name.startswith("recipe.") for name in names) and bool(names) == (recipe != "camelot")
+    assert all(name.startswith("recipe.") for name in names) and bool(names) == bool([*first.recipe.parameters()])
     second = open_model(saved).model
     assert isinstance(second, Attached)
     torch.testing.assert_close(second.backbone(ids_BT).logits, first.backbone(ids_BT).logits, rtol=0, atol=1e-6)
@@ -162,6 +162,8 @@ def test_what_is_saved_is_the_memory_and_what_was_trained(recipe: str, tmp_path:
     ({"memory_layers": (7,)}, r"memory_layers must lie in 0..2: got 7"),
     ({"memory_heads": 3}, r"with the recipe camelot model.memory_heads must be 2 for this backbone: got 3"),
     ({"retrieval_stride": 4}, r"model.retrieval_stride must be 1"),
+    ({"memory_values": "token"}, r"model.memory_values is of our own model.* must be 'state', got 'token'"),
+    ({"memory_key_tokens": 2}, r"model.memory_key_tokens is of our own model.* must be 0, got 2"),
 ])
 def test_what_does_not_fit_is_refused_in_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:

@@ -53,7 +53,7 @@ def test_items_stand_for_the_tokens_that_follow() -> None:
     items = read_items(model, [ids_of(TEXTS[0])[:30], ids_of(TEXTS[1])[:12]])[0]
     # The last token of a text has no successor and the one before it none that is read: two items fewer than tokens.
     expected = ids_of(TEXTS[0])[1:29] + ids_of(TEXTS[1])[1:11]
-    assert items.next_P.tolist() == expected and items.key_HPD.shape == items.query_HPD.shape == (2, 38, 16)
+    assert items.next_X.tolist() == expected and items.key_HXD.shape == items.query_HXD.shape == (2, 38, 16)
 
 
 def test_a_full_bank_forgets_and_the_curve_says_so() -> None:
@@ -90,7 +90,8 @@ def test_efficiency_agrees_with_the_bank_and_the_weights() -> None:
         assert one["namespaces"] == len(TEXTS) and one["near_duplicate_share"][0.05] <= one["near_duplicate_share"][0.5]
         mass = bank.shard.columns["hit_mass"][bank.shard.live_M]
         assert one["never_hit_share"] == pytest.approx((mass == 0).mean()) and (mass > 0).any()
-        rows = bank.shard.key_HME.nbytes + bank.shard.value_HMD.nbytes + sum(c.nbytes for c in bank.shard.columns.values())
+        tables = bank.shard.key_HMD, bank.shard.value_HMD, bank.shard.addend_M, *bank.shard.columns.values()
+        rows = sum(table.nbytes for table in tables)
         assert one["bank_bytes"] == rows
 
 
@@ -152,11 +153,11 @@ def test_the_flow_of_a_sequence_adds_up() -> None:
     remember(model, TEXTS)
     flow = memory_flow(model, TEXTS[0][:22])
     assert flow.layers == (0, 2) and "".join(flow.tokens) == TEXTS[0][:22]
-    assert flow.gate_LT.shape == flow.bank_LT.shape == flow.own_LT.shape == (2, 22)
-    np.testing.assert_allclose(flow.bank_LT + flow.own_LT + flow.null_LT, 1.0, atol=1e-5)
-    assert flow.own_LT.min() > -1e-6 and flow.bank_LT.max() > 0.05
-    assert (flow.bank_LT[:, 4:8] == flow.bank_LT[:, 4:5]).all() and (flow.bank_LT[:, :4] == 0).all(), "chunks of a stride"
-    assert memory_flow(small_model(), [1, 2]).own_LT[:, 0] == pytest.approx([0, 0], abs=1e-6), "a first token has no past"
+    assert flow.gate_XT.shape == flow.bank_XT.shape == flow.own_XT.shape == (2, 22)
+    np.testing.assert_allclose(flow.bank_XT + flow.own_XT + flow.null_XT, 1.0, atol=1e-5)
+    assert flow.own_XT.min() > -1e-6 and flow.bank_XT.max() > 0.05
+    assert (flow.bank_XT[:, 4:8] == flow.bank_XT[:, 4:5]).all() and (flow.bank_XT[:, :4] == 0).all(), "chunks of a stride"
+    assert memory_flow(small_model(), [1, 2]).own_XT[:, 0] == pytest.approx([0, 0], abs=1e-6), "a first token has no past"
 
 
 def test_the_flow_reads_everything_or_one_document() -> None:
@@ -164,10 +165,10 @@ def test_the_flow_reads_everything_or_one_document() -> None:
     remember(model, TEXTS[:2])
     for bank in model.banks.values():
         bank.delete(namespace=0)
-    assert memory_flow(model, TEXTS[0][:20]).bank_LT.max() > 0.05
-    assert memory_flow(model, TEXTS[0][:20], namespace=1).bank_LT.max() > 0.05
-    assert memory_flow(model, TEXTS[0][:20], namespace=0).bank_LT.max() == 0.0
-    assert memory_flow(small_model(long_term_memory_slots=0), TEXTS[0][:20]).bank_LT.max() == 0.0
+    assert memory_flow(model, TEXTS[0][:20]).bank_XT.max() > 0.05
+    assert memory_flow(model, TEXTS[0][:20], namespace=1).bank_XT.max() > 0.05
+    assert memory_flow(model, TEXTS[0][:20], namespace=0).bank_XT.max() == 0.0
+    assert memory_flow(small_model(long_term_memory_slots=0), TEXTS[0][:20]).bank_XT.max() == 0.0
 
 
 def test_flows_that_are_refused() -> None:
@@ -180,7 +181,7 @@ def test_flows_that_are_refused() -> None:
         memory_flow(model, [1, 2], namespace=-1)
     with pytest.raises(ValueError, match="no memory layer"):
         memory_flow(small_model(memory_layers=()), [1, 2])
-    assert memory_flow(model, torch.tensor([[1, 2, 3]])).gate_LT.shape == (2, 3), "a batch of one is a sequence"
+    assert memory_flow(model, torch.tensor([[1, 2, 3]])).gate_XT.shape == (2, 3), "a batch of one is a sequence"
 
 
 def analyse_on_a_rank() -> list[tuple[Any, ...]]:

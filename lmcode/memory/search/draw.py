@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lmcode.memory.placement import splitmix64
-from lmcode.memory.search.exact import candidates_above, in_order, kth_largest
+from lmcode.memory.search.decide import in_order
+from lmcode.memory.search.pairs import best_places
 from lmcode.memory.search.tier import Found, Hidden, Rows, Tier
 from lmcode.protocol import NO_SCORE
 
@@ -22,10 +23,10 @@ PAIRS = 2**22  # of query and row whose scores are held at once
 class DrawTier(Tier):
     """K rows by lot for each query; it keeps nothing."""
 
-    def search(self, query_HQE: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
-        H, Q, _ = query_HQE.shape
-        id_P, width, device = rows.id_P.cpu(), max(1, PAIRS // len(rows.id_P)), query_HQE.device
-        lot_Q = query_HQE[..., 0].cpu().numpy().ravel().astype(np.int64)
+    def search(self, query_HQD: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
+        H, Q, _ = query_HQD.shape
+        id_P, width, device = rows.id_P.cpu(), max(1, PAIRS // len(rows.id_P)), query_HQD.device
+        lot_Q = query_HQD[..., 0].cpu().numpy().ravel().astype(np.int64)
         unseen_QP = np.zeros((Q, len(id_P)), bool)
         for query_q, row_p in hidden:
             unseen_QP[np.ix_(query_q.cpu().numpy(), row_p.cpu().numpy())] = True
@@ -34,7 +35,9 @@ class DrawTier(Tier):
             drawn_qP = drawn(lot_Q[start:start + width], id_P.numpy())
             drawn_qP[unseen_QP[np.arange(start, start + len(drawn_qP)) % Q]] = NO_SCORE
             score_qP = torch.from_numpy(drawn_qP)
-            found.append(in_order(*candidates_above(score_qP, kth_largest(score_qP, k), id_P), k))
+            place_qL = best_places(score_qP, k)
+            row_qL = place_qL.clamp(min=0)
+            found.append(in_order(score_qP.gather(1, row_qL), id_P[row_qL].where(place_qL >= 0, -1), place_qL, k))
         score_HQK, id_HQK, row_HQK = (torch.cat(parts).view(H, Q, k).to(device) for parts in zip(*found, strict=True))
         return score_HQK, id_HQK, row_HQK
 

@@ -1,11 +1,13 @@
-"""Exact search with torch alone: the oracle of every other tier, and the fastest one for a few thousand rows on a CPU.
+"""Exact search with torch alone: every row is scored, and no other tier finds more.
 
-Scores come from matrix products of fixed width (rows are padded to a block), so a pair of query and entry gets the same
-bits wherever the entry sits and however many ranks share the bank. `torch.topk` gives no order among equals and cuts
-ties at the k-th place as it likes; here every row that reaches the k-th score is kept and then put in total order.
-Letters: E = D + 1, the width of a stored key; Q queries and P rows of a block.
+Scores come chunk by chunk from fp32 matrix products. Of each group of rows only the best score is looked at first: the K-th
+best of those is a bound that K rows reach, and only groups that reach it are looked into. What is left, little more than K
+rows a query, goes to `decide`. The rounding of the products is allowed for, so hits, and every bit of their scores, are the
+same wherever a row lies, whatever is in the batch and however many ranks share the bank.
+Letters: Q queries and P rows of a block; G rows of a group, g groups; Z = D + 1, the width of a stacked key with its addend;
+W pairs of a query and a group, V of a query and a row.
 
-What is hidden is taken away pair by pair from scores that were computed all the same: every other score keeps its bits.
+What is hidden is taken away pair by pair from scores that were computed all the same.
 """
 
 from __future__ import annotations
@@ -18,60 +20,132 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmcode.memory.merge import order_hits
-from lmcode.memory.search.tier import Found, Hidden, Rows, Tier
+from lmcode.memory.search.decide import REAL, decide, finish, no_hits
+from lmcode.memory.search.pairs import as_lists, largest, where
+from lmcode.memory.search.tier import Found, HeadRows, Hidden, Rows, Tier
 from lmcode.protocol import NO_SCORE
 
 QUERY_BLOCK = 256
-LEAST_QUERIES = 16
-ROW_BLOCK = 256  # width of a matrix product
-CHUNK = 4096  # rows whose scores are held at once
-_REAL = NO_SCORE / 2  # scores below come from empty slots
+CHUNK = 2048  # rows whose scores are held at once: 2 MB of them with a block of queries, which stay in a cache
+GROUP = 16  # most rows of a group
 ROUNDING = 4e-6  # more than fp32 products over a few hundred components are off, relative to the lengths
 
 
 class ExactTier(Tier):
     """`search_exact`; it keeps nothing."""
 
-    def search(self, query_HQE: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
-        return search_exact(query_HQE, rows.key_HPE, rows.id_P, k, hidden=hidden)
-
-    def search_alike(self, query_HQE: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
-        """In products of one shape only."""
-        return search_exact(query_HQE, rows.key_HPE, rows.id_P, k, hidden=hidden, least_queries=QUERY_BLOCK)
+    def search(self, query_HQD: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
+        return search_exact(query_HQD, rows, k, hidden=hidden)
 
 
-def search_exact(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, *, hidden: Hidden = (),
-                 least_queries: int = LEAST_QUERIES) -> Found:
-    """The k best rows for each head and query, in total order: (score_HNK, id_HNK, slot_HNK).
+def search_exact(query_HND: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
+    """The k best rows for each head and query, in total order: (score_HNK, id_HNK, row_HNK).
 
     Args:
-        query_HNE: fp32, finite, trailing component 1.
-        key_HME: fp32 or bf16; the trailing component is an addend to the score, `NO_SCORE` in an empty slot.
-        id_M: int64, ids of the rows, in any order; -1 in an empty slot.
-        k: hits wanted; may exceed M.
+        query_HND: fp32, finite.
+        rows: in any order.
+        k: hits wanted; may exceed the number of rows.
         hidden: rows that some queries do not see.
-        least_queries: blocks of queries are padded to at least this many; `QUERY_BLOCK` makes products of one shape
-            only, for callers whose number of queries depends on the ranks.
     """
-    H, N, _ = query_HNE.shape
-    if N == 0:
-        return no_hits((H, 0, k), query_HNE.device)
-    width = max(1, QUERY_BLOCK // N)  # heads whose few queries are sorted together
-    blocks = [[_search_block(query_HNE[head:head + width, start:start + QUERY_BLOCK], key_HME[head:head + width], id_M,
-                             k, hidden_from(hidden, start, QUERY_BLOCK), least_queries)
-               for start in range(0, N, QUERY_BLOCK)] for head in range(0, H, width)]
-    found = [[torch.cat(parts, dim=1) for parts in zip(*row, strict=True)] for row in blocks]
-    score_HNK, id_HNK, slot_HNK = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return score_HNK, id_HNK, slot_HNK
+    found = [search_head(query_ND, rows.of_head(head), k, hidden=hidden) for head, query_ND in enumerate(query_HND)]
+    score_HNK, id_HNK, row_HNK = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return score_HNK, id_HNK, row_HNK
+
+
+def search_by_sorting(query_HND: Tensor, rows: Rows, k: int) -> Found:
+    """What `search_exact` returns, by scoring and sorting everything in fp64: slow and obvious, for tests."""
+    id_M = rows.id_P
+    score_HNM = (query_HND.double() @ rows.key_HPD.double().transpose(1, 2) + rows.addend_P).float().numpy()
+    order_HNM = np.lexsort((np.broadcast_to(id_M.numpy(), score_HNM.shape), -score_HNM), axis=-1)[..., :k]
+    score_HNK = torch.from_numpy(np.take_along_axis(score_HNM, order_HNM, -1))
+    return finish(score_HNK, id_M[torch.from_numpy(order_HNM)], torch.from_numpy(order_HNM), k)
+
+
+def search_head(query_ND: Tensor, rows: HeadRows, k: int, *, hidden: Hidden = ()) -> Found:
+    """`search_exact` of one head."""
+    N, P = len(query_ND), len(rows.id_P)
+    if N == 0 or P == 0:
+        return no_hits((N, k), query_ND.device)
+    slack_N = rounding(query_ND, rows)
+    blocks = []
+    for start in range(0, N, QUERY_BLOCK):
+        block = slice(start, start + QUERY_BLOCK)
+        row_QC = _candidates(query_ND[block], rows, k, hidden_from(hidden, start, QUERY_BLOCK), slack_N[block])
+        blocks.append(decide(query_ND[block], rows, row_QC, k))
+    score_NK, id_NK, row_NK = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return score_NK, id_NK, row_NK
+
+
+def rounding(query_ND: Tensor, rows: HeadRows) -> Tensor:
+    """How far from exact, at most, the score of each query and any of these rows is in fp32: [N]."""
+    longest = max(float(part_PD.norm(dim=1, dtype=torch.float32).max()) for part_PD in rows.key_PD.split(CHUNK))
+    addend = float(rows.addend_P.where(rows.id_P >= 0, 0.0).abs().max())
+    slack_N: Tensor = ROUNDING * (query_ND.norm(dim=1) * longest + addend)
+    return slack_N
+
+
+def _candidates(query_QD: Tensor, rows: HeadRows, k: int, hidden: Hidden, slack_Q: Tensor) -> Tensor:
+    """Rows that can be among the k best of each query, int64 [Q, C], -1 where there are fewer; not many more than k."""
+    P, best_QX = len(rows.id_P), query_QD.new_empty(len(query_QD), 0)
+    size, found = group_size(P, k), []
+    for start in range(0, P, CHUNK):
+        chunk = slice(start, start + CHUNK)
+        score_QP = torch.mm(query_QD, rows.key_PD[chunk].float().T).add_(rows.addend_P[chunk])
+        _hide(score_QP, hidden, start)
+        if short := -score_QP.shape[1] % size:
+            score_QP = F.pad(score_QP, (0, short), value=NO_SCORE)
+        score_QGg = score_QP.view(len(query_QD), size, -1)
+        top_Qg = score_QGg.amax(dim=1)
+        best_QX = largest(torch.cat([best_QX, top_Qg], dim=1), k)
+        bound_Q = best_QX.amin(dim=1) - 2 * slack_Q if best_QX.shape[1] == k else torch.full_like(slack_Q, -torch.inf)
+        query_W, row_W, score_W = _reaching(score_QGg, top_Qg, bound_Q)
+        found.append((query_W, row_W + start, score_W))
+    query_W, row_W, score_W = (torch.cat(parts) for parts in zip(*found, strict=True))
+    keep_W = (score_W >= bound_Q[query_W]) & (score_W > REAL)
+    return as_lists(query_W[keep_W], row_W[keep_W], len(query_QD))
+
+
+def group_size(rows: int, k: int) -> int:
+    """Rows of a group: a power of two up to `GROUP`, and such that there are 8 groups for each hit."""
+    return 1 << max(0, min(GROUP, rows // (8 * k)).bit_length() - 1)
+
+
+def _reaching(score_QGg: Tensor, top_Qg: Tensor, bound_Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of a query and a row whose score reaches the query's bound: query_W, row_W and score_W.
+
+    Args:
+        score_QGg: row i * g + j is the i-th of group j.
+        top_Qg: the best score of each group.
+    """
+    _, size, groups = score_QGg.shape
+    at_W = where(top_Qg >= bound_Q[:, None])
+    query_W, group_W = at_W // groups, at_W % groups
+    member_WG = score_QGg[query_W, :, group_W]
+    at_V = where(member_WG >= bound_Q[query_W, None])
+    from_V = at_V // size
+    return query_W[from_V], at_V % size * groups + group_W[from_V], member_WG.flatten()[at_V]
+
+
+def hidden_from(hidden: Hidden, start: int, length: int) -> Hidden:
+    """What is hidden from the `length` queries beyond `start`, with their positions among these."""
+    inside = [(query_Q[(query_Q >= start) & (query_Q < start + length)] - start, row_P) for query_Q, row_P in hidden]
+    return [(query_Q, row_P) for query_Q, row_P in inside if len(query_Q)]
+
+
+def _hide(score_QP: Tensor, hidden: Hidden, start: int) -> None:
+    """Takes away, in place, the scores of hidden pairs in a chunk of rows that begins at `start`."""
+    for query_Q, row_P in hidden:
+        first, last = torch.searchsorted(row_P, row_P.new_tensor([start, start + score_QP.shape[-1]])).tolist()
+        if first < last:
+            score_QP[query_Q[:, None], row_P[first:last] - start] = NO_SCORE
 
 
 @dataclass
 class Stack:
     """The rows that G groups of queries see, side by side for `attend_best`; X = heads x groups.
 
-    key_XEP: fp32, keys in columns; a column where a group has no more rows scores below every entry, and each unlike the
-        next.
+    key_XZP: fp32, keys in columns, the addend last; a column where a group has no more rows scores below every entry,
+        and each unlike the next.
     row_XP: int64, where the row's value is among those of all heads, one after the other.
     empty_G: bool, groups without a row.
     has_empty: whether there are any.
@@ -79,7 +153,7 @@ class Stack:
     longest: length of the longest key. largest_addend: the largest size of one.
     """
 
-    key_XEP: Tensor
+    key_XZP: Tensor
     row_XP: Tensor
     empty_G: Tensor
     has_empty: bool
@@ -88,22 +162,23 @@ class Stack:
     largest_addend: float
 
 
-def stack_rows(key_HME: Tensor, slots: Sequence[Tensor]) -> Stack:
+def stack_rows(key_HMD: Tensor, addend_M: Tensor, slots: Sequence[Tensor]) -> Stack:
     """The rows in each group's slots, int64 [P] each."""
-    (H, M, _), P, device = key_HME.shape, max(1, *map(len, slots)), key_HME.device
+    (H, M, _), P, device = key_HMD.shape, max(1, *map(len, slots)), key_HMD.device
     slot_GP = torch.stack([F.pad(slot_P, (0, P - len(slot_P)), value=-1) for slot_P in slots])
-    key_HGPE = key_HME[:, slot_GP.clamp(min=0)].float()
+    key_HGPD = key_HMD[:, slot_GP.clamp(min=0)].float()
     filler_P = NO_SCORE * (1 + torch.arange(P, device=device) / 8)
-    key_HGPE[..., -1] = key_HGPE[..., -1].where(slot_GP >= 0, filler_P)
-    longest = float(key_HGPE[..., :-1].norm(dim=-1).where(slot_GP >= 0, 0.0).max())
-    largest_addend = float(key_HGPE[..., -1].abs().where(slot_GP >= 0, 0.0).max())
+    addend_GP = addend_M[slot_GP.clamp(min=0)].where(slot_GP >= 0, filler_P)
+    longest = float(key_HGPD.norm(dim=-1).where(slot_GP >= 0, 0.0).max())
+    largest_addend = float(addend_GP.abs().where(slot_GP >= 0, 0.0).max())
+    key_HGPZ = torch.cat([key_HGPD, addend_GP.expand(H, -1, -1).unsqueeze(-1)], dim=-1)
     row_HGP = slot_GP.clamp(min=0) + torch.arange(H, device=device).view(-1, 1, 1) * M
     empty_G = (slot_GP < 0).all(dim=1)
-    return Stack(key_HGPE.flatten(0, 1).transpose(1, 2).contiguous(), row_HGP.flatten(0, 1), empty_G,
+    return Stack(key_HGPZ.flatten(0, 1).transpose(1, 2).contiguous(), row_HGP.flatten(0, 1), empty_G,
                  has_empty=bool(empty_G.any()), num_columns=slot_GP.numel(), longest=longest, largest_addend=largest_addend)
 
 
-def attend_best(query_XQE: Tensor, stack: Stack, value_RD: Tensor, k: int, longest: float) -> tuple[Tensor, ...]:
+def attend_best(query_XQD: Tensor, stack: Stack, value_RD: Tensor, k: int, longest: float) -> tuple[Tensor, ...]:
     """Softmax attention of each query over its k best rows: fp32 value_XQD and logsumexp_XQ, any numbers for empty groups;
     and bool doubtful_XQ, where rounding, or an id, could decide which rows those are.
 
@@ -111,8 +186,8 @@ def attend_best(query_XQE: Tensor, stack: Stack, value_RD: Tensor, k: int, longe
         value_RD: the values of all heads, one after the other.
         longest: length of the longest query.
     """
-    Q, k = query_XQE.shape[1], min(k, stack.row_XP.shape[1])
-    score_XQL, column_XQL, gap_XQ = best_columns(torch.bmm(query_XQE, stack.key_XEP), k)
+    Q, k = query_XQD.shape[1], min(k, stack.row_XP.shape[1])
+    score_XQL, column_XQL, gap_XQ = best_columns(torch.bmm(F.pad(query_XQD, (0, 1), value=1.0), stack.key_XZP), k)
     row_XQL = stack.row_XP.unsqueeze(1).expand(-1, Q, -1).gather(-1, column_XQL)
     share_XQL = score_XQL.softmax(dim=-1)
     # Indexing by a tensor would take ten times as long.
@@ -137,114 +212,3 @@ def best_columns(score_XQP: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
             return score_XQP.take(flat_XQK), flat_XQK % P, torch.from_numpy(bound_L1 - next_L1).view(X, Q)
     score_XQL, column_XQL = score_XQP.topk(k + 1, dim=-1)
     return score_XQL[..., :-1], column_XQL[..., :-1], score_XQL[..., -2] - score_XQL[..., -1]
-
-
-def search_by_sorting(query_HNE: Tensor, key_HME: Tensor, id_M: Tensor, k: int) -> Found:
-    """What `search_exact` returns, by scoring and sorting everything in fp64: slow and obvious, for tests."""
-    score_HNM = (query_HNE.double() @ key_HME.double().transpose(1, 2)).float().numpy()
-    order_HNM = np.lexsort((np.broadcast_to(id_M.numpy(), score_HNM.shape), -score_HNM), axis=-1)[..., :k]
-    score_HNK = torch.from_numpy(np.take_along_axis(score_HNM, order_HNM, -1))
-    return finish(score_HNK, id_M[torch.from_numpy(order_HNM)], torch.from_numpy(order_HNM), k)
-
-
-def no_hits(shape: tuple[int, ...], device: torch.device) -> Found:
-    """Lists of invalid hits."""
-    return (torch.full(shape, NO_SCORE, device=device), torch.full(shape, -1, device=device),
-            torch.full(shape, -1, device=device))
-
-
-def finish(score_L: Tensor, id_L: Tensor, slot_L: Tensor, k: int) -> Found:
-    """Marks hits on empty slots as invalid and makes lists k long; the order stays as it is."""
-    real_L = (score_L > _REAL) & (id_L >= 0)
-    found = score_L.where(real_L, NO_SCORE), id_L.where(real_L, -1), slot_L.where(real_L, -1)
-    short = k - score_L.shape[-1]
-    if short <= 0:
-        return found[0][..., :k], found[1][..., :k], found[2][..., :k]
-    return (F.pad(found[0], (0, short), value=NO_SCORE), F.pad(found[1], (0, short), value=-1),
-            F.pad(found[2], (0, short), value=-1))
-
-
-def in_order(score_L: Tensor, id_L: Tensor, slot_L: Tensor, k: int) -> Found:
-    """The first k hits of the total order with their slots."""
-    order_K = order_hits(score_L, id_L)[..., :k]
-    return finish(score_L.gather(-1, order_K), id_L.gather(-1, order_K), slot_L.gather(-1, order_K), k)
-
-
-def kth_largest(score_QM: Tensor, k: int) -> Tensor:
-    """The k-th largest score of each row, [Q, 1]; -inf where there are fewer than k."""
-    if score_QM.shape[1] <= k:
-        return score_QM.new_full((len(score_QM), 1), -float("inf"))
-    if score_QM.device.type != "cpu":
-        return score_QM.topk(k, dim=1).values[:, -1:]
-    ascending_QM = score_QM.numpy().copy()
-    ascending_QM.partition(-k, axis=1)
-    return torch.from_numpy(ascending_QM[:, -k][:, None].copy())
-
-
-def candidates_above(score_QM: Tensor, bound_Q1: Tensor, id_M: Tensor) -> Found:
-    """All hits that reach the bound, ties included, as unordered lists padded to the longest."""
-    Q, M = score_QM.shape
-    keep_QM = score_QM >= bound_Q1
-    flat_W = (torch.from_numpy(np.flatnonzero(keep_QM.numpy())) if keep_QM.device.type == "cpu"
-              else keep_QM.flatten().nonzero().squeeze(1))
-    query_W, slot_W = flat_W // M, flat_W % M
-    count_Q = query_W.bincount(minlength=Q)
-    width = int(count_Q.max()) if Q else 0
-    if len(flat_W) == Q * width:  # no ties: the lists are already as wide as each other
-        slot_QL = slot_W.view(Q, width)
-        return score_QM.gather(1, slot_QL), id_M[slot_W].view(Q, width), slot_QL
-    place_W = torch.arange(len(flat_W), device=flat_W.device) - (count_Q.cumsum(0) - count_Q)[query_W]
-    score_QL, id_QL, slot_QL = no_hits((Q, width), score_QM.device)
-    score_QL[query_W, place_W] = score_QM[query_W, slot_W]
-    id_QL[query_W, place_W] = id_M[slot_W]
-    slot_QL[query_W, place_W] = slot_W
-    return score_QL, id_QL, slot_QL
-
-
-def hidden_from(hidden: Hidden, start: int, length: int) -> Hidden:
-    """What is hidden from the `length` queries beyond `start`, with their positions among these."""
-    inside = [(query_Q[(query_Q >= start) & (query_Q < start + length)] - start, row_P) for query_Q, row_P in hidden]
-    return [(query_Q, row_P) for query_Q, row_P in inside if len(query_Q)]
-
-
-def _hide(score_HQP: Tensor, hidden: Hidden, start: int) -> None:
-    """Takes away, in place, the scores of hidden pairs in a chunk of rows that begins at `start`."""
-    for query_Q, row_P in hidden:
-        first, last = torch.searchsorted(row_P, row_P.new_tensor([start, start + score_HQP.shape[-1]])).tolist()
-        if first < last:
-            score_HQP[:, query_Q[:, None], row_P[first:last] - start] = NO_SCORE
-
-
-def _search_block(query_HQE: Tensor, key_HME: Tensor, id_M: Tensor, k: int, hidden: Hidden, least_queries: int) -> Found:
-    """A block of queries of some heads against all rows, chunk by chunk; the k-th score so far bounds what a chunk may
-    add."""
-    (H, Q, _), M = query_HQE.shape, key_HME.shape[1]
-    padded = max(least_queries, 1 << (Q - 1).bit_length())  # a function of Q only, not of how rows are spread
-    query_HQE = F.pad(query_HQE, (0, 0, 0, padded - Q))
-    found = no_hits((H * Q, k), query_HQE.device)
-    for start in range(0, M, CHUNK):
-        chunk = slice(start, start + CHUNK)
-        score_HQP = _scores(query_HQE, key_HME[:, chunk])[:, :Q]
-        _hide(score_HQP, hidden, start)
-        score_QP = score_HQP.flatten(0, 1)  # of one head no copy
-        bound_Q1 = kth_largest(score_QP, k) if start == 0 else found[0][:, -1:]
-        score_QL, id_QL, slot_QL = candidates_above(score_QP, bound_Q1, id_M[chunk])
-        slot_QL = slot_QL + start
-        if start:
-            more = (score_QL, id_QL, slot_QL)
-            score_QL, id_QL, slot_QL = (torch.cat([old, new], dim=1) for old, new in zip(found, more, strict=True))
-        found = in_order(score_QL, id_QL, slot_QL, k)
-    score_HQK, id_HQK, slot_HQK = (part.view(H, Q, -1) for part in found)
-    return score_HQK, id_HQK, slot_HQK
-
-
-def _scores(query_HQE: Tensor, key_HPE: Tensor) -> Tensor:
-    """fp32 scores [H, Q, P] from products of fixed width, a head at a time."""
-    (H, Q, _), P = query_HQE.shape, key_HPE.shape[1]
-    score_HQP = query_HQE.new_empty(H, Q, -(-P // ROW_BLOCK) * ROW_BLOCK)
-    for query_QE, key_PE, score_QP in zip(query_HQE, key_HPE, score_HQP, strict=True):
-        for block_PE, out_QP in zip(key_PE.split(ROW_BLOCK), score_QP.split(ROW_BLOCK, dim=1), strict=True):
-            if len(block_PE) < ROW_BLOCK:
-                block_PE = F.pad(block_PE, (0, 0, 0, ROW_BLOCK - len(block_PE)))
-            torch.mm(query_QE, block_PE.float().T, out=out_QP)
-    return score_HQP[..., :P]

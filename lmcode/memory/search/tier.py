@@ -1,12 +1,12 @@
 """What a search tier is: one way to find the best of some rows. `config.TIERS` names those that there are.
 
 A shard owns an object of each tier that it is asked for, hands it the rows that a group of queries sees, and tells it which
-slots have changed. Hits are the same in every tier: exact scores, in total order. Importance is the last component of a
-stored key, an addend to the score that changes whenever an entry is read; a tier that keeps an index is told of that, too.
+slots have other keys. Hits are the same in every tier that is not approximate: exact scores, in total order. Importance is
+no part of a key but an addend to its score, which changes whenever an entry is read; an index over keys never hears of it.
 
 What a search must not show is hidden pair by pair. `Hidden` says which queries do not see which rows: positions of queries,
 each in at most one item, and of rows, both int64 and ascending.
-Letters: E = D + 1, the width of a stored key; Q queries and P rows.
+Letters: Q queries and P rows.
 """
 
 from __future__ import annotations
@@ -14,48 +14,82 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lmcode.config import TIERS
+from lmcode.memory.search.plan import Plan
 
 CONTROLS = {"draw": "lmcode.memory.search.draw:DrawTier"}  # tiers that no setting may name: their hits are not the best
 Found = tuple[Tensor, Tensor, Tensor]  # score fp32, id int64, slot int64; (NO_SCORE, -1, -1) where invalid
 Hidden = Sequence[tuple[Tensor, Tensor]]
 
 
+class HeadRows(NamedTuple):
+    """The rows of one head: see `Rows`."""
+
+    key_PD: Tensor
+    addend_P: Tensor
+    id_P: Tensor
+
+
 @dataclass
 class Rows:
-    """What a group of queries sees: keys [H, P, E], ids int64 [P], slots int64 [P] (None: row p is slot p)."""
+    """What a group of queries sees.
 
-    key_HPE: Tensor
+    key_HPD: fp32 or bf16.
+    addend_P: fp32, added to the scores of a row in every head; `NO_SCORE` in an empty slot.
+    id_P: int64; -1 in an empty slot.
+    slot_P: int64; None: row p is slot p.
+    """
+
+    key_HPD: Tensor
+    addend_P: Tensor
     id_P: Tensor
-    slot_P: Tensor | None
+    slot_P: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.id_P)
+
+    def of_head(self, head: int) -> HeadRows:
+        """What one head sees."""
+        return HeadRows(self.key_HPD[head], self.addend_P, self.id_P)
 
 
 class Tier:
-    """One way to search; a subclass has at least `search`."""
+    """One way to search; a subclass has at least `search`.
+
+    Attributes:
+        approximate: may miss hits. Those that it returns have exact scores, in total order.
+    """
+
+    approximate = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether a search that sees all rows is to have the shard's whole table, empty slots included."""
+        return False
 
     @staticmethod
     def check(device: torch.device) -> None:
         """Raises ConfigError where this tier cannot search on `device`."""
 
-    def search(self, query_HQE: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
+    def search(self, query_HQD: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
         """The k best rows for each head and query, in total order: (score_HQK, id_HQK, row_HQK), rows by position.
 
         Args:
-            query_HQE: fp32, finite, trailing component 1.
-            rows: at least one; the id of an empty one is -1.
+            query_HQD: fp32, finite.
+            rows: at least one.
             k: may exceed P.
             hidden: rows that some queries do not see.
         """
         raise NotImplementedError
 
-    def search_alike(self, query_HQE: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
-        """`search`, such that scores have the same bits however many queries there are."""
-        return self.search(query_HQE, rows, k, hidden=hidden)
+    def use(self, plan: Plan) -> None:
+        """How all ranks search from now on; the first call comes before the first search."""
 
     def changed(self, slot_E: np.ndarray) -> None:
         """These slots of the shard, int64, have other keys, other entries or none now. Who keeps nothing ignores it."""

@@ -21,7 +21,7 @@ from lmcode.model.cache import Cache, LayerCache, Step
 from lmcode.model.generation.layout import Product
 from lmcode.model.generation.shortlist import Shortlist, worthwhile
 from lmcode.model.layer import FeedForward, MemoryAugmentedLayer
-from lmcode.model.lm import MemoryLM
+from lmcode.model.lm import MemoryLM, unit
 from lmcode.model.long_term import BEFORE_OWN, FOUND, LongTermRead
 from lmcode.model.rotary import rotary_table
 from lmcode.model.short_term import ShortTermMemory
@@ -86,6 +86,7 @@ class Decoder:
         if step.valid_B is not None:
             namespace_B = namespace_B.where(step.valid_B, -1)
         x_BC = model.embedding(token_B)
+        token_BC = unit(x_BC) if model.config.reads_embeddings else x_BC
         rotation = None
         if self._rotation is not None:
             (cos, sin), at = self._rotation, step.index_B if step.place is None else step.place
@@ -95,7 +96,7 @@ class Decoder:
         for decoder, layer_cache in zip(self._layers, cache.layers, strict=True):
             x_BC = decoder.attend(x_BC, layer_cache, step, rotation)
             x_BC = decoder.use_short_term(x_BC, layer_cache, step)
-            x_BC = decoder.use_long_term(x_BC, layer_cache, step, namespace_B)
+            x_BC = decoder.use_long_term(x_BC, layer_cache, step, namespace_B, token_BC)
             x_BC = decoder.feed_forward(x_BC)
         if self._shortlist is not None and self._best is not None:
             return self._shortlist(self._head.normed(x_BC), self._best)
@@ -120,10 +121,12 @@ class LayerDecoder:
             self._short_term_in = Product(weight_OC, bias_O, norm=layer.short_term_norm, rows=rows, copy=copies)
             self._short_term_out = product(layer.short_term.output)
         if layer.long_term_read is not None:
-            read, heads = layer.long_term_read, layer.long_term_read.num_heads
-            self._long_term_in = Product(torch.cat([read.query_key_value.weight, read.gate.weight]),
-                                         F.pad(read.gate.bias, (3 * heads * read.head_dim, 0)),
+            read = layer.long_term_read
+            state_OC, tokens_OI = long_term_maps(read)
+            self._long_term_in = Product(torch.cat([state_OC, read.gate.weight]),
+                                         F.pad(read.gate.bias, (len(state_OC), 0)),
                                          norm=layer.long_term_norm, rows=rows, copy=copies)
+            self._long_term_tokens = None if tokens_OI is None else Product(tokens_OI, rows=rows, copy=copies)
             self._long_term_out = product(read.output)
             self._key_length_G1 = torch.cat([(-read.log_temperature_H.float()).exp(),
                                              torch.ones_like(read.log_temperature_H).float()])[:, None]
@@ -169,8 +172,9 @@ class LayerDecoder:
             cache.slots_read = None
         return self._short_term_out.added(x_BC, read_B1E[:, 0].to(x_BC.dtype))
 
-    def use_long_term(self, x_BC: Tensor, cache: LayerCache, step: Step, namespace_B: Tensor) -> Tensor:
-        """Reads own past, bank and null slot in one softmax, behind the gate.
+    def use_long_term(self, x_BC: Tensor, cache: LayerCache, step: Step, namespace_B: Tensor, token_BC: Tensor) -> Tensor:
+        """Reads own past, bank and null slot in one softmax, behind the gate; `token_BC` is what the tokens' values are made
+        from, where that is not the state.
 
         A bank's answer (value, log-sum-exp) takes part in it like one more token of that value and logit.
         """
@@ -179,7 +183,10 @@ class LayerDecoder:
             return x_BC
         B, H, D = len(x_BC), read.num_heads, read.head_dim
         token_BO = self._long_term_in(x_BC)
-        qkv_BGD = token_BO[:, :-1].float().view(B, 3 * H, D)
+        qkv_BO = token_BO[:, :-1]
+        if self._long_term_tokens is not None:
+            qkv_BO = qkv_BO + self._long_term_tokens(self._last_tokens(token_BC, read.key_tokens, cache, step))
+        qkv_BGD = qkv_BO.float().view(B, 3 * H, D)
         query_key_BGD = qkv_BGD[:, :2 * H]
         length_BG1 = torch.linalg.vector_norm(query_key_BGD, dim=-1, keepdim=True).clamp_(min=LEAST_LENGTH)
         query_key_GBD = (query_key_BGD / length_BG1.mul_(self._key_length_G1)).transpose(0, 1)
@@ -202,6 +209,15 @@ class LayerDecoder:
         recalled_BP = mixed_X1D.view(H, B, D).transpose(0, 1).reshape(B, H * D).to(x_BC.dtype)
         return self._long_term_out.added(x_BC, recalled_BP * torch.sigmoid(token_BO[:, -1:]))
 
+    def _last_tokens(self, token_BC: Tensor, count: int, cache: LayerCache, step: Step) -> Tensor:
+        """The tokens that keys and values are made from, [B, max(count, 1) * C]: see `long_term.last_tokens`."""
+        if count < 2:
+            return token_BC
+        cache.put("token", token_BC.unsqueeze(1), step.index_B, step.place)
+        before = [cache.get("token", (step.index_B - back).clamp(min=0))[:, 0].where((step.index_B >= back)[:, None], 0.0)
+                  for back in range(1, count)]
+        return torch.cat([token_BC, *before], dim=1)
+
     def _found(self, stride: int, query_HBD: Tensor, cache: LayerCache, step: Step,
                namespace_B: Tensor) -> tuple[Tensor, Tensor]:
         """The bank's answer to each token: to its own query or, with a stride, to that of its chunk.
@@ -219,6 +235,21 @@ class LayerDecoder:
     def feed_forward(self, x_BC: Tensor) -> Tensor:
         """The feed-forward part."""
         return self._feed_forward_out.added(x_BC, F.gelu(self._feed_forward_in(x_BC)))
+
+
+def long_term_maps(read: LongTermRead) -> tuple[Tensor, Tensor | None]:
+    """A long-term read's query, key and value as the sum of two linear maps, weights [3P, C] and [3P, I]: of the layer's
+    normed state, and of the last tokens side by side; None where tokens give nothing."""
+    C, weight_OI = read.gate.in_features, read.query_key_value.weight
+    if read.value is None and not read.key_tokens:
+        return weight_OI, None
+    state_OC, tokens_OI = weight_OI.split([C, weight_OI.shape[1] - C], dim=1)
+    if read.value is None:
+        return state_OC, tokens_OI
+    value_PC = read.value.weight
+    tokens_OI = torch.cat([F.pad(tokens_OI, (0, max(0, C - tokens_OI.shape[1]))),
+                           F.pad(value_PC, (0, max(0, tokens_OI.shape[1] - C)))])
+    return F.pad(state_OC, (0, 0, 0, len(value_PC))), tokens_OI
 
 
 def rotation_table(num_tokens: int, head_dim: int, *, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,7 @@ class Decoding:
         return self.max_length - prompt_length
 
 
-def next_token(logits_BV: Tensor, rows: Sequence[Sequence[int]], decoding: Decoding,
+def next_token(logits_BX: Tensor, rows: Sequence[Sequence[int]], decoding: Decoding,
                generator: torch.Generator | None = None) -> Tensor:
     """Chooses one token per row: int64 [B].
 
@@ -97,44 +97,44 @@ def next_token(logits_BV: Tensor, rows: Sequence[Sequence[int]], decoding: Decod
     Raises:
         ValueError: if `no_repeat_ngram_size` leaves a row no token.
     """
-    logits_BV = logits_BV.float()
+    logits_BX = logits_BX.float()
     if decoding.repetition_penalty != 1:
-        logits_BV = penalise_repetition(logits_BV, rows, decoding.repetition_penalty)
+        logits_BX = penalise_repetition(logits_BX, rows, decoding.repetition_penalty)
     if decoding.no_repeat_ngram_size:
-        logits_BV = forbid_repeats(logits_BV, rows, decoding.no_repeat_ngram_size)
+        logits_BX = forbid_repeats(logits_BX, rows, decoding.no_repeat_ngram_size)
     if decoding.temperature == 0:
-        return logits_BV.argmax(-1)
-    scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / decoding.temperature  # however small, no inf - inf
-    return draw(scaled_BV, top_k=decoding.top_k, top_p=decoding.top_p, generator=generator)
+        return logits_BX.argmax(-1)
+    scaled_BX = (logits_BX - logits_BX.amax(-1, keepdim=True)) / decoding.temperature  # however small, no inf - inf
+    return draw(scaled_BX, top_k=decoding.top_k, top_p=decoding.top_p, generator=generator)
 
 
-def penalise_repetition(logits_BV: Tensor, rows: Sequence[Sequence[int]], penalty: float) -> Tensor:
+def penalise_repetition(logits_BX: Tensor, rows: Sequence[Sequence[int]], penalty: float) -> Tensor:
     """Makes tokens that a row already has less likely: their logit is divided by `penalty`, or multiplied if negative.
 
     The division is Keskar et al., "CTRL", 2019, section 4.1; for negative logits it would reward repetition instead, hence
     the multiplication, as in Hugging Face.
     """
-    logits_BV = logits_BV.clone()
-    for logits_V, row in zip(logits_BV, rows, strict=True):
-        seen = torch.tensor(sorted(set(row)), device=logits_V.device)
-        score = logits_V[seen]
-        logits_V[seen] = torch.where(score > 0, score / penalty, score * penalty)
-    return logits_BV
+    logits_BX = logits_BX.clone()
+    for logits_X, row in zip(logits_BX, rows, strict=True):
+        seen = torch.tensor(sorted(set(row)), device=logits_X.device)
+        score = logits_X[seen]
+        logits_X[seen] = torch.where(score > 0, score / penalty, score * penalty)
+    return logits_BX
 
 
-def forbid_repeats(logits_BV: Tensor, rows: Sequence[Sequence[int]], size: int) -> Tensor:
+def forbid_repeats(logits_BX: Tensor, rows: Sequence[Sequence[int]], size: int) -> Tensor:
     """Rules out every token that would complete a run of `size` tokens which the row already holds.
 
     Raises:
         ValueError: if nothing is left.
     """
-    logits_BV = logits_BV.clone()
-    for logits_V, row in zip(logits_BV, rows, strict=True):
+    logits_BX = logits_BX.clone()
+    for logits_X, row in zip(logits_BX, rows, strict=True):
         banned = completions(row, size)
-        if len(banned) == len(logits_V):
+        if len(banned) == len(logits_X):
             raise ValueError(f"no_repeat_ngram_size={size} leaves no token: a row holds all {len(banned)} continuations")
-        logits_V[sorted(banned)] = -torch.inf
-    return logits_BV
+        logits_X[sorted(banned)] = -torch.inf
+    return logits_BX
 
 
 def completions(row: Sequence[int], size: int) -> set[int]:
@@ -143,12 +143,12 @@ def completions(row: Sequence[int], size: int) -> set[int]:
     return {row[end] for end in range(size - 1, len(row)) if list(row[end - size + 1:end]) == last}
 
 
-def draw(logits_BV: Tensor, *, top_k: int, top_p: float, generator: torch.Generator | None = None) -> Tensor:
+def draw(logits_BX: Tensor, *, top_k: int, top_p: float, generator: torch.Generator | None = None) -> Tensor:
     """Draws one token per row, int64 [B], from the `top_k` most likely ones and the nucleus `top_p` of these."""
     if top_k == 0 and top_p == 1:
-        return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator).squeeze(-1)
-    V = logits_BV.shape[-1]
-    score_BK, token_BK = logits_BV.topk(min(top_k, V) if top_k else V, dim=-1)  # descending
+        return torch.multinomial(logits_BX.softmax(-1), 1, generator=generator).squeeze(-1)
+    V = logits_BX.shape[-1]
+    score_BK, token_BK = logits_BX.topk(min(top_k, V) if top_k else V, dim=-1)  # descending
     probability_BK = score_BK.softmax(-1)
     beyond_BK = probability_BK.cumsum(-1) - probability_BK >= top_p
     drawn_B1 = torch.multinomial(probability_BK.masked_fill(beyond_BK, 0.0), 1, generator=generator)

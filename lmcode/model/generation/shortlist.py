@@ -22,9 +22,9 @@ def multiplies_bf16() -> bool:
             and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def worthwhile(weight_VC: Tensor, rows: int) -> bool:
+def worthwhile(weight_XD: Tensor, rows: int) -> bool:
     """Whether the shortlist is faster than the product: one stream, fp32 on a CPU that multiplies bf16, many words."""
-    return (rows == 1 and weight_VC.device.type == "cpu" and weight_VC.dtype == torch.float32 and len(weight_VC) > 4 * MOST
+    return (rows == 1 and weight_XD.device.type == "cpu" and weight_XD.dtype == torch.float32 and len(weight_XD) > 4 * MOST
             and multiplies_bf16())
 
 
@@ -32,21 +32,21 @@ class Shortlist:
     """Logits of one stream, of which the k best are right and the others may be -inf.
 
     Args:
-        weight_VC: fp32, the head; it is read anew at each call, and kept in bf16 besides.
+        weight_XD: fp32, the head; it is read anew at each call, and kept in bf16 besides.
     """
 
-    def __init__(self, weight_VC: Tensor) -> None:
-        self._weight_VC = weight_VC
-        self._rough = torch.ops.mkldnn._reorder_linear_weight(weight_VC.bfloat16(), 1)
-        self._longest = float(torch.linalg.vector_norm(weight_VC, dim=1).max())
+    def __init__(self, weight_XD: Tensor) -> None:
+        self._weight_XD = weight_XD
+        self._rough = torch.ops.mkldnn._reorder_linear_weight(weight_XD.bfloat16(), 1)
+        self._longest = float(torch.linalg.vector_norm(weight_XD, dim=1).max())
 
-    def __call__(self, x_1C: Tensor, k: int) -> Tensor:
-        """fp32 [1, V] for an input of the head, fp32 [1, C]."""
-        rough_1V = torch.ops.mkldnn._linear_pointwise(x_1C.bfloat16(), self._rough, None, "none", [], "").float()
-        slack = 2 * ROUGHNESS * self._longest * float(torch.linalg.vector_norm(x_1C))
-        bound = rough_1V.topk(min(k, rough_1V.shape[1])).values[0, -1] - slack
-        row_L = (rough_1V[0] >= bound).nonzero()[:, 0]
-        if not 0 < len(row_L) <= MOST:  # none: x or a weight is not finite
-            return x_1C @ self._weight_VC.t()
-        logits_1L = x_1C @ self._weight_VC.index_select(0, row_L).t()
-        return torch.full_like(rough_1V, -torch.inf).index_copy_(1, row_L, logits_1L)
+    def __call__(self, x_1D: Tensor, k: int) -> Tensor:
+        """fp32 [1, vocabulary] for an input of the head, fp32 [1, D]."""
+        rough_1X = torch.ops.mkldnn._linear_pointwise(x_1D.bfloat16(), self._rough, None, "none", [], "").float()
+        slack = 2 * ROUGHNESS * self._longest * float(torch.linalg.vector_norm(x_1D))
+        bound = rough_1X.topk(min(k, rough_1X.shape[1])).values[0, -1] - slack
+        row_K = (rough_1X[0] >= bound).nonzero()[:, 0]
+        if not 0 < len(row_K) <= MOST:  # none: x or a weight is not finite
+            return x_1D @ self._weight_XD.t()
+        logits_1K = x_1D @ self._weight_XD.index_select(0, row_K).t()
+        return torch.full_like(rough_1X, -torch.inf).index_copy_(1, row_K, logits_1K)

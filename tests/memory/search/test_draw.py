@@ -68,7 +68,7 @@ def test_what_was_drawn_is_attended_to_as_it_stands() -> None:
     for head in range(H):
         for place in range(3):
             slots = [where[one] for one in hits.id_HNK[head, place].tolist()]
-            logits = bank.shard.key_HME[head, slots, :-1] @ query[head, place]
+            logits = bank.shard.key_HMD[head, slots] @ query[head, place]
             expected = logits.softmax(0) @ bank.shard.value_HMD[head, slots]
             torch.testing.assert_close(value[head, place], expected)
             torch.testing.assert_close(lse[head, place], logits.logsumexp(0))

@@ -8,8 +8,9 @@ import torch
 from lmcode.memory.merge import merge_hits
 from lmcode.memory.search import exact
 from lmcode.memory.search.exact import search_by_sorting, search_exact
+from lmcode.memory.search.tier import Rows
 from lmcode.protocol import NO_SCORE
-from tests.helpers.rows import assert_same, whole_numbers, with_twins
+from tests.helpers.rows import assert_same, in_bf16, in_fp32, taken, whole_numbers, with_twins
 
 
 @pytest.mark.parametrize(("N", "M", "k"), [(5, 40, 7), (300, 700, 33), (1, 1, 1), (3, 5, 20), (2, 600, 600),
@@ -31,23 +32,23 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_may_be_anywhere() -> None:
-    query, key, ids = with_twins(0, 70, 1300)
-    score, found, slot = search_exact(query, key, ids, 20)
-    assert torch.equal(ids[slot], found)
+    query, rows = with_twins(0, 70, 1300)
+    score, found, slot = search_exact(query, rows, 20)
+    assert torch.equal(rows.id_P[slot], found)
     order = torch.randperm(1300, generator=torch.Generator().manual_seed(1))
-    assert_same(search_exact(query, key[:, order], ids[order], 20)[:2], (score, found))
+    assert_same(search_exact(query, taken(rows, order), 20)[:2], (score, found))
     for ranks in (2, 3, 4):
-        parts = [search_exact(query, key[:, part], ids[part], 20) for part in
+        parts = [search_exact(query, taken(rows, part), 20) for part in
                  (order[rank::ranks] for rank in range(ranks))]
         merged = merge_hits(torch.cat([p[0] for p in parts], -1), torch.cat([p[1] for p in parts], -1), 20)
         assert torch.equal(merged[0], score) and torch.equal(merged[1], found)
 
 
 def test_bf16_rows_are_scored_in_fp32() -> None:
-    query, key, ids = with_twins(1, 9, 300)
-    found = search_exact(query, key.bfloat16(), ids, 5)
+    query, rows = with_twins(1, 9, 300)
+    found = search_exact(query, in_bf16(rows), 5)
     assert found[0].dtype == torch.float32
-    assert_same(found, search_exact(query, key.bfloat16().float(), ids, 5))
+    assert_same(found, search_exact(query, in_fp32(in_bf16(rows)), 5))
 
 
 @pytest.mark.parametrize(("N", "M"), [(0, 10), (4, 0), (0, 0)])
@@ -58,9 +59,9 @@ def test_nothing_to_search(N: int, M: int) -> None:
 
 
 def test_empty_slots_are_never_hits() -> None:
-    query, key, ids = whole_numbers(2, 30, 200)
-    score, found, slot = search_exact(query, key, ids, 200)
-    live = int((ids >= 0).sum())
+    query, rows = whole_numbers(2, 30, 200)
+    score, found, slot = search_exact(query, rows, 200)
+    live = int((rows.id_P >= 0).sum())
     assert (found[..., :live] >= 0).all() and found[..., live:].eq(-1).all() and slot[..., live:].eq(-1).all()
     assert score[..., live:].eq(NO_SCORE).all()
 
@@ -69,29 +70,31 @@ def test_empty_slots_are_never_hits() -> None:
 @pytest.mark.parametrize("make", [whole_numbers, with_twins])
 def test_attending_to_the_best_of_stacked_rows_is_searching_unless_it_says_so(make: object, k: int) -> None:
     """Groups of different lengths, one of them empty and one of fewer rows than k, with one query each and with several."""
-    query_HNE, key_HME, id_M = make(7, 12, 90)
+    query_HND, rows = make(7, 12, 90)
+    key_HMD, id_M = rows.key_HPD, rows.id_P
     slots, doubts = [torch.arange(31), torch.arange(0), torch.arange(31, 34), torch.arange(34, 90)], 0
     slots = [slot_P[id_M[slot_P] >= 0] for slot_P in slots]
-    value_HMD = torch.randn(len(key_HME), 90, 5, generator=torch.Generator().manual_seed(1))
-    longest = float(query_HNE.norm(dim=-1).max())
+    value_HMD = torch.randn(len(key_HMD), 90, 5, generator=torch.Generator().manual_seed(1))
+    longest = float(query_HND.norm(dim=-1).max())
     for groups, Q in ((slots, 1), (slots[3:], 12), (slots[:1], 3)):
-        stack = exact.stack_rows(key_HME, groups)
-        query_HQE = query_HNE[:, :len(groups) * Q]
-        value_XQD, lse_XQ, doubtful_XQ = exact.attend_best(query_HQE.reshape(-1, Q, query_HNE.shape[-1]), stack,
+        stack = exact.stack_rows(key_HMD, rows.addend_P, groups)
+        query_HQD = query_HND[:, :len(groups) * Q]
+        value_XQD, lse_XQ, doubtful_XQ = exact.attend_best(query_HQD.reshape(-1, Q, query_HND.shape[-1]), stack,
                                                            value_HMD.flatten(0, 1), k, longest)
         assert stack.empty_G.tolist() == [len(slot_P) == 0 for slot_P in groups] and stack.has_empty == (Q == 1)
-        for x, (head, group) in enumerate((h, g) for h in range(len(key_HME)) for g in groups):
+        for x, (head, group) in enumerate((h, g) for h in range(len(key_HMD)) for g in groups):
             if not len(group):
                 continue
-            queries = query_HQE[head:head + 1, x % len(groups) * Q:][:, :Q]
-            score_1QK, _, slot_1QK = search_by_sorting(queries, key_HME[head:head + 1, group], id_M[group], k)
+            part = Rows(key_HMD[head:head + 1, group], rows.addend_P[group], id_M[group])
+            queries = query_HQD[head:head + 1, x % len(groups) * Q:][:, :Q]
+            score_1QK, _, slot_1QK = search_by_sorting(queries, part, k)
             sure_Q = ~doubtful_XQ[x]
             value_QKD = value_HMD[head, group][slot_1QK[0].clamp(min=0)]
             expected_QD = (score_1QK[0].softmax(-1).unsqueeze(1) @ value_QKD).squeeze(1)
             assert torch.allclose(value_XQD[x][sure_Q], expected_QD[sure_Q], atol=1e-5)
             assert torch.allclose(lse_XQ[x], score_1QK[0].logsumexp(-1), atol=1e-5)
             doubts += int(doubtful_XQ[x].sum())
-            ranked_QK = search_by_sorting(queries, key_HME[head:head + 1, group], id_M[group], k + 1)[0][0]
+            ranked_QK = search_by_sorting(queries, part, k + 1)[0][0]
             equals_Q = (ranked_QK[:, k - 1] == ranked_QK[:, k]) & (len(group) > k)
             assert bool((doubtful_XQ[x] | ~equals_Q).all())
     assert doubts or make is with_twins

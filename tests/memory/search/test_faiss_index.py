@@ -1,4 +1,4 @@
-"""FAISS as a proposer: the same hits as exact search, in total order, whatever FAISS makes of ties and batches."""
+"""FAISS as a proposer (`flat`): the same hits as exact search, in total order, whatever FAISS makes of ties and batches."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import torch
 
 from lmcode.config import ConfigError, MemoryConfig
 from lmcode.memory.merge import merge_hits
-from lmcode.memory.search import faiss_index
+from lmcode.memory.search import exact, faiss_index, flat
+from lmcode.memory.search.choice import AUTO_FAISS_SLOTS, choose_tier
 from lmcode.memory.search.exact import search_by_sorting, search_exact
-from lmcode.memory.search.faiss_index import AUTO_FAISS_SLOTS, choose_tier, search_flat
-from tests.helpers.rows import assert_same, whole_numbers, with_twins
+from lmcode.memory.search.flat import search_flat
+from lmcode.memory.search.tier import Rows
+from tests.helpers.rows import assert_same, in_bf16, in_fp32, taken, whole_numbers, with_twins
 from tests.helpers.same_hits import assert_same_hits
 
 faiss = pytest.importorskip("faiss")
@@ -34,25 +36,25 @@ def test_agrees_with_exact_on_real_numbers() -> None:
 
 
 def test_the_same_bits_however_rows_and_queries_are_batched() -> None:
-    query, key, ids = with_twins(1, 70, 1300)
-    score, found, slot = search_flat(query, key, ids, 20)
-    assert torch.equal(ids[slot], found)
+    query, rows = with_twins(1, 70, 1300)
+    score, found, slot = search_flat(query, rows, 20)
+    assert torch.equal(rows.id_P[slot], found)
     order = torch.randperm(1300, generator=torch.Generator().manual_seed(1))
     for ranks in (2, 3, 4):
-        parts = [search_flat(query, key[:, part], ids[part], 20) for part in
+        parts = [search_flat(query, taken(rows, part), 20) for part in
                  (order[rank::ranks] for rank in range(ranks))]
         merged = merge_hits(torch.cat([p[0] for p in parts], -1), torch.cat([p[1] for p in parts], -1), 20)
         assert torch.equal(merged[0], score) and torch.equal(merged[1], found)
-    one_by_one = [search_flat(query[:, at:at + 1], key, ids, 20) for at in range(5)]
+    one_by_one = [search_flat(query[:, at:at + 1], rows, 20) for at in range(5)]
     assert torch.equal(torch.cat([one[1] for one in one_by_one], 1), found[:, :5])
     assert torch.equal(torch.cat([one[0] for one in one_by_one], 1), score[:, :5])
 
 
 def test_scores_and_order_of_faiss_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another BLAS rounds differently and lists equals otherwise; what it fails to find it calls -1."""
-    query, key, ids = with_twins(1, 70, 1300)
-    wanted = search_flat(query, key, ids, 20)
-    knn, generator = faiss_index._knn, torch.Generator().manual_seed(0)
+    query, rows = with_twins(1, 70, 1300)
+    wanted = search_flat(query, rows, 20)
+    knn, generator = faiss_index.knn, torch.Generator().manual_seed(0)
 
     def rounded_otherwise(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
         score, slot = knn(*arguments)
@@ -60,21 +62,23 @@ def test_scores_and_order_of_faiss_do_not_matter(monkeypatch: pytest.MonkeyPatch
         order = score.argsort(descending=True)
         return score.gather(1, order), slot.gather(1, order)
 
-    monkeypatch.setattr(faiss_index, "_knn", rounded_otherwise)
-    assert_same(search_flat(query, key, ids, 20), wanted)
-    monkeypatch.setattr(faiss_index, "_knn", lambda query, key, k: (torch.full((len(query), k), -3.4e38),
+    monkeypatch.setattr(faiss_index, "knn", rounded_otherwise)
+    assert_same(search_flat(query, rows, 20), wanted)
+    monkeypatch.setattr(faiss_index, "knn", lambda query, key, k: (torch.full((len(query), k), -3.4e38),
                                                                     torch.full((len(query), k), -1)))
-    _, found, slot = search_flat(query, key, ids, 20)
+    _, found, slot = search_flat(query, rows, 20)
     assert found.eq(-1).all() and slot.eq(-1).all()
 
 
 def test_what_rounding_may_hide_from_faiss_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that are tied but for a few times the last bit, of which FAISS rates all but K as low as its rounding may."""
     k, generator = 20, torch.Generator().manual_seed(0)
-    query = torch.nn.functional.pad(torch.randn(1, 40, 32, generator=generator), (0, 1), value=1.0)
+    query = torch.randn(1, 40, 32, generator=generator)
     key = torch.randn(1, 1, 33, generator=generator) + 1e-6 * torch.randn(1, 600, 33, generator=generator)
+    addend, key = key[0, :, -1], key[..., :-1].contiguous()
     ids, favoured = (torch.randperm(600, generator=generator) for _ in range(2))
-    slack_N1 = 0.9 * faiss_index.ROUNDING * (query[0].norm(dim=1, keepdim=True) * key[0, :, :-1].norm(dim=1).max() + 10)
+    rows, slack_N1 = Rows(key, addend, ids), 0.9 * flat.ROUNDING * (query[0].norm(dim=1, keepdim=True)
+                                                                    * key[0].norm(dim=1).max() + 10)
 
     def unfair(query_NE: torch.Tensor, key_ME: torch.Tensor, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
         score_NM = query_NE.double() @ key_ME.double().T - slack_N1
@@ -82,27 +86,30 @@ def test_what_rounding_may_hide_from_faiss_is_found(monkeypatch: pytest.MonkeyPa
         score_NL, slot_NL = score_NM.topk(wanted)
         return score_NL.float(), slot_NL
 
-    wanted = faiss_index._redo(query[0], key[0], ids, k)
-    monkeypatch.setattr(faiss_index, "_knn", unfair)
-    assert_same([part[0] for part in search_flat(query, key, ids, k)], wanted)
+    wanted = exact.search_head(query[0], rows.of_head(0), k)
+    monkeypatch.setattr(faiss_index, "knn", unfair)
+    assert_same([part[0] for part in search_flat(query, rows, k)], wanted)
 
 
 def test_unclear_cuts_are_redone_and_clear_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     redone = []
-    redo = faiss_index._redo
-    monkeypatch.setattr(faiss_index, "_redo", lambda query, *rest: redone.append(len(query)) or redo(query, *rest))
-    query, key, ids = with_twins(2, 100, 800)
-    key[:, 1:] = key[:, :1]  # every row is a twin
-    search_flat(query, key, ids, 8)
+    redo = flat.search_head
+    monkeypatch.setattr(flat, "search_head", lambda query, *rest: redone.append(len(query)) or redo(query, *rest))
+    query, rows = with_twins(2, 100, 800)
+    rows.key_HPD[:, 1:], rows.addend_P[1:] = rows.key_HPD[:, :1], rows.addend_P[0]  # every row is a twin
+    search_flat(query, rows, 8)
     assert sum(redone) == 200
     redone.clear()
-    search_flat(query, torch.randn_like(key), ids, 8)
+    search_flat(query, Rows(torch.randn_like(rows.key_HPD), rows.addend_P, rows.id_P), 8)
     assert sum(redone) < 10
 
 
 def test_bf16_rows_are_scored_in_fp32() -> None:
-    query, key, ids = with_twins(1, 9, 300)
-    assert_same(search_flat(query, key.bfloat16(), ids, 5), search_flat(query, key.bfloat16().float(), ids, 5))
+    """Of bf16 keys by the routine for pairs in fp64, so in other bits."""
+    query, rows = with_twins(1, 9, 300)
+    came, wanted = search_flat(query, in_bf16(rows), 5), search_flat(query, in_fp32(in_bf16(rows)), 5)
+    assert came[0].dtype == torch.float32
+    assert_same_hits(came[:2], wanted[:2], tolerance=1e-5)
 
 
 def test_threads_follow_torch() -> None:

@@ -26,10 +26,13 @@ GREEDY = Decoding(max_new_tokens=12, temperature=0)
 LIVELY = {"max_new_tokens": 30, "temperature": 3.0, "top_k": 0, "top_p": 1.0, "seed": 3}  # small changes change the text
 
 
-def build(group: Group | None = None) -> LMCODE:
+TOKENS = {"memory_values": "token", "memory_key_tokens": 3}  # keys and values made from embeddings
+
+
+def build(group: Group | None = None, **changes: object) -> LMCODE:
     """A model with large weights, so that tokens depend on everything, and a bank with entries of namespaces 0 to 3."""
     torch.manual_seed(0)
-    model = LMCODE(CONFIG, memory=MemoryConfig(virtual_shards=4), group=group)
+    model = LMCODE(CONFIG.model_copy(update=changes), memory=MemoryConfig(virtual_shards=4), group=group)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -71,6 +74,16 @@ def test_cached_and_uncached_decoding_give_the_same_tokens(model: LMCODE, settin
     cached, whole = (model.generate(PROMPTS, max_new_tokens=25, use_cache=use_cache, **settings)
                      for use_cache in (True, False))
     assert torch.equal(cached, whole) and cached.shape == (4, 13 + 25)
+
+
+@pytest.mark.parametrize("changes", [TOKENS, {"memory_key_tokens": 1}, {"memory_values": "token"},
+                                     TOKENS | {"retrieval_stride": 3}, TOKENS | {"successor_values": False}])
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]])  # streams that stand at different places, and at one
+def test_keys_and_values_made_from_embeddings_are_decoded_alike(changes: dict, prompts: list) -> None:
+    model = build(**changes)
+    cached, whole = (model.generate(prompts, use_cache=use_cache, **LIVELY)
+                     for use_cache in (True, False))
+    assert torch.equal(cached, whole)
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[3:]])  # four rows are packed, one is multiplied as it is

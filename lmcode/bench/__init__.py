@@ -1,0 +1,1 @@
+"""`lmcode bench`: what a part of the program costs beside its peers, in the same run, taking turns."""

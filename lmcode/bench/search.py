@@ -1,0 +1,149 @@
+"""`lmcode bench search`: a bank that is sliced over processes of one thread, beside its peers in one process with as many
+threads, on the same keys; everything included, gathering of queries and merging of hits too.
+
+Hits are compared as sets with those of `faiss.knn`, and by what their last one scores: equals at the end of a list may be
+others.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmcode.bench import peers
+from lmcode.bench.keys import Vectors, random_vectors, trained_vectors
+from lmcode.bench.turns import Spent, Way, take_turns, timed
+from lmcode.bench.workers import Workers
+from lmcode.config import TIERS, ConfigError, MemoryConfig, near_match
+
+WRITTEN_AT_ONCE = 65536
+WIDTH = 64  # of random keys
+NEAR = 1e-4  # scores that differ by less are equals
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `lmcode bench search` was asked for; `model` None: random keys only."""
+
+    model: str | None
+    rows: tuple[int, ...]
+    queries: int
+    top_k: int
+    ranks: int
+    rounds: int
+    tiers: tuple[str, ...]
+    probes: int
+    seed: int
+
+
+class Slice:
+    """What one worker holds: its part of a bank, and its share of the queries."""
+
+    def __init__(self, file: str, top_k: int) -> None:
+        from safetensors.torch import load_file
+
+        from lmcode.dist import Group
+        from lmcode.memory.bank import LongTermMemory
+
+        tables, self.group = load_file(file), Group.world()
+        key_PD, R = tables["key"], self.group.size
+        slots = len(key_PD) + R * (8 + 8 * int((len(key_PD) / R) ** 0.5))  # so that no virtual shard overflows
+        config = MemoryConfig(tier="ivf", scope="global", virtual_shards=R, importance_weight=0.0, recall_queries=0)
+        self.bank = LongTermMemory(heads=1, head_dim=key_PD.shape[1], slots=slots, top_k=top_k, config=config,
+                                   group=self.group)
+        for part_PD in key_PD.split(WRITTEN_AT_ONCE):
+            self.bank.write(part_PD[None], part_PD[None], torch.zeros(len(part_PD), dtype=torch.int64))
+        share = -(-len(tables["query"]) // R)
+        self.query_1ND = tables["query"][self.group.rank * share:(self.group.rank + 1) * share][None].contiguous()
+        self.name_N = torch.zeros(self.query_1ND.shape[1], dtype=torch.int64)
+
+    def prepare(self, probes: int) -> Tensor | None:
+        """Trains centroids and fixes how many lists are probed; returns those of the first head."""
+        self.bank.prepare()
+        self.bank.use(replace(self.bank.plan, probes=probes))
+        centroid_HLD = self.bank.plan.centroid_HLD
+        return None if centroid_HLD is None else centroid_HLD[0]
+
+    def search(self, tier: str) -> Spent:
+        """One search of all ranks."""
+        self.group.barrier()
+        return timed(lambda: self.bank.search(self.query_1ND, self.name_N, tier=tier, ragged=True))
+
+    def hits(self, tier: str) -> tuple[Tensor, Tensor]:
+        """Ids, which count the keys, and scores, of this rank's queries."""
+        found = self.bank.search(self.query_1ND, self.name_N, tier=tier, ragged=True)
+        return found.id_HNK[0], found.score_HNK[0]
+
+
+def run(settings: Settings) -> list[dict[str, Any]]:
+    """A row for each kind of keys, number of rows and way: seconds, speed beside `faiss.knn`, and what was found.
+
+    Raises:
+        ConfigError: for an unknown tier, or keys that cannot be had.
+    """
+    for tier in settings.tiers:
+        if tier not in TIERS:
+            raise ConfigError(f"--tiers must name some of {', '.join(TIERS)}: got '{tier}'.{near_match(tier, TIERS)}")
+    rows: list[dict[str, Any]] = []
+    for kind, vectors in _keys(settings):
+        for count in settings.rows:
+            rows += _measure(settings, kind, Vectors(vectors.key_PD[:count].contiguous(), vectors.query_ND))
+    return rows
+
+
+def _keys(settings: Settings) -> Iterator[tuple[str, Vectors]]:
+    most = max(settings.rows)
+    if settings.model is not None:
+        yield "trained", trained_vectors(settings.model, most, settings.queries)
+    yield "random", random_vectors(most, settings.queries, WIDTH, seed=settings.seed)
+
+
+def _measure(settings: Settings, kind: str, vectors: Vectors) -> list[dict[str, Any]]:
+    from safetensors.torch import save_file
+
+    key_PD, query_ND, k = vectors.key_PD, vectors.query_ND, settings.top_k
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "vectors.safetensors")
+        save_file({"key": key_PD, "query": query_ND}, file)
+        with Workers(settings.ranks, Slice, file, k) as workers:
+            centroid_LD = workers.call("prepare", settings.probes)[0] if "ivf" in settings.tiers else None
+            brute = {"faiss.knn": peers.faiss_knn(query_ND, key_PD, k, settings.ranks),
+                     "torch": peers.torch_brute(query_ND, key_PD, k, settings.ranks)}
+            if centroid_LD is not None:
+                brute["faiss.IndexIVFFlat"] = peers.faiss_ivf(query_ND, key_PD, k, settings.ranks, centroid_LD=centroid_LD,
+                                                              probes=settings.probes)
+            ways: dict[str, Way] = {name: _way(search) for name, search in brute.items()}
+            ways.update({f"lmcode {tier}": _tier(workers, tier) for tier in settings.tiers})
+            spent = take_turns(ways, settings.rounds)
+            found = {name: search() for name, search in brute.items()}
+            found.update({f"lmcode {tier}": torch.cat([ids for ids, _ in workers.call("hits", tier)])
+                          for tier in settings.tiers})
+    return [_row(kind, len(key_PD), name, one, spent["faiss.knn"], recall(found[name], found["faiss.knn"], query_ND, key_PD))
+            for name, one in spent.items()]
+
+
+def _way(search: peers.Found) -> Way:
+    return lambda: timed(search)
+
+
+def _tier(workers: Workers, tier: str) -> Way:
+    return lambda: workers.timed("search", tier)
+
+
+def _row(kind: str, rows: int, name: str, spent: Spent, beside: Spent, found: float) -> dict[str, Any]:
+    return {"keys": kind, "rows": rows, "way": name, "ms": 1000 * spent.wall, "cpu ms": 1000 * spent.cpu,
+            "speed": beside.wall / spent.wall, "cpu speed": beside.cpu / spent.cpu, "recall": found}
+
+
+def recall(id_NK: Tensor, wanted_NK: Tensor, query_ND: Tensor, key_PD: Tensor) -> float:
+    """Share of the wanted hits that were found, or of which an equal was: rows that score as much as the last of them."""
+    least_N = (key_PD[wanted_NK[:, -1]] * query_ND).sum(dim=1)
+    score_NK = torch.stack([key_PD[row_N.clamp(min=0)].mul(query_ND).sum(dim=1).where(row_N >= 0, -torch.inf)
+                            for row_N in id_NK.unbind(dim=1)], dim=1)
+    return float((score_NK >= least_N[:, None] - NEAR).float().mean())

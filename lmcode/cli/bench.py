@@ -1,0 +1,76 @@
+"""`lmcode bench`: what a part of the program costs beside its peers, in the same run.
+
+`lmcode.cli` hands in its ways of making parsers and prints what `bench` returns. A further bench is a function that adds its
+parser, and leaves one from arguments to settings and rows in `arguments.measure`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lmcode.config import ConfigError
+
+Command = Callable[..., argparse.ArgumentParser]
+Number = Callable[..., Callable[[str], int | float]]
+Measured = tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]  # what was asked for, and the rows of the table
+
+
+def add_bench(commands: Any, command: Command, number: Number, ignore_local_rank: Callable[[Any], None]) -> None:
+    """Adds `bench` and its subcommands."""
+    text = "measure a part of the program beside its peers, taking turns; medians"
+    parser = commands.add_parser("bench", help=text, description=text)
+    ignore_local_rank(parser)
+    kinds = parser.add_subparsers(title="commands", metavar="search", required=True)
+    _add_search(kinds, command, number)
+
+
+def bench(arguments: argparse.Namespace) -> str:
+    """Measures, writes the file that was asked for, and returns the table."""
+    from lmcode.bench.turns import to_table, write_json
+
+    if arguments.out is not None and not arguments.out.parent.is_dir():
+        raise ConfigError(f"--out must lie in a folder that exists: got '{arguments.out}'")
+    asked, rows = arguments.measure(arguments)
+    if arguments.out is not None:
+        write_json(arguments.out, asked, rows)
+    return to_table(rows)
+
+
+def _add_search(kinds: Any, command: Command, number: Number) -> None:
+    parser = command(
+        kinds, "search", help="search of a sliced bank, beside FAISS and torch in one process with as many threads",
+        usage="lmcode bench search [--model RUN] [--rows N ...] [--queries N] [--top-k N] [--ranks N] [--tiers NAME ...] "
+              "[--probes N] [--rounds N] [--out FILE]",
+        examples="  lmcode bench search --model runs/books --rows 100000 1000000\n"
+                 "  lmcode bench search --rows 20000 --queries 256 --tiers exact --out search.json")
+    parser.set_defaults(measure=search)
+    parser.add_argument("--model", metavar="RUN", help="a run or checkpoint whose keys are taken; random ones always are")
+    parser.add_argument("--rows", metavar="N", nargs="+", type=number(int, lowest=1000), default=[100_000],
+                        help="entries of the bank (100000)")
+    parser.add_argument("--queries", metavar="N", type=number(int, lowest=1), default=4096,
+                        help="over all ranks (%(default)s)")
+    parser.add_argument("--top-k", metavar="N", type=number(int, lowest=1, highest=999), default=32,
+                        help="hits wanted (%(default)s)")
+    parser.add_argument("--ranks", metavar="N", type=number(int, lowest=1, highest=64), default=2,
+                        help="processes of one thread; the peers have as many threads (%(default)s)")
+    parser.add_argument("--tiers", metavar="NAME", nargs="+", default=["exact", "faiss-flat", "ivf"],
+                        help="search tiers (%(default)s)")
+    parser.add_argument("--probes", metavar="N", type=number(int, lowest=1), default=16,
+                        help="lists that ivf looks into (%(default)s)")
+    parser.add_argument("--rounds", metavar="N", type=number(int, lowest=1), default=5, help="of all ways (%(default)s)")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write JSON, too")
+
+
+def search(arguments: argparse.Namespace) -> Measured:
+    """`lmcode bench search`."""
+    from dataclasses import asdict
+
+    from lmcode.bench.search import Settings, run
+
+    settings = Settings(model=arguments.model, rows=tuple(arguments.rows), queries=arguments.queries, top_k=arguments.top_k,
+                        ranks=arguments.ranks, rounds=arguments.rounds, tiers=tuple(arguments.tiers),
+                        probes=arguments.probes, seed=0)
+    return asdict(settings), run(settings)

@@ -1,0 +1,32 @@
+"""Which tier searches: what `memory.tier` names, or what `auto` takes."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from lmcode.config import MemoryConfig
+from lmcode.memory.search import faiss_index
+from lmcode.memory.search.tier import tier_of
+
+log = logging.getLogger("lmcode")
+
+AUTO_FAISS_SLOTS = 5_000  # from here on tier = auto leaves a global search to FAISS (measured, see README)
+
+
+def choose_tier(config: MemoryConfig, scope: str, slots: int, device: torch.device) -> str:
+    """The tier of searches with this scope. `auto` looks at settings only, so that every number of ranks decides alike.
+
+    Raises:
+        ConfigError: if the tier that is asked for cannot search on `device`.
+    """
+    if config.tier != "auto":
+        tier_of(config.tier).check(device)
+        return config.tier
+    if scope != "global" or slots < AUTO_FAISS_SLOTS:
+        return "exact"
+    usable = faiss_index.available(device)
+    if not usable and config.scope == "global":
+        log.warning("memory.tier = auto: no FAISS build for %s, so torch searches %d slots", device.type, slots)
+    return "faiss-flat" if usable else "exact"

@@ -1,0 +1,101 @@
+"""python tools/memorag_questions.py QUESTIONS.jsonl.gz [--backbone FOLDER] [--questions N] [--store N]
+
+Are the passages that answer questions found? Each line of the file has a question and its gold passage (`ctxs` with
+`isgold`), as in the sets of Liu et al. ("Lost in the Middle", TACL 2024). All gold passages of the first `--store` lines are
+stored; for each of the first `--questions` questions, its own is looked for by the question, as `query_memory` does, and by
+BM25 (rank_bm25, on the same passages; lower case, words). With a backbone also by the cosine of mean last hidden states, by
+clues that the model writes with the compressed passages as its memory (recipe memorag), and by question and clues together.
+Nothing here is random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rank_bm25 import BM25Okapi
+
+from lmcode import LMCODE, LMCODEConfig, MemoryConfig, dist
+from lmcode.opening import open_model
+from lmcode.recipes.memorag import ask
+
+SMALLEST = LMCODEConfig(vocab_size=258, hidden_size=16, num_layers=1, num_heads=1, memory_head_dim=8, context_length=128)
+AT = (1, 5)
+
+
+def read(path: Path, count: int) -> tuple[list[str], list[str]]:
+    """Questions and their gold passages, as far as passages are distinct."""
+    questions, passages = [], []
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            gold = next(one for one in row["ctxs"] if one["isgold"])
+            passage = f"{gold['title']}. {gold['text']}"
+            if passage not in passages and len(passages) < count:
+                questions.append(row["question"])
+                passages.append(passage)
+    return questions, passages
+
+
+def tell(name: str, found: list[list[str]], passages: list[str], seconds: float) -> None:
+    shares = [sum(own in best[:k] for own, best in zip(passages, found, strict=False)) / len(found) for k in AT]
+    print(f"{name:<28}" + "".join(f"  {share:7.1%} at {k}" for k, share in zip(AT, shares, strict=True))
+          + f"  {seconds / len(found) * 1e3:8.1f} ms a question", flush=True)
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def embedding(model: object, text: str) -> torch.Tensor:
+    """The mean of the last hidden states of a text, normalised: [C]."""
+    ids = torch.tensor([model.tokenizer.encode(text)])  # type: ignore[attr-defined]
+    with torch.no_grad():
+        hidden = model.backbone.base_model(input_ids=ids).last_hidden_state[0].mean(0)  # type: ignore[attr-defined]
+    return torch.nn.functional.normalize(hidden, dim=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--backbone", help="folder of a transformers model")
+    parser.add_argument("--questions", type=int, default=10**6)
+    parser.add_argument("--store", type=int, default=10**6)
+    parser.add_argument("--clue-tokens", type=int, default=32)
+    arguments = parser.parse_args()
+    questions, passages = read(arguments.file, arguments.store)
+    asked = questions[:arguments.questions]
+    print(f"{len(passages):,} passages stored, {len(asked):,} questions")
+    if arguments.backbone:
+        model = open_model(arguments.backbone, ["model.recipe=memorag", f"memory.experience_slots={8 * len(passages)}",
+                                                "model.long_term_memory_slots=262144"]).model
+    else:
+        model = LMCODE(SMALLEST, memory=MemoryConfig(experience_slots=8 * len(passages)), group=dist.Group())
+    started = time.perf_counter()
+    model.store_experience(passages)
+    print(f"stored in {time.perf_counter() - started:.0f} s", flush=True)
+    bm25 = BM25Okapi([words(passage) for passage in passages])
+    ways: dict[str, Callable[[str], list[str]]] = {
+        "question": lambda question: [one.text for one in model.query_memory(question, top_k=max(AT))[0]],
+        "BM25": lambda question: bm25.get_top_n(words(question), passages, n=max(AT))}
+    if arguments.backbone:
+        table = torch.stack([embedding(model, passage) for passage in passages])
+        ways["embedding"] = lambda question: [passages[place] for place in
+                                              (table @ embedding(model, question)).topk(max(AT)).indices.tolist()]
+        for search in ("clues", "both"):
+            ways[search] = lambda question, search=search: [one.text for one in ask(  # type: ignore[misc]
+                model, question, search=search, top_k=max(AT), clue_tokens=arguments.clue_tokens, answer_tokens=0).passages]
+    for name, way in ways.items():
+        started = time.perf_counter()
+        found = [way(question) for question in asked]
+        tell(name, found, passages, time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()
