@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from lmcode.data.streams import StreamSampler
 from lmcode.dist import Group
 from lmcode.opening import make_model
 
+Stages = Sequence[tuple[Documents, float]]
 SHAPE = {"vocab_size": 768, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "context_length": 64, "memory_layers": (1,),
          "short_term_memory_size": 0, "memory_heads": 2, "memory_head_dim": 32, "memory_top_k": 16, "memory_bias": 0.0,
          "long_term_memory_slots": 8192}
@@ -70,11 +71,13 @@ class Learned:
     loss: float
 
 
-def learn(recipe: Recipe, stages: Sequence[tuple[Documents, float]], *, seed: int) -> Learned:
+def learn(recipe: Recipe, stages: Stages, *, seed: int,
+          watch: Callable[[int, Backbone], None] = lambda step, model: None) -> Learned:
     """Trains a model on documents, stage by stage; what is read stays in its banks.
 
     Args:
         stages: documents, read over and over, and the share of the steps that they take; the shares add up to 1.
+        watch: called before each step with its number and the model, which it must leave as it is.
     """
     torch.manual_seed(seed)
     shape, model = recipe.configs()[0], recipe.model_of().train()
@@ -85,6 +88,7 @@ def learn(recipe: Recipe, stages: Sequence[tuple[Documents, float]], *, seed: in
         sampler = StreamSampler(documents, streams=recipe.streams, sequence_length=shape.context_length, seed=seed,
                                 first_step=step, first_namespace=namespace)
         while step < end and not over(recipe, started):
+            watch(step, model)
             batch = sampler.batch(step)
             output = forward_batch(model, batch, state)
             loss = token_losses(output).sum() / max(1, batch.global_tokens)

@@ -86,6 +86,9 @@ MODES: dict[str, Callable[[Forks], dict[int, Retriever]]] = {
 }
 
 
+CLOSING = ("on", "off", "shuffled")  # the modes of the evaluation that ends a job: a draw takes longer than a search
+
+
 class Reading:
     """One pass of a model over the windows of some streams, in evaluation mode and without gradient.
 

@@ -26,6 +26,12 @@ SMALL_BANK = {"vocab_size": 768, "long_term_memory_slots": 4096}
 LARGE_BANK = {"vocab_size": 3072, "long_term_memory_slots": 16384}
 GLOBAL = {"scope": "global"}
 READ_BY_ALL = ("on", "off", "random")  # the modes of a global scope, in which another document's memory is everybody's
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "own values": {"model": {"successor_values": False}}, "one head": {"model": {"memory_heads": 1}},
+    "four heads": {"model": {"memory_heads": 4}}, "both layers": {"model": {"memory_layers": (0, 1)}},
+    "K = 4": {"model": {"memory_top_k": 4}}, "a read for 4 tokens": {"model": {"retrieval_stride": 4}},
+    "bias 0": {"model": {"memory_bias": 0.0}}, "no importance": {"memory": {"importance_weight": 0.0}},
+    "every 4th token": {"memory": {"write": "every_nth"}}, "the surprising quarter": {"memory": {"write": "surprise"}}}
 RETENTION_SLOTS = 1024  # of 8 streams with 16 facts each, which are 512 entries when read twice
 
 
@@ -56,7 +62,7 @@ def small(books: Path | None) -> dict[str, Trial | TextTrial]:
         "retention": Trial("facts that were read twice, after other writes, by policy of eviction", "tokens read since",
                            recipe, lessons, {n: KeyValueRecall(count=8, pairs=16, between=n, questions=16, rehearsed=16)
                                      for n in (0, 64, 128, 256, 1024)}, slots=RETENTION_SLOTS, modes=(), rivals=(),
-                           policies={name: {"eviction": name} for name in EVICTIONS},
+                           policies={f"eviction {name}": {"eviction": name} for name in EVICTIONS},
                            expected={"(1 - 8/N)^t": lambda t: (1 - 8 / RETENTION_SLOTS)**t}),
         "last value": Trial("the second value of keys that have two", "pairs", recipe,
                             ((NEAR, 0.3), (replace(NEAR, pairs=6, again=6, questions=6), 0.2),
@@ -71,6 +77,11 @@ def small(books: Path | None) -> dict[str, Trial | TextTrial]:
                          rivals=("no bank",)),
         "code": TextTrial("the source of Python's standard library", None, cache, text, sizes=(1024, 4096, 16384)),
     }
+    trials["one bank for all"] = TextTrial("code, one bank over all documents, those of training too", None, cache,
+                                           text.changed(memory=GLOBAL), modes=READ_BY_ALL, rivals=())
+    trials["ablations"] = TextTrial("code, with parts of the memory left out or changed", None, cache, text, modes=("on",),
+                                    rivals=("no bank",), variants={
+                                        name: text.changed(**changes) for name, changes in ABLATIONS.items()})
     if books is not None:
         trials["books"] = TextTrial("books", str(books), cache, text, sizes=(1024, 4096, 16384))
     return trials

@@ -4,9 +4,10 @@ per token, in all, on words that come back from beyond a window, far into a docu
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ class TextTrial:
 
     path: file, folder or glob; None: the default corpus, the standard library's source.
     sizes: slots of the bank that the trained model is asked with, beside those it was trained with.
+    variants: other models with a bank, by name.
     """
 
     title: str
@@ -37,6 +39,7 @@ class TextTrial:
     cache: Path
     recipe: Recipe
     sizes: Sequence[int] = ()
+    variants: Mapping[str, Recipe] = field(default_factory=dict)
     windows: int = 24
     streams: int = 8
     modes: Sequence[str] = tuple(MODES)
@@ -59,7 +62,7 @@ def run_text(name: str, trial: TextTrial, *, seeds: Iterable[int], say: Say = la
         for slots in trial.sizes:
             found += measured(name, trial, with_bank.model, corpus, words, f"bank of {slots} slots", seed, slots=slots)
         seconds: dict[str, float] = {}
-        for control, recipe in rivals(trial, with_bank, seconds):
+        for control, recipe in itertools.chain(trial.variants.items(), rivals(trial, with_bank, seconds)):
             rival = learn(recipe, [(corpus.train, 1.0)], seed=seed)
             seconds[control] = rival.seconds
             say(f"{name}, seed {seed}, {control}: {rival.steps} steps, {rival.seconds:.0f} s, loss {rival.loss:.4f}")

@@ -19,7 +19,7 @@ from lmcode.data.replay import ReplaySampler, keep_paused
 from lmcode.data.streams import Batch
 from lmcode.dist import Group, Rank
 from lmcode.eval.held_out import EvalResult, evaluate, void_controls
-from lmcode.eval.reading import MODES
+from lmcode.eval.reading import CLOSING
 from lmcode.files import durable
 from lmcode.jobs import network, preempt
 from lmcode.jobs.clock import Clock
@@ -284,7 +284,7 @@ def finish(session: Session, training_seconds: float) -> None:
     windows, void = session.config.eval.final_windows, {}
     if session.model.banks:
         void = void_controls(session.examined, scope=session.config.memory.scope, windows=windows)
-    modes = [mode for mode in MODES if mode not in void] if session.model.banks else ["on"]
+    modes = [mode for mode in CLOSING if mode not in void] if session.model.banks else ["on"]
     results = {mode: held_out_loss(session, mode, windows) for mode in modes}
     observe.log_evaluation(session, results)
     facts = summary.collect(session, results, void, training_seconds, session.saved or Path("none"))

@@ -124,12 +124,13 @@ def test_text_is_measured_beside_its_controls(monkeypatch: pytest.MonkeyPatch, t
         (tmp_path / f"{number}.txt").write_text(f"word number{number} comes {number * number} again; " * 9)
     recipe = TINY.changed(model={"vocab_size": 300, "context_length": 16})
     text = TextTrial("toy", str(tmp_path), tmp_path / "cache", recipe, sizes=(16,), windows=4, streams=2,
-                     modes=("on", "off"), rivals=("no bank",))
+                     modes=("on", "off"), rivals=("no bank",),
+                     variants={"one head": recipe.changed(model={"memory_heads": 1})})
     monkeypatch.setitem(suite.SUITES, "toys", (lambda _: {"words": text}, (0,)))
     result = run_suite("toys")
     controls = list(dict.fromkeys(one["control"] for one in result["measured"]))
-    assert controls == ["on", "off", "bank of 16 slots", "no bank"]
+    assert controls == ["on", "off", "bank of 16 slots", "one head", "no bank"]
     losses = {one["control"]: one["nats"] for one in result["measured"] if one["point"] == "all"}
-    assert all(0 < loss < 6 for loss in losses.values()) and len(set(losses.values())) == 4
+    assert all(0 < loss < 6 for loss in losses.values()) and len(set(losses.values())) == 5
     table = to_markdown(result)
     assert "| held-out tokens | all |" in table and f"{losses['on']:.4f}" in table

@@ -122,11 +122,11 @@ class LayerDecoder:
             self._short_term_out = product(layer.short_term.output)
         if layer.long_term_read is not None:
             read = layer.long_term_read
-            state_OC, tokens_OI = long_term_maps(read)
+            state_OC, tokens_OX = long_term_maps(read)
             self._long_term_in = Product(torch.cat([state_OC, read.gate.weight]),
                                          F.pad(read.gate.bias, (len(state_OC), 0)),
                                          norm=layer.long_term_norm, rows=rows, copy=copies)
-            self._long_term_tokens = None if tokens_OI is None else Product(tokens_OI, rows=rows, copy=copies)
+            self._long_term_tokens = None if tokens_OX is None else Product(tokens_OX, rows=rows, copy=copies)
             self._long_term_out = product(read.output)
             self._key_length_G1 = torch.cat([(-read.log_temperature_H.float()).exp(),
                                              torch.ones_like(read.log_temperature_H).float()])[:, None]
@@ -240,16 +240,16 @@ class LayerDecoder:
 def long_term_maps(read: LongTermRead) -> tuple[Tensor, Tensor | None]:
     """A long-term read's query, key and value as the sum of two linear maps, weights [3P, C] and [3P, I]: of the layer's
     normed state, and of the last tokens side by side; None where tokens give nothing."""
-    C, weight_OI = read.gate.in_features, read.query_key_value.weight
+    C, weight_OX = read.gate.in_features, read.query_key_value.weight
     if read.value is None and not read.key_tokens:
-        return weight_OI, None
-    state_OC, tokens_OI = weight_OI.split([C, weight_OI.shape[1] - C], dim=1)
+        return weight_OX, None
+    state_OC, tokens_OX = weight_OX.split([C, weight_OX.shape[1] - C], dim=1)
     if read.value is None:
-        return state_OC, tokens_OI
+        return state_OC, tokens_OX
     value_PC = read.value.weight
-    tokens_OI = torch.cat([F.pad(tokens_OI, (0, max(0, C - tokens_OI.shape[1]))),
-                           F.pad(value_PC, (0, max(0, tokens_OI.shape[1] - C)))])
-    return F.pad(state_OC, (0, 0, 0, len(value_PC))), tokens_OI
+    tokens_OX = torch.cat([F.pad(tokens_OX, (0, max(0, C - tokens_OX.shape[1]))),
+                           F.pad(value_PC, (0, max(0, tokens_OX.shape[1] - C)))])
+    return F.pad(state_OC, (0, 0, 0, len(value_PC))), tokens_OX
 
 
 def rotation_table(num_tokens: int, head_dim: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
