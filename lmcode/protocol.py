@@ -154,7 +154,7 @@ class Retriever(Protocol):
         ...
 
     def fetch(self, hits: Hits) -> tuple[Tensor, ...]:
-        """Keys and values of the hits, [H, N, K, D] each, zero where invalid; without gradient."""
+        """Keys and values of `hits`, fp32 [H, N, K, D] each, zero where invalid; without gradient."""
         ...
 
     def look_up(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -210,9 +210,8 @@ class NullRetriever(InTwoSteps):
         return torch.zeros_like(query_HND), torch.full((H, N), NO_SCORE, dtype=torch.float32, device=query_HND.device)
 
     def fetch(self, hits: Hits) -> tuple[Tensor, ...]:
-        """No keys and values: of width 0, as nobody has told it theirs."""
-        nothing_HNK0 = hits.score_HNK.new_zeros(*hits.score_HNK.shape, 0)
-        return nothing_HNK0, nothing_HNK0
+        """Nothing, hence of width 0."""
+        return (hits.score_HNK.new_zeros(*hits.score_HNK.shape, 0),) * 2
 
     def consolidate_memories(self, threshold: float = 0.1) -> ConsolidationReport:
         """There is nothing to merge. ValueError for a threshold that is not in (0, 2]."""

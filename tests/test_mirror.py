@@ -78,6 +78,7 @@ TESTED_IN = {
     "recipes/foreign": "recipes/test_attached",
     "recipes/joint": "recipes/test_camelot",
     "recipes/own_read": "recipes/test_attached",
+    "recipes/pool": "recipes/test_mplus",
     "recipes/recipe": "recipes/test_attached",
     "report/charts": "report/test_page",
     "report/facts": "report/test_page",

@@ -24,7 +24,7 @@ from lmcode.dist import Group, check_same
 from lmcode.memories.experiences import Namespace, namespace_number
 from lmcode.model.generation.generate import Generation, Prompts, padded_prompts
 from lmcode.model.generation.sampling import Decoding, next_token
-from lmcode.model.lm import LMCODEOutput, aligned_targets, next_token_loss, surprises
+from lmcode.model.lm import IGNORED, LMCODEOutput, aligned_targets, next_token_loss, surprises
 from lmcode.model.long_term import Window, merge_partials
 from lmcode.model.mode import in_eval_mode
 from lmcode.precision import without_autocast
@@ -240,18 +240,28 @@ class Attached(Backbone):
                                    pending_valid_B=state.pending_valid_B & ~reset_B)
         namespace_B = torch.arange(B, device=device) if namespace_B is None else namespace_B
         seen_BT = torch.ones_like(input_ids, dtype=torch.bool) if valid_BT is None else valid_BT
-        current = Pass(self._retrievers, namespace_B, document_B, seen_BT, reset_B, state, at_once=self._at_once)
+        current = Pass(self._retrievers, namespace_B, document_B, seen_BT, reset_B, state, self._at_once)
         logits_BTV = self._run(current, input_ids)
         loss = token_loss_BT = None
         target_BT = aligned_targets(labels, targets_BT, valid_BT)
         if target_BT is not None:
-            loss, token_loss_BT = next_token_loss(logits_BTV, target_BT)
+            loss, token_loss_BT = self._with_auxiliary(current, target_BT, *next_token_loss(logits_BTV, target_BT))
         known_BT = (torch.zeros(B, T, dtype=torch.float32, device=device) if token_loss_BT is None
                     else token_loss_BT.detach())
         window = Window(namespace_B, state.pending_valid_B, reset_B, valid_BT)
         surprise_BT, pending_surprise_B = surprises(known_BT, window, state)
         memory, after = self._after(current, surprise_BT, pending_surprise_B)
         return LMCODEOutput(logits_BTV, loss, token_loss_BT, after, memory)  # type: ignore[arg-type]  # its own state
+
+    def _with_auxiliary(self, current: Pass, target_BT: Tensor, loss: Tensor,
+                        token_loss_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """In training: losses of the same value that have the gradient of the recipe's own loss, too, at counted tokens."""
+        own_BT = self.recipe.auxiliary(current) if self.training and torch.is_grad_enabled() else None
+        if own_BT is None:
+            return loss, token_loss_BT
+        counted_BT = target_BT != IGNORED
+        silent_BT = (own_BT - own_BT.detach()).where(counted_BT, 0.0)
+        return loss + silent_BT.sum() / counted_BT.sum().clamp(min=1), token_loss_BT + silent_BT
 
     def _run(self, current: Pass, input_ids: Tensor) -> Tensor:
         """The logits of the backbone over a window at the places behind the carried row."""

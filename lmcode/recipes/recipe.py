@@ -43,11 +43,11 @@ class Pass:
         retrievers: who answers, by layer.
         namespace_B, document_B, valid_BT: as in `Backbone.forward`; of a call in transformers' manner [B], None, [B, T].
         reset_B: bool, streams that start a document here, or None.
+        at_once: texts are read to be stored: no row is carried, and whole windows leave it.
         state: what the streams carried here; None in a call in transformers' manner, which keeps its past in its own cache.
         tables, row_tables: of rotation, for the tokens of this window and for the row that was carried here.
         own: by layer, keys before their rotation and values of this window's tokens, detached: [B, H, T, D].
         tapes: by layer, as in our own model.
-        at_once: whether texts are being stored: whole windows are then offered, and no row is carried.
         notes: whatever the recipe keeps for the length of the pass.
     """
 
@@ -57,12 +57,12 @@ class Pass:
     valid_BT: Tensor
     reset_B: Tensor | None = None
     state: Carried | None = None
+    at_once: bool = False
     tables: Tables | None = None
     row_tables: Tables | None = None
     own: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     tapes: dict[int, ReadTape] = field(default_factory=dict)
     notes: dict[Any, Any] = field(default_factory=dict)
-    at_once: bool = False
     attend: Any = None  # what `foreign.attend` calls
 
     def tape(self, layer: int) -> ReadTape:
@@ -157,6 +157,11 @@ class Recipe(nn.Module, ABC):
     def after_model(self, hidden_BTC: Tensor, current: Pass) -> Tensor:
         """What the head is given: the last hidden states, normalised."""
         return hidden_BTC
+
+    def auxiliary(self, current: Pass) -> Tensor | None:
+        """A loss at each token, fp32 [B, T], that trains what the loss of the tokens does not; asked for in training only.
+        Its gradient is added to theirs, and their value is left as it is."""
+        return None
 
     @abstractmethod
     def offered(self, layer: int, current: Pass, left: Left, known_BT: Tensor) -> Candidates:

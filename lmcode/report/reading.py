@@ -158,12 +158,14 @@ class _Reader:
     def _commit(self, fork: LongTermMemory, memory: LayerMemory, place_BT: np.ndarray, layer: int, step: int) -> None:
         """Writes what a training step would write, and notes which token each new entry's key came from."""
         candidates, first = memory.candidates, fork.next_id
+        # Hits are not booked: with all ranks reading the same text, each would count once per rank.
+        fork.commit([only_once(candidates, fork)], [], step=step)
+        if not self.model.offers_by_token:
+            return
         valid_N = candidates.valid_N.cpu().numpy()
         chosen_E = choose(candidates.surprise_N.cpu().numpy()[valid_N], fork.config)
         place_E = place_BT.reshape(-1, 2)[valid_N][chosen_E]
-        # Hits are not booked: with all ranks reading the same text, each would count once per rank.
-        fork.commit([only_once(candidates, fork)], [], step=step)
-        for number, (document, token) in enumerate(place_E.tolist() if self.model.offers_by_token else []):
+        for number, (document, token) in enumerate(place_E.tolist()):
             self.origin[layer][first + number] = Place(document, token - self.model.config.successor_values)
 
     def result(self, tokenizer: Tokenizer | None) -> Reading:

@@ -34,7 +34,8 @@ FAMILIES: dict[str, functools.partial[PretrainedConfig]] = {
 }
 # What differs between recipes in a test: a new recipe joins by a line.
 OPTIONS: dict[str, dict[str, Any]] = {"camelot": {"memory_bias": 0.0}, "lmcode": {"memory_bias": 0.0},
-                                     "longmem": {}, "memorag": {"ratio": 3}}
+                                     "longmem": {}, "memorag": {"ratio": 3},
+                                     "mplus": {"memory_bias": 0.0, "pool": 8, "compressed": 4}}
 assert set(OPTIONS) == set(RECIPES)
 
 
