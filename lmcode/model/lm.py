@@ -75,8 +75,8 @@ def begin_read(read: LongTermRead, config: LMCODEConfig) -> None:
     nn.init.constant_(read.log_temperature_H, math.log(config.memory_temperature))
     nn.init.constant_(read.retrieved_bias_H, config.memory_bias)
     nn.init.zeros_(read.null_logit_H)
-    query_PI, key_PI = read.query_key_value.weight.chunk(3 if read.value is None else 2)[:2]
-    query_PI.copy_(key_PI)
+    query_XC, key_XC = read.query_key_value.weight.chunk(3 if read.value is None else 2)[:2]
+    query_XC.copy_(key_XC)
     if read.value is not None:
         # What is read points to where the tied head looks for it, so that a hit raises its token's logit at once.
         nn.init.normal_(read.value.weight, std=config.hidden_size ** -0.5)

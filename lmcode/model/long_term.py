@@ -295,10 +295,10 @@ class LongTermRead(nn.Module):
         B, T, _ = x_BTC.shape
         if self.key_tokens:
             x_BTC = torch.cat([x_BTC, *last_tokens(embeddings(window), self.key_tokens, window.piece_BT)], dim=-1)
-        qkv_BTO = self.query_key_value(x_BTC)
+        qkv_BTX = self.query_key_value(x_BTC)
         if self.value is not None:
-            qkv_BTO = torch.cat([qkv_BTO, self.value(embeddings(window))], dim=-1)
-        qkv_BTPHD = qkv_BTO.float().view(B, T, 3, self.num_heads, self.head_dim)
+            qkv_BTX = torch.cat([qkv_BTX, self.value(embeddings(window))], dim=-1)
+        qkv_BTPHD = qkv_BTX.float().view(B, T, 3, self.num_heads, self.head_dim)
         query_HBTD, key_HBTD, value_HBTD = qkv_BTPHD.permute(2, 3, 0, 1, 4).contiguous()
         temperature_H = self.log_temperature_H.float().exp()
         query_HBTD = F.normalize(query_HBTD, dim=-1) * temperature_H[:, None, None, None]

@@ -221,8 +221,8 @@ def asked(memory: LayerMemory, place_BT: np.ndarray, valid_BT: np.ndarray, strid
 
 def by_token(part_HN: Tensor, tokens: int) -> Tensor:
     """What was asked, [H, N, ...], as [H, tokens, G, ...], where G query heads of a token share a memory head."""
-    asked_HTG: Tensor = part_HN.unflatten(1, (tokens, -1))
-    return asked_HTG
+    asked_HTX: Tensor = part_HN.unflatten(1, (tokens, -1))
+    return asked_HTX
 
 
 def summary(one: Asked, origin: dict[int, Place], documents: Documents) -> LayerReading:
