@@ -7,6 +7,7 @@ tensors, their bytes little-endian, one behind the other. https://huggingface.co
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,17 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Map
         header[name] = {"dtype": KINDS[one.dtype], "shape": list(one.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        _write_all(handle, struct.pack("<Q", len(text)) + text)
         for name in order:
-            file.write(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            _write_all(handle, tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    finally:
+        os.close(handle)
+
+
+def _write_all(handle: int, data: bytes | memoryview) -> None:
+    """One call of `os.write` may take a part of it only."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(handle, rest):]
