@@ -22,6 +22,8 @@ from tests.helpers.ranks import run_on_ranks
 from tests.helpers.recipe_models import FAMILIES, OPTIONS, attached, plain, read, tokens
 
 EVERY = [(family, recipe) for family in FAMILIES for recipe in RECIPES]
+# Rotated positions and learned ones, grouped heads and plain; every other family with one recipe.
+SOME = [(family, recipe) for family, recipe in EVERY if family in ("llama", "gpt2") or recipe == "camelot"]
 
 
 @pytest.mark.parametrize(("family", "recipe"), EVERY)
@@ -41,7 +43,7 @@ def test_windows_with_a_cache_that_holds_all_are_one_window(family: str) -> None
     assert not any(bool(one.candidates.valid_N.any()) for output in outputs for one in output.memory.values())
 
 
-@pytest.mark.parametrize(("family", "recipe"), EVERY)
+@pytest.mark.parametrize(("family", "recipe"), SOME)
 def test_a_memory_changes_what_is_read_and_no_token_sees_a_later_one(family: str, recipe: str) -> None:
     """In our way: windows, carried rows, entries that were written between them."""
     ids_BT, changed_at = tokens(2, 48), 37
@@ -56,7 +58,7 @@ def test_a_memory_changes_what_is_read_and_no_token_sees_a_later_one(family: str
     assert all(bool(one.hits.valid_HNK.any()) for one in outputs[-1].memory.values())
 
 
-@pytest.mark.parametrize(("family", "recipe"), EVERY)
+@pytest.mark.parametrize(("family", "recipe"), SOME)
 def test_no_token_sees_a_later_one_in_a_call_of_transformers(family: str, recipe: str) -> None:
     model, ids_BT = attached(family, recipe), tokens(2, 20)
     empty_BTV = model(ids_BT).logits
@@ -69,7 +71,7 @@ def test_no_token_sees_a_later_one_in_a_call_of_transformers(family: str, recipe
     assert not torch.allclose(logits_BTV, empty_BTV, atol=1e-4), "the memory is read"
 
 
-@pytest.mark.parametrize(("family", "recipe"), EVERY)
+@pytest.mark.parametrize(("family", "recipe"), SOME)
 def test_texts_are_written_alike_with_a_cache_without_and_among_others(family: str, recipe: str) -> None:
     model = attached(family, recipe)
     model.lmcode.store_experience(tokens(3, 30, seed=1))
