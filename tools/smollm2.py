@@ -47,6 +47,9 @@ def main() -> int:
     if (arguments.folder / "config.json").exists():
         print(f"'{arguments.folder}' already holds a model")
         return 0
+    if arguments.folder.exists() and not (arguments.folder.is_dir() and not any(arguments.folder.iterdir())):
+        print(f"'{arguments.folder}' holds something else, and is not changed: give a new or empty folder", file=sys.stderr)
+        return 2
     try:
         convert(arguments.folder)
     except FileNotFoundError as error:

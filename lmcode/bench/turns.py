@@ -14,6 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lmcode.files import durable
+from lmcode.version import MADE_BY
+
 
 class Spent(NamedTuple):
     """Seconds on the wall, and of processors; of one call, or medians."""
@@ -66,5 +69,5 @@ def write_json(path: Path, settings: Mapping[str, Any], rows: Sequence[Mapping[s
 
     about = {"machine": platform.machine(), "processor": platform.processor(), "python": platform.python_version(),
              "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
-    path.write_text(json.dumps({"settings": dict(settings), "about": about, "rows": [dict(row) for row in rows]}, indent=1,
-                               default=str), encoding="utf-8")
+    content = {"made_by": MADE_BY, "settings": dict(settings), "about": about, "rows": [dict(row) for row in rows]}
+    durable.replace_text(path, json.dumps(content, indent=1, default=str))

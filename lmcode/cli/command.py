@@ -358,12 +358,14 @@ def run_suite(arguments: argparse.Namespace) -> int:
     """`lmcode eval --suite`."""
     from lmcode.dist import discover
     from lmcode.eval import suite
-    from lmcode.report.suite import write_suite
+    from lmcode.report.suite import check_folder, write_suite
 
     if [arguments.path, arguments.task, arguments.windows, arguments.recipe] != [None] * 4 or arguments.overrides:
         raise ConfigError("a suite trains its own models: --suite takes no run, task, windows, recipe or settings")
     if discover().world_size > 1:
         raise ConfigError("a suite trains its models on one process: start it without a launcher")
+    if arguments.out is not None:
+        check_folder(arguments.out)  # before what takes an hour
     result = suite.run_suite(arguments.suite, only=arguments.trial, seeds=arguments.seed, books=arguments.books,
                              say=lambda line: print(line, file=sys.stderr, flush=True))
     if arguments.out is not None:

@@ -18,7 +18,7 @@ from lmcode.eval.tasks.shared import SharedFacts
 from lmcode.eval.texts import SHAPE as TEXT_SHAPE
 from lmcode.eval.texts import TextTrial, run_text
 from lmcode.eval.trial import Measured, Say, Summary, Taught, Trial, run_trial, summarised
-from lmcode.version import __version__
+from lmcode.version import MADE_BY, __version__
 
 NEAR = KeyValueRecall(count=400, pairs=8, between=0, questions=8)  # within one window: a head learns what to look for
 FAR = KeyValueRecall(count=200, pairs=32, between=64, questions=32)  # beyond it
@@ -120,8 +120,8 @@ def run_suite(name: str, *, only: Sequence[str] = (), seeds: Sequence[int] | Non
     chosen = {one: trials[one] for one in trials if not only or one in only}
     known: Taught = {}
     found = [one for key, trial in chosen.items() for one in run_one(key, trial, seeds=seeds, say=say, known=known)]
-    return {"suite": name, "version": __version__, "torch": torch.__version__, "machine": platform.machine(),
-            "threads": torch.get_num_threads(), "seeds": list(seeds),
+    return {"made_by": MADE_BY, "suite": name, "version": __version__, "torch": torch.__version__,
+            "machine": platform.machine(), "threads": torch.get_num_threads(), "seeds": list(seeds),
             "trials": {key: {"title": trial.title, "varied": trial.varied, "target": trial.target,
                              "unit": "nats" if isinstance(trial, TextTrial) else "share"} for key, trial in chosen.items()},
             "measured": [one._asdict() for one in found]}

@@ -19,6 +19,11 @@ from pathlib import Path
 from lmcode.files.durable import sync
 
 
+def is_free(path: Path, mark: str) -> bool:
+    """Whether a file may be written here: nothing lies here, or something that holds the mark of this program."""
+    return not os.path.lexists(path) or mark.encode() in path.read_bytes()
+
+
 def beside(path: Path) -> Path:
     """The folder in which something is made ready for `path`."""
     return path.with_name(f".{path.name}.saving")

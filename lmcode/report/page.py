@@ -15,8 +15,8 @@ from lmcode.report.markup import Markup, element, empty, figure, join, number, p
 from lmcode.report.reading import Example, ShownHit
 from lmcode.report.sections import bank_charts, capacity_section, gates_section, training_section, usage_charts
 from lmcode.report.style import CSS
+from lmcode.version import MADE_BY
 
-MADE_BY = "Made by LMCODE."
 EXCERPT = 160  # characters of an experience's text that are shown
 
 

@@ -7,7 +7,6 @@ returned, a script calls `savefig`, and every function writes the file itself if
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmcode.config import near_match
+from lmcode.files.replace import is_free
 from lmcode.memories.experiences import Namespace
 from lmcode.report.history import Curves, curves_of
 
@@ -62,7 +62,7 @@ def finish(figure: Figure, path: str | Path | None) -> Figure:
         if kind not in known:
             raise ValueError(f"a figure is written as one of {', '.join(sorted(known))}: got '{path}'."
                              f"{near_match(kind, known)}")
-        if os.path.lexists(path) and MADE_BY.encode() not in Path(path).read_bytes():
+        if not is_free(Path(path), MADE_BY):
             raise ValueError(f"'{path}' exists and was not drawn by this program: give another file")
         figure.savefig(path, metadata={SAYS_WHO[kind]: MADE_BY} if kind in SAYS_WHO else None)
     return figure

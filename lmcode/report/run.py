@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,14 @@ from lmcode.data.tokenizer import Tokenizer
 from lmcode.dist import Group, on_rank_0
 from lmcode.eval.documents import OTHER_CORPUS, held_out_documents
 from lmcode.files import durable
+from lmcode.files.replace import is_free
 from lmcode.opening import Opened, open_model
 from lmcode.report.facts import gather
 from lmcode.report.history import curves_of, read_metrics, tagged
-from lmcode.report.page import MADE_BY, render
+from lmcode.report.page import render
 from lmcode.report.sequences import token_sequences
 from lmcode.saved.places import Kind
+from lmcode.version import MADE_BY
 
 log = logging.getLogger("lmcode")
 MOST_DOCUMENTS = 64  # held-out documents that are looked at
@@ -107,7 +108,7 @@ def write_page(path: Path, page: str) -> None:
     """
     path = path.resolve()
     try:
-        if os.path.lexists(path) and MADE_BY.encode() not in path.read_bytes():
+        if not is_free(path, MADE_BY):
             raise ConfigError(f"'{path}' exists and is no report of this program: give another file")
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.replace_text(path, page)

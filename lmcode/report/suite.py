@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lmcode.config import ConfigError
 from lmcode.eval.suite import measured_in, pointed, shown, to_markdown, worded
 from lmcode.eval.trial import summarised
 from lmcode.files import durable
+from lmcode.files.replace import is_free
 from lmcode.report.charts import Line, line_chart
 from lmcode.report.markup import Markup, element, figure, join, table
-from lmcode.report.page import MADE_BY
 from lmcode.report.style import CSS
+from lmcode.version import MADE_BY
 
+FILES = ("results.json", "results.md", "index.html")
 UNITS = {"share": "Share of answers that are right, in per cent", "nats": "Held-out loss, nats per token"}
 
 
@@ -53,8 +56,30 @@ def trial_section(result: Mapping[str, Any], name: str) -> Markup:
 
 
 def write_suite(result: Mapping[str, Any], folder: Path) -> None:
-    """results.json, results.md and index.html in `folder`, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    durable.replace_text(folder / "results.json", json.dumps(result, indent=1))
-    durable.replace_text(folder / "results.md", to_markdown(result) + "\n")
-    durable.replace_text(folder / "index.html", render_suite(result))
+    """results.json, results.md and index.html in `folder`, each whole or not at all.
+
+    Raises:
+        ConfigError: as `check_folder`.
+    """
+    check_folder(folder)
+    texts = json.dumps(result, indent=1), f"{to_markdown(result)}\n{MADE_BY}\n", render_suite(result)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in zip(FILES, texts, strict=True):
+            durable.replace_text(folder / name, text)
+    except OSError as error:
+        raise ConfigError(f"the suite's results cannot be written to '{folder}': {error.strerror or error}") from None
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder in which the results of a suite would replace what this program has not written.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    try:
+        theirs = [name for name in FILES if not is_free(folder / name, MADE_BY)]
+    except OSError as error:
+        raise ConfigError(f"the suite's results cannot be written to '{folder}': {error.strerror or error}") from None
+    if theirs:
+        raise ConfigError(f"'{folder / theirs[0]}' exists and is no result of this program: give another folder")

@@ -40,6 +40,13 @@ def test_what_cannot_be_measured_is_refused(words: list[str], message: str, caps
     assert message in capsys.readouterr().err
 
 
+def test_a_file_of_somebody_else_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.json").write_text('{"mine": 1}')
+    assert main(["bench", "search", "--rows", "1000", "--out", str(tmp_path / "notes.json")]) == BAD_USAGE
+    assert "is no result of lmcode bench" in capsys.readouterr().err
+    assert (tmp_path / "notes.json").read_text() == '{"mine": 1}'
+
+
 def test_recall_counts_equals_and_misses() -> None:
     key, query = random_vectors(40, 3, 8, seed=0)
     key[7] = key[3]

@@ -17,21 +17,24 @@ from lmcode.data.corpus import prepare_corpus
 from lmcode.dist import Group
 from lmcode.doctor.folder import file_system_rows
 from lmcode.files import commit, durable, replace
-from lmcode.report.page import MADE_BY
 from lmcode.report.plots import plot_training_history
 from lmcode.report.run import write_page
+from lmcode.report.suite import write_suite
 from lmcode.train import path_checkpoint, resuming
 from lmcode.train.start import open_run, record_in
+from lmcode.version import MADE_BY
 from tests.helpers.folders import everything, lay_out
 
 CONFIG = LMCODEConfig(vocab_size=300, hidden_size=16, num_layers=1, num_heads=2, context_length=16, short_term_memory_size=2,
                       short_term_dim=8, long_term_memory_slots=64, memory_head_dim=8, memory_top_k=4)
+SUITE = {"made_by": MADE_BY, "suite": "toys", "version": "0", "torch": "0", "threads": 1, "seeds": [0], "trials": {},
+         "measured": []}
 ALWAYS = (".git/HEAD", "thesis/ch1.tex", "checkpoint-4/model.safetensors", ".hidden", "banks/mine",
           "checkpoints/.cache.tmp/x", "checkpoints/by-hand/notes", "a-dangling-link")
 IN_THE_WAY = ("README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
               "lmcode_files.json", "banks/layer-00/shard-00000.safetensors", "index.html", "figure.png", "figure.jpg",
-              "config.yaml", "ds_config.json", "metrics.jsonl", "summary.txt", "writer.lock", "experiences.jsonl",
-              "checkpoints/step-00000001/notes", "manifest.json")
+              "results.json", "results.md", "config.yaml", "ds_config.json", "metrics.jsonl", "summary.txt", "writer.lock",
+              "experiences.jsonl", "checkpoints/step-00000001/notes", "manifest.json")
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +108,7 @@ ACTIONS: dict[str, Callable[[LMCODE, Path], object]] = {
     "save_pretrained and memory add": save_and_add,
     "tokenizer": lambda model, folder: model.tokenizer.save(folder),
     "report": lambda model, folder: write_page(folder / "index.html", f"<p>{MADE_BY}</p>"),
+    "suite": lambda model, folder: write_suite(SUITE, folder),
     "figure": lambda model, folder: plot_training_history([{"step": 1, "loss": 1.0}], path=folder / "figure.png"),
     "figure without a note": lambda model, folder: plot_training_history([{"step": 1, "loss": 1.0}],
                                                                          path=folder / "figure.jpg"),
