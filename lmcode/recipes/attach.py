@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lmcode.backbone_config import described, sizes_of
+from lmcode.backbone_config import described, recipe_of, sizes_of
 from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, build, near_match
 from lmcode.dist import Group
 from lmcode.recipes import foreign
@@ -47,8 +47,6 @@ def attach(model: Any, recipe: str = "camelot", *, memory: dict[str, Any] | Memo
 
 def config_for(model: Any, recipe: str, options: dict[str, Any]) -> LMCODEConfig:
     """The settings of a model with a recipe. ConfigError for those that do not fit."""
-    from lmcode.backbone_config import recipe_of
-
     own = recipe_of(recipe).Options.model_fields
     known = [*own, *LMCODEConfig.model_fields]
     for name in options:

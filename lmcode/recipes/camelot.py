@@ -14,11 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lmcode.config import ConfigError
 from lmcode.protocol import NO_SCORE, Candidates, NullRetriever
 from lmcode.recipes import recipe
-from lmcode.recipes.joint import answers_of, per_query, queries_of, share_per_query
-from lmcode.recipes.recipe import Left, Pass
+from lmcode.recipes.joint import answers_of, queries_of
+from lmcode.recipes.recipe import Left, Pass, check_settings
 
 
 class Options(recipe.Options):
@@ -42,11 +41,8 @@ class Camelot(recipe.Recipe):
 
     @staticmethod
     def check(model: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
-        for name, wanted in (("memory_heads", sizes["kv_heads"]), ("memory_head_dim", sizes["head_dim"]),
-                             ("retrieval_stride", 1), ("successor_values", False)):
-            if model.get(name, wanted) != wanted:
-                raise ConfigError(f"with the recipe camelot model.{name} must be {wanted!r} for this backbone: got "
-                                  f"{model[name]!r}")
+        check_settings("camelot", model, {"memory_heads": sizes["kv_heads"], "memory_head_dim": sizes["head_dim"],
+                                          "retrieval_stride": 1, "successor_values": False})
 
     def recall(self, layer: int, query_BQTD: Tensor, current: Pass, *, scaling: float) -> tuple[Tensor, Tensor] | None:
         """The slots nearest to each query, under a softmax of their own, with its log-sum-exp."""
@@ -70,19 +66,10 @@ class Camelot(recipe.Recipe):
         return (answers_of(value_HND.float(), query_BQTD), answers_of(lse_HN.unsqueeze(-1), query_BQTD).squeeze(-1))
 
     def joined(self, layer: int, share_BQT: Tensor, current: Pass) -> None:
-        share_HN = share_per_query(share_BQT.float(), self.config.memory_heads)
-        valid_N = per_query(current.valid_BT, share_HN.shape[1] // current.valid_BT.numel())
-        current.tape(layer).record(share_HN=share_HN, credit_HN=share_HN.where(valid_N, 0.0),
-                                   null_share_HN=torch.zeros_like(share_HN),
-                                   gate_BT=torch.ones_like(current.valid_BT, dtype=torch.float32))
+        open_BT = torch.ones_like(current.valid_BT, dtype=torch.float32)
+        current.record_share(layer, share_BQT.float(), open_BT, self.config.memory_heads)
 
     def offered(self, layer: int, current: Pass, left: Left, known_BT: Tensor) -> Candidates:
         """What has left the row, keys scaled as the attention scales its logits."""
-        B, T = left.valid_BT.shape
         scaling: Any = self.anatomy.attention(layer).scaling
-        namespace_BT = current.namespace_B[:, None].expand(B, T)
-        document_B = torch.full_like(current.namespace_B, -1) if current.document_B is None else current.document_B
-        return Candidates((left.key_BHTD.float() * scaling).transpose(0, 1).flatten(1, 2),
-                          left.value_BHTD.float().transpose(0, 1).flatten(1, 2), namespace_BT.flatten(),
-                          left.surprise_BT.flatten(), (left.valid_BT & (namespace_BT >= 0)).flatten(),
-                          document_B[:, None].expand(B, T).flatten())
+        return current.candidates(left.key_BHTD.float() * scaling, left.value_BHTD.float(), left.surprise_BT, left.valid_BT)

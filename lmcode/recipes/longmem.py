@@ -24,8 +24,8 @@ from lmcode.protocol import Candidates, NullRetriever
 from lmcode.recipes import foreign, recipe
 from lmcode.recipes.anatomy import Anatomy
 from lmcode.recipes.chunks import Waiting, attend_chunks, chunk_query, in_chunks
-from lmcode.recipes.joint import answers_of, per_query, queries_of, share_per_query
-from lmcode.recipes.recipe import Left, Pass
+from lmcode.recipes.joint import answers_of, queries_of
+from lmcode.recipes.recipe import Left, Pass, check_settings
 
 RETRIEVED = 64  # tokens that a query finds, in the paper
 REMEMBERED = 65536  # tokens that its memory holds
@@ -90,11 +90,8 @@ class LongMem(recipe.Recipe):
     @staticmethod
     def check(model: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
         width = model["recipe_options"]["chunk"] * sizes["head_dim"]
-        for name, wanted in (("memory_heads", sizes["kv_heads"]), ("memory_head_dim", width), ("retrieval_stride", 1),
-                             ("successor_values", False)):
-            if model.get(name, wanted) != wanted:
-                raise ConfigError(f"with the recipe longmem model.{name} must be {wanted!r} for this backbone: got "
-                                  f"{model[name]!r}")
+        check_settings("longmem", model, {"memory_heads": sizes["kv_heads"], "memory_head_dim": width, "retrieval_stride": 1,
+                                          "successor_values": False})
         layers = model["memory_layers"]
         if layers == "all" or len(layers) != 1:
             raise ConfigError("with the recipe longmem model.memory_layers must be one layer, whose keys and values are "
@@ -153,12 +150,8 @@ class LongMem(recipe.Recipe):
         return answers_of(value_HND, query_BQTD), answers_of(found_HN1, query_BQTD).squeeze(-1)
 
     def _record(self, share_BQT: Tensor, current: Pass) -> None:
-        share_HN = share_per_query(share_BQT, self.config.memory_heads)
-        valid_N = per_query(current.valid_BT, share_HN.shape[1] // current.valid_BT.numel())
         gate = torch.sigmoid(self.memory_gate_Q.detach().float()).mean()
-        current.tape(self.memory_layer).record(
-            share_HN=share_HN, credit_HN=share_HN.where(valid_N, 0.0), null_share_HN=torch.zeros_like(share_HN),
-            gate_BT=gate.expand_as(current.valid_BT))
+        current.record_share(self.memory_layer, share_BQT, gate.expand_as(current.valid_BT), self.config.memory_heads)
 
     # What is stored
 
@@ -172,12 +165,7 @@ class LongMem(recipe.Recipe):
             waiting = waiting._replace(count_B=waiting.count_B.masked_fill(current.reset_B, 0))
         made, current.notes[STAYED] = in_chunks(waiting, replace(left, key_BHTD=left.key_BHTD * scaling),
                                                 chunk=self.options.chunk, fill_up=current.at_once)
-        B, N = made.valid_BN.shape
-        namespace_BN = current.namespace_B[:, None].expand(B, N)
-        document_B = torch.full_like(current.namespace_B, -1) if current.document_B is None else current.document_B
-        return Candidates(made.key_BHNX.transpose(0, 1).flatten(1, 2), made.value_BHNX.transpose(0, 1).flatten(1, 2),
-                          namespace_BN.flatten(), made.surprise_BN.flatten(),
-                          (made.valid_BN & (namespace_BN >= 0)).flatten(), document_B[:, None].expand(B, N).flatten())
+        return current.candidates(made.key_BHNX, made.value_BHNX, made.surprise_BN, made.valid_BN)
 
     def blank_state(self, num_streams: int, device: torch.device | None) -> tuple[Tensor, ...]:
         B, H, W, D = num_streams, self.anatomy.sizes["kv_heads"], self.options.chunk - 1, self.anatomy.sizes["head_dim"]

@@ -19,16 +19,16 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lmcode.config import ConfigError, LMCODEConfig
+from lmcode.config import LMCODEConfig
 from lmcode.model.long_term import merge_partials
 from lmcode.precision import without_autocast
 from lmcode.protocol import NO_SCORE, Candidates, Hits, NullRetriever
 from lmcode.recipes import recipe
 from lmcode.recipes.anatomy import Anatomy
 from lmcode.recipes.carried import pick
-from lmcode.recipes.joint import attend_own, per_query, queries_of, share_per_query
+from lmcode.recipes.joint import attend_own, queries_of, share_per_query
 from lmcode.recipes.pool import draws, filled, first, last_of, renewed
-from lmcode.recipes.recipe import Left, Pass
+from lmcode.recipes.recipe import Left, Pass, check_settings
 
 
 class Options(recipe.Options):
@@ -84,11 +84,8 @@ class MPlus(recipe.Recipe):
 
     @staticmethod
     def check(model: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
-        for name, wanted in (("memory_heads", sizes["kv_heads"]), ("memory_head_dim", 2 * sizes["head_dim"]),
-                             ("retrieval_stride", 1), ("successor_values", False)):
-            if model.get(name, wanted) != wanted:
-                raise ConfigError(f"with the recipe mplus model.{name} must be {wanted!r} for this backbone: got "
-                                  f"{model[name]!r}")
+        check_settings("mplus", model, {"memory_heads": sizes["kv_heads"], "memory_head_dim": 2 * sizes["head_dim"],
+                                        "retrieval_stride": 1, "successor_values": False})
 
     # Reading
 
@@ -133,19 +130,16 @@ class MPlus(recipe.Recipe):
     @torch.no_grad()
     def _hits(self, layer: int, query_BQTD: Tensor, current: Pass) -> Hits:
         """What the retriever finds for each token and key-value head, N = B * T; it is asked once in a pass."""
-        tape, (B, _, T, D) = current.tape(layer), query_BQTD.shape
+        tape, D = current.tape(layer), query_BQTD.shape[-1]
         if tape.hits is None:
             query_HND = queries_of(self._asked(layer, query_BQTD), self.config.memory_heads)
-            namespace_N = per_query(current.namespace_B[:, None].expand(B, T).where(current.valid_BT, -1), 1)
-            document_N = None if current.document_B is None else per_query(current.document_B[:, None].expand(B, T), 1)
-            tape.record(hits=current.retrievers[layer].search(F.pad(query_HND, (0, D)), namespace_N, document_N))
+            tape.record(hits=current.retrievers[layer].search(F.pad(query_HND, (0, D)), *current.asking(1)))
         assert tape.hits is not None
         return tape.hits
 
     def _asked(self, layer: int, query_BQTD: Tensor) -> Tensor:
         """The retriever's queries, one for each token and key-value head: [B, H, T, D]."""
-        distance = torch.full((1, 1), self.options.distance, device=query_BQTD.device)
-        far_BQTD = self.anatomy.rotate(query_BQTD, self.anatomy.tables(distance, query_BQTD))
+        far_BQTD = self.anatomy.at_distance(query_BQTD, self.options.distance)
         grouped_BHTGD = far_BQTD.unflatten(1, (self.config.memory_heads, -1)).transpose(2, 3)
         asked_BHTD: Tensor = self.queries[str(layer)](grouped_BHTGD.flatten(3))
         return asked_BHTD
@@ -186,7 +180,6 @@ class MPlus(recipe.Recipe):
 
     def offered(self, layer: int, current: Pass, left: Left, known_BT: Tensor) -> Candidates:
         """What the pool drops for the last tokens of what has left the row; those themselves where nobody carries a pool."""
-        B, T = left.valid_BT.shape
         pool_key_BHND, pool_value_BHND, pool_surprise_BN = self._carried(layer, current)
         place_BT, valid_BT = self._renew(layer, current, left)
         scaling: Any = self.anatomy.attention(layer).scaling
@@ -194,12 +187,7 @@ class MPlus(recipe.Recipe):
         value_BHTD = pick(pool_value_BHND, left.value_BHTD, place_BT).float()
         surprise_BT = torch.cat([pool_surprise_BN, left.surprise_BT], dim=1).gather(1, place_BT)
         sought_BHTX = F.pad(self.keys[str(layer)](key_BHTD), (0, key_BHTD.shape[-1]))
-        namespace_BT = current.namespace_B[:, None].expand(B, T)
-        document_B = torch.full_like(current.namespace_B, -1) if current.document_B is None else current.document_B
-        return Candidates(sought_BHTX.transpose(0, 1).flatten(1, 2),
-                          torch.cat([key_BHTD, value_BHTD], dim=-1).transpose(0, 1).flatten(1, 2), namespace_BT.flatten(),
-                          surprise_BT.flatten(), (valid_BT & (namespace_BT >= 0)).flatten(),
-                          document_B[:, None].expand(B, T).flatten())
+        return current.candidates(sought_BHTX, torch.cat([key_BHTD, value_BHTD], dim=-1), surprise_BT, valid_BT)
 
     def _renew(self, layer: int, current: Pass, left: Left) -> tuple[Tensor, Tensor]:
         """Notes the layer's pool as it is from now on. Returns the tokens that go to the bank: places in pool and `left`

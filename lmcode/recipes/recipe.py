@@ -18,12 +18,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmcode.config import LMCODEConfig, Section
+from lmcode.config import ConfigError, LMCODEConfig, Section
 from lmcode.model.long_term import ReadTape
 from lmcode.protocol import Candidates, Retriever
 from lmcode.recipes.anatomy import Anatomy, Tables
 from lmcode.recipes.carried import Carried
-from lmcode.recipes.joint import per_query
+from lmcode.recipes.joint import per_query, share_per_query
 
 
 class Options(Section):
@@ -79,6 +79,29 @@ class Pass:
         if self.document_B is None:
             return namespace_N, None
         return namespace_N, per_query(self.document_B[:, None].expand_as(self.valid_BT), group)
+
+    def candidates(self, key_BHNX: Tensor, value_BHNX: Tensor, surprise_BN: Tensor, valid_BN: Tensor) -> Candidates:
+        """Rows of the streams as candidates of their namespaces and documents; none of a negative namespace is valid."""
+        namespace_BN = self.namespace_B[:, None].expand_as(valid_BN)
+        document_B = torch.full_like(self.namespace_B, -1) if self.document_B is None else self.document_B
+        return Candidates(key_BHNX.transpose(0, 1).flatten(1, 2), value_BHNX.transpose(0, 1).flatten(1, 2),
+                          namespace_BN.flatten(), surprise_BN.flatten(), (valid_BN & (namespace_BN >= 0)).flatten(),
+                          document_B[:, None].expand_as(valid_BN).flatten())
+
+    def record_share(self, layer: int, share_BQT: Tensor, gate_BT: Tensor, kv_heads: int) -> None:
+        """Puts on a layer's tape what of the attention went to the hits; padding credits nobody."""
+        share_HN = share_per_query(share_BQT, kv_heads)
+        valid_N = per_query(self.valid_BT, share_HN.shape[1] // self.valid_BT.numel())
+        self.tape(layer).record(share_HN=share_HN, credit_HN=share_HN.where(valid_N, 0.0),
+                                null_share_HN=torch.zeros_like(share_HN), gate_BT=gate_BT)
+
+
+def check_settings(recipe: str, model: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuses settings of the model that have another value than a recipe needs for its backbone, by ConfigError."""
+    for name, value in wanted.items():
+        if model.get(name, value) != value:
+            raise ConfigError(f"with the recipe {recipe} model.{name} must be {value!r} for this backbone: got "
+                              f"{model[name]!r}")
 
 
 @dataclass(frozen=True)
