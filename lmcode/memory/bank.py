@@ -289,10 +289,10 @@ class LongTermMemory:
         """`check_recall` of this bank as it is now, on queries of the latest search. Collective."""
         sample = self._sample
         hits = self.search(*sample[:3], scope=sample.scope, ragged=True)
-        exact = self.search(*sample[:3], scope=sample.scope, tier="exact", ragged=True)
+        share = self.check_recall(sample.query_HND, sample.namespace_N, hits, document_N=sample.document_N,
+                                  scope=sample.scope)
         self._sample = sample
-        found, wanted = measure.totals(self.group, self.device, *measure.found_of(hits.id_HNK, exact))
-        return found / wanted if wanted else None
+        return share
 
     def review(self) -> float | None:
         """`recall`, and what follows from it for how the bank is searched from now on, with a line in the log. Collective.
@@ -323,11 +323,11 @@ class LongTermMemory:
                      scope: Scope | None = None) -> float | None:
         """Recall@K of fresh `hits` against an exact search, on `recall_queries` queries of every rank. Collective.
 
-        None where there was nothing to find. N must be the same on every rank, documents and `scope` those of the search.
+        None where there was nothing to find. Documents and `scope` are those of the search.
         """
         scope, count = self.config.scope if scope is None else scope, self.config.recall_queries
         sample = measure.sample_of(query_HND, namespace_N, self._documents(namespace_N, document_N), scope, count)
-        exact = self.search(*sample[:3], scope=scope, top_k=hits.id_HNK.shape[-1], tier="exact")
+        exact = self.search(*sample[:3], scope=scope, top_k=hits.id_HNK.shape[-1], tier="exact", ragged=True)
         counts = measure.found_of(measure.spread(hits.id_HNK, count), exact)
         found, wanted = measure.totals(self.group, self.device, *counts)
         return found / wanted if wanted else None

@@ -16,9 +16,8 @@ from torch import Tensor
 from lmcode.dist import Group
 from lmcode.memory.consolidate import pack_columns, unit_keys
 from lmcode.memory.entry import Entries
-from lmcode.memory.merge import merge_lists
 from lmcode.memory.placement import holder_of
-from lmcode.memory.read import pad
+from lmcode.memory.rounds import nearest_two
 from lmcode.memory.shard import Shard
 
 
@@ -58,12 +57,8 @@ def _nearest(entries: Entries, shard: Shard, group: Group, tier: str) -> tuple[n
     n = max(1, *group.all_gather_int(E, phase="writes", device=device))
     unit_EF = unit_keys(entries.key_EHD.transpose(0, 1)).to(device)
     text_E2 = torch.from_numpy(np.stack([entries.namespace_E, entries.document_E], axis=1)).to(device)
-    unit_GF = group.all_gather(pad(unit_EF, n), phase="writes")
-    text_G2 = group.all_gather(pad(text_E2, n, -1), phase="writes").cpu().numpy()
-    lists = shard.nearest(unit_GF, text_G2, tier=tier)[:2]
-    score_R2, other_R2 = (group.all_to_all(part, phase="writes").view(group.size, n, 2) for part in lists)
-    score_n2, other_n2 = merge_lists(score_R2, other_R2)
-    return other_n2[:E, 0].cpu().numpy(), score_n2[:E, 0].double().cpu().numpy() / shard.key_HMD.shape[0]
+    score_E2, other_E2 = nearest_two(shard, group, unit_EF, text_E2, most=n, tier=tier)
+    return other_E2[:, 0].cpu().numpy(), score_E2[:, 0].double().cpu().numpy() / shard.key_HMD.shape[0]
 
 
 def _take_in(shard: Shard, vector_X2HD: Tensor, facts_X8: np.ndarray) -> None:

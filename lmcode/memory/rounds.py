@@ -41,14 +41,21 @@ def consolidate_shards(shard: Shard, group: Group, threshold: float, *, tier: st
 def _links(shard: Shard, group: Group, slot_n: np.ndarray, threshold: float, tier: str) -> Tensor:
     """Links of the entries in `slot_n`, one block of this rank's slots or less; every rank pads its queries to a whole
     block."""
-    n, block = len(slot_n), consolidate.BLOCK
     id_n, text_n2, unit_nF = shard.questions(slot_n)
-    unit_GF = group.all_gather(pad(unit_nF, block), phase="writes")
-    text_G2 = group.all_gather(pad(text_n2, block, -1), phase="writes").cpu().numpy()
-    lists = shard.nearest(unit_GF, text_G2, tier=tier)[:2]
-    score_R2, other_R2 = (group.all_to_all(part, phase="writes").view(-1, block, 2) for part in lists)
-    score_n2, other_n2 = (part[:n] for part in merge_lists(score_R2, other_R2))
+    score_n2, other_n2 = nearest_two(shard, group, unit_nF, text_n2, most=consolidate.BLOCK, tier=tier)
     return consolidate.links_of(id_n, score_n2, other_n2, heads=shard.key_HMD.shape[0], threshold=threshold)
+
+
+def nearest_two(shard: Shard, group: Group, unit_nF: Tensor, text_n2: Tensor, *, most: int,
+                tier: str) -> tuple[Tensor, Tensor]:
+    """Scores and ids of the two entries of the bank that are nearest to each row in its text, [n, 2]: see `Shard.nearest`.
+    Collective; every rank pads its rows to `most`."""
+    unit_GF = group.all_gather(pad(unit_nF, most), phase="writes")
+    text_G2 = group.all_gather(pad(text_n2, most, -1), phase="writes").cpu().numpy()
+    lists = shard.nearest(unit_GF, text_G2, tier=tier)[:2]
+    score_R2, other_R2 = (group.all_to_all(part, phase="writes").view(-1, most, 2) for part in lists)
+    score_n2, other_n2 = merge_lists(score_R2, other_R2)
+    return score_n2[:len(unit_nF)], other_n2[:len(unit_nF)]
 
 
 def _merge(shard: Shard, group: Group, survivor_E: np.ndarray, loser_E: np.ndarray) -> None:

@@ -36,9 +36,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Predicate = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 Scope = Union[str, Sequence[int]]  # noqa: UP007  (evaluated at run time)
 Groups = tuple[Union[tuple[int, ...], None], ...]  # noqa: UP007  (evaluated at run time)
-STACKED_ROWS = 65536  # the same for those of look-ups
-_VERSIONS = itertools.count(1)  # no two states of any two shards in this process share a version
 KEPT_ROWS = 16384  # rows copied for searches that the next searches find again, as long as nothing changes
+STACKED_ROWS = 65536  # rows copied for look-ups, likewise
+_VERSIONS = itertools.count(1)  # no two states of any two shards in this process share a version
 
 
 class Shard:

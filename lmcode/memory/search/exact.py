@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lmcode.memory.search.decide import REAL, decide, finish, no_hits
-from lmcode.memory.search.pairs import as_lists, largest, where
+from lmcode.memory.search.pairs import as_lists, kth_largest, largest, where
 from lmcode.memory.search.tier import Found, HeadRows, Hidden, Rows, Tier
 from lmcode.protocol import NO_SCORE
 
@@ -97,7 +97,7 @@ def _candidates(query_QD: Tensor, rows: HeadRows, k: int, hidden: Hidden, slack_
         score_QGg = score_QP.view(len(query_QD), size, -1)
         top_Qg = score_QGg.amax(dim=1)
         best_QX = largest(torch.cat([best_QX, top_Qg], dim=1), k)
-        bound_Q = best_QX.amin(dim=1) - 2 * slack_Q if best_QX.shape[1] == k else torch.full_like(slack_Q, -torch.inf)
+        bound_Q = kth_largest(best_QX, k) - 2 * slack_Q
         query_W, row_W, score_W = _reaching(score_QGg, top_Qg, bound_Q)
         found.append((query_W, row_W + start, score_W))
     query_W, row_W, score_W = (torch.cat(parts) for parts in zip(*found, strict=True))
