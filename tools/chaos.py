@@ -30,6 +30,9 @@ from lmcode.train import loop
 from lmcode.train.session import Session
 from lmcode.train.start import open_run, set_up
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.helpers import small_run  # noqa: E402
+
 STAGES = ("cpu", "zero1", "zero2", "zero3", "zero3_offload")
 TIMEOUT_S = 600.0
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -38,34 +41,13 @@ CONTEXT.set_forkserver_preload(["lmcode.train.loop", "deepspeed.runtime.zero.muo
                                 "safetensors.numpy", "torch.utils.tensorboard", "torch._inductor.compile_fx", "setuptools"])
 
 
-def write_corpus(folder: Path) -> None:
-    """Twenty documents of repetitive words."""
-    text = folder / "text"
-    text.mkdir(parents=True, exist_ok=True)
-    for number in range(20):
-        words = [f"w{(number * 7 + place * place) % 23}" for place in range(60 + 5 * number)]
-        (text / f"{number:02d}.txt").write_text(" ".join(words))
-
-
 def settings(folder: Path, name: str, **sections: dict[str, Any]) -> dict[str, Any]:
-    """The values of a run of milliseconds a step with its corpus in `folder`; 12 streams, so that 1 to 4 ranks share it."""
+    """The values of a run of milliseconds a step, which does not end by itself, with its corpus in `folder`."""
     if not (folder / "text").exists():
-        write_corpus(folder)
-    base: dict[str, dict[str, Any]] = {
-        "model": {"vocab_size": 257, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "context_length": 16,
-                  "short_term_memory_size": 4, "short_term_dim": 8, "short_term_segment": 8, "memory_layers": [1],
-                  "memory_heads": 2, "memory_head_dim": 8, "memory_top_k": 4, "memory_bias": 0.0,
-                  "long_term_memory_slots": 480},
-        "memory": {"virtual_shards": 12},
-        "data": {"path": str(folder / "text"), "tokenizer": "bytes", "held_out_share": 0.2,
-                 "cache": str(folder / "cache")},
-        "train": {"learning_rate": 3e-3, "warmup_steps": 2, "total_steps": 10**6, "streams": 12, "sequence_length": 16,
-                  "log_every": 10**6, "min_learning_rate": 1.0, "run_dir": str(folder / "runs" / name)},
-        "eval": {"every": 0, "streams": 12, "windows": 2, "final_windows": 2},
-    }
-    for section, changes in sections.items():
-        base[section].update(changes)
-    return base
+        folder.mkdir(parents=True, exist_ok=True)
+        small_run.write_corpus(folder)
+    endless = {"total_steps": 10**6, "log_every": 10**6, "min_learning_rate": 1.0}
+    return small_run.settings(folder, name, **{**sections, "train": {**endless, **sections.get("train", {})}})
 
 
 def resumed(values: dict[str, Any]) -> Session:

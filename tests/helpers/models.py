@@ -11,6 +11,7 @@ from lmcode.config import LMCODEConfig, MemoryConfig
 from lmcode.data.tokenizer import ByteTokenizer
 from lmcode.dist import Group
 from lmcode.language_model import LMCODE
+from lmcode.model.lm import MemoryLM
 
 SHAPE = {"vocab_size": 257, "hidden_size": 32, "num_layers": 3, "num_heads": 2, "context_length": 32,
          "memory_layers": (0, 2), "short_term_memory_size": 4, "short_term_dim": 8, "short_term_segment": 8,
@@ -26,6 +27,17 @@ def small_model(group: Group | None = None, *, memory: dict[str, Any] | None = N
     with torch.no_grad():
         for layer in model.config.memory_layer_indices:
             model.layers[layer].long_term_read.query_key_value.weight.mul_(8)
+    return model
+
+
+def far_from_initial(model: MemoryLM) -> MemoryLM:
+    """The model with weights far from its small initial values and retrieval let in, so that every path carries weight."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.3)
+            if name.endswith("retrieved_bias_H"):
+                parameter.zero_()
     return model
 
 

@@ -10,6 +10,7 @@ from lmcode.model.cache import Cache
 from lmcode.model.generation.decode import Decoder
 from lmcode.model.generation.generate import Reader
 from lmcode.model.lm import LMCODEOutput, MemoryLM
+from tests.helpers.models import far_from_initial
 from tests.helpers.oracle_retriever import random_retriever
 
 V, WINDOW, EOS = 61, 11, 60  # the window is a multiple of neither segment nor stride
@@ -27,14 +28,7 @@ def build(**changes: object) -> MemoryLM:
     config = LMCODEConfig(**(SHAPE | changes))
     banks = {index: random_retriever(config, num_entries=40, num_namespaces=len(LENGTHS), seed=index, value_scale=2.0)
              for index in config.memory_layer_indices}
-    model = MemoryLM(config, banks)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.3)
-            if name.endswith("retrieved_bias_H"):
-                parameter.zero_()
-    return model.eval()
+    return far_from_initial(MemoryLM(config, banks)).eval()
 
 
 def prompts(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lmcode.config import LMCODEConfig
 from lmcode.model import LMCODEOutput, MemoryLM
 from lmcode.protocol import Hits, NullRetriever
+from tests.helpers.models import far_from_initial
 from tests.helpers.oracle_retriever import OracleRetriever, random_retriever
 
 B, T, V, MEMORY_LAYER = 3, 14, 61, 1
@@ -28,14 +29,7 @@ def build(**changes: object) -> tuple[MemoryLM, OracleRetriever]:
     torch.manual_seed(3)
     config = LMCODEConfig(**(SHAPE | changes))
     retriever = random_retriever(config, num_entries=40, num_namespaces=B, value_scale=2.0)
-    model = MemoryLM(config, {index: retriever for index in config.memory_layer_indices})
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.3)
-            if name.endswith("retrieved_bias_H"):
-                parameter.zero_()
-    return model, retriever
+    return far_from_initial(MemoryLM(config, {index: retriever for index in config.memory_layer_indices})), retriever
 
 
 def ids(num_tokens: int = T, *, seed: int = 0) -> Tensor:
