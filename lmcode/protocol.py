@@ -7,9 +7,10 @@ A tensor's shape is in its name: `key_HND` is [H, N, D]. These are the capital l
 sizes):
 
     B  streams of a batch                    N  queries, or candidates for entries
-    T  tokens of a window                    K  hits, or the best of something else
-    P  pieces of a window, each of           M  slots of a table: of a bank's rows, of one virtual shard,
-       another document                         of the short-term memory, of the replay store
+    T  tokens of a window, or of one         K  hits, or the best of something else
+       segment of it                         M  slots or rows of a table: of a bank, of one virtual shard, those
+    P  pieces of a window, each of              that a search looks through, of the short-term memory, of the
+       another document                         replay store
     H  heads                                 E  entries
     D  width of a vector: the model's,       X  any other axis; the line, or the docstring of the file, says which
        or a head's key or value
@@ -107,7 +108,7 @@ class State(Protocol):
 class Output(Protocol):
     """What a window's forward pass returns: a named tuple, for DeepSpeed.
 
-    logits: [B, T, V]. loss: fp32 scalar, mean over counted targets; None without targets.
+    logits: [B, T, X], X ids of the vocabulary. loss: fp32 scalar, mean over counted targets; None without targets.
     token_loss: fp32 [B, T], nats, 0 where ignored; None without targets.
     state: for the streams' next window.
     memory: by number of the memory layer.

@@ -111,15 +111,6 @@ def test_security_names_only_what_exists() -> None:
 
 # Files some of whose tensors still have letters of their own, which the files' docstrings explain.
 OWN_LETTERS = {
-    "lmcode/bench/": {"peers": "L", "search": "L"},
-    "lmcode/memories/": {"files": "L"},
-    "lmcode/memory/": {"bank": "LW", "consolidate": "L", "entry": "C", "joining": "FGR", "ledger": "W", "measure": "S",
-                       "planning": "LS", "read": "GQR", "ring": "CV", "rounds": "FGLR", "search/decide": "LQW",
-                       "search/draw": "Q", "search/exact": "CGLQRVWZ", "search/faiss_index": "LS", "search/flat": "LQ",
-                       "search/ivf": "ACLQV", "search/lists": "CLQY", "search/pairs": "CQW", "search/plan": "L",
-                       "search/tier": "Q", "shard": "FGLQW", "ticket": "GQRUW", "values": "C", "write": "R"},
-    "lmcode/model/": {"attention": "ACL", "cache": "S", "generation/decode": "ACFGLOQS", "layer": "CLS", "lm": "CLSV",
-                      "long_term": "CGLS", "past": "CLU", "short_term": "CGLS"},
     "lmcode/recipes/": {"anatomy": "Q", "attached": "CRV", "camelot": "Q", "carried": "R", "chunks": "JW", "joint": "GQ",
                         "longmem": "CQW", "mplus": "GQ", "own_read": "C", "recipe": "CQ"},
 }

@@ -41,10 +41,10 @@ def filled(slots: int, eviction: str) -> LongTermMemory:
 
 def hits_of(bank: LongTermMemory, rng: np.random.Generator) -> Hits:
     """As of a search: every query has won K slots, drawn at random, with equal weights."""
-    row_W = torch.from_numpy(rng.integers(0, bank.shard.num_slots, QUERIES * K))
+    row_E = torch.from_numpy(rng.integers(0, bank.shard.num_slots, QUERIES * K))
     score_HNK = torch.zeros(1, QUERIES, K)
-    ticket = Ticket(row_W, torch.arange(QUERIES).repeat_interleave(K), torch.arange(QUERIES) * K,
-                    torch.full((QUERIES * K,), 1 / K), torch.zeros_like(row_W), QUERIES, bank.shard.version)
+    ticket = Ticket(row_E, torch.arange(QUERIES).repeat_interleave(K), torch.arange(QUERIES) * K,
+                    torch.full((QUERIES * K,), 1 / K), torch.zeros_like(row_E), QUERIES, bank.shard.version)
     return Hits(score_HNK, torch.zeros_like(score_HNK, dtype=torch.int64), ticket)
 
 

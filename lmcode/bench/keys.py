@@ -28,7 +28,7 @@ TEMPERATURE = 7.389  # length of a random query: a unit vector times the model's
 class Vectors(NamedTuple):
     """fp32 keys [P, D] and queries [N, D] of one memory head."""
 
-    key_PD: Tensor
+    key_MD: Tensor
     query_ND: Tensor
 
 
@@ -47,8 +47,8 @@ class Recorder(NullRetriever):
 def random_vectors(keys: int, queries: int, width: int, *, seed: int) -> Vectors:
     """Directions without any structure."""
     generator = torch.Generator().manual_seed(seed)
-    key_PD, query_ND = (F.normalize(torch.randn(count, width, generator=generator), dim=-1) for count in (keys, queries))
-    return Vectors(key_PD, TEMPERATURE * query_ND)
+    key_MD, query_ND = (F.normalize(torch.randn(count, width, generator=generator), dim=-1) for count in (keys, queries))
+    return Vectors(key_MD, TEMPERATURE * query_ND)
 
 
 def trained_vectors(path: str | Path, keys: int, queries: int) -> Vectors:
@@ -61,12 +61,12 @@ def trained_vectors(path: str | Path, keys: int, queries: int) -> Vectors:
     if not opened.model.banks:
         raise ConfigError(f"the model in '{path}' has no bank whose keys could be measured")
     corpus = load_corpus(opened.config)
-    key_PD, _ = _collect(opened, corpus.train, keys, queries=0)
+    key_MD, _ = _collect(opened, corpus.train, keys, queries=0)
     _, query_ND = _collect(opened, corpus.held_out, 0, queries=queries)
-    if len(key_PD) < keys or len(query_ND) < queries:
-        raise ConfigError(f"the corpus of '{path}' must give {keys} keys and {queries} queries: got {len(key_PD)} and "
+    if len(key_MD) < keys or len(query_ND) < queries:
+        raise ConfigError(f"the corpus of '{path}' must give {keys} keys and {queries} queries: got {len(key_MD)} and "
                           f"{len(query_ND)}")
-    return Vectors(key_PD[:keys], query_ND[:queries])
+    return Vectors(key_MD[:keys], query_ND[:queries])
 
 
 @torch.no_grad()

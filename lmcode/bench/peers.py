@@ -12,27 +12,27 @@ TORCH_BLOCK = 65536  # rows whose scores torch holds at once
 Found = Callable[[], Tensor]  # ids int64 [N, K]
 
 
-def faiss_knn(query_ND: Tensor, key_PD: Tensor, k: int, threads: int) -> Found:
+def faiss_knn(query_ND: Tensor, key_MD: Tensor, k: int, threads: int) -> Found:
     """`faiss.knn` over all keys."""
     import faiss
 
     def search() -> Tensor:
         faiss.omp_set_num_threads(threads)
-        return torch.from_numpy(faiss.knn(query_ND.numpy(), key_PD.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)[1])
+        return torch.from_numpy(faiss.knn(query_ND.numpy(), key_MD.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)[1])
     return search
 
 
-def faiss_ivf(query_ND: Tensor, key_PD: Tensor, k: int, threads: int, *, centroid_LD: Tensor, probes: int) -> Found:
+def faiss_ivf(query_ND: Tensor, key_MD: Tensor, k: int, threads: int, *, centroid_XD: Tensor, probes: int) -> Found:
     """`faiss.IndexIVFFlat` with these centroids, filled by slot as one that is overwritten in place must be."""
     import faiss
 
-    lists, width = centroid_LD.shape
+    lists, width = centroid_XD.shape
     quantizer = faiss.IndexFlatIP(width)
-    quantizer.add(centroid_LD.numpy())
+    quantizer.add(centroid_XD.numpy())
     index = faiss.IndexIVFFlat(quantizer, width, lists, faiss.METRIC_INNER_PRODUCT)
     index.is_trained = True
     index.set_direct_map_type(faiss.DirectMap.Array)  # type: ignore[attr-defined]  # faiss adds it when it is loaded
-    index.add(key_PD.numpy())
+    index.add(key_MD.numpy())
     index.nprobe = probes
 
     def search() -> Tensor:
@@ -41,14 +41,14 @@ def faiss_ivf(query_ND: Tensor, key_PD: Tensor, k: int, threads: int, *, centroi
     return search
 
 
-def torch_brute(query_ND: Tensor, key_PD: Tensor, k: int, threads: int) -> Found:
+def torch_brute(query_ND: Tensor, key_MD: Tensor, k: int, threads: int) -> Found:
     """A product and `topk`, block by block of rows."""
     def search() -> Tensor:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         score, row = [], []
-        for start in range(0, len(key_PD), TORCH_BLOCK):
-            best = torch.mm(query_ND, key_PD[start:start + TORCH_BLOCK].T).topk(min(k, len(key_PD) - start), dim=1)
+        for start in range(0, len(key_MD), TORCH_BLOCK):
+            best = torch.mm(query_ND, key_MD[start:start + TORCH_BLOCK].T).topk(min(k, len(key_MD) - start), dim=1)
             score.append(best.values)
             row.append(best.indices + start)
         at_NK = torch.cat(score, dim=1).topk(k, dim=1).indices

@@ -52,13 +52,13 @@ class Slice:
         from lmcode.memory.bank import LongTermMemory
 
         tables, self.group = load_file(file), Group.world()
-        key_PD, R = tables["key"], self.group.size
-        slots = len(key_PD) + R * (8 + 8 * int((len(key_PD) / R) ** 0.5))  # so that no virtual shard overflows
+        key_MD, R = tables["key"], self.group.size
+        slots = len(key_MD) + R * (8 + 8 * int((len(key_MD) / R) ** 0.5))  # so that no virtual shard overflows
         config = MemoryConfig(tier="ivf", scope="global", virtual_shards=R, importance_weight=0.0, recall_queries=0)
-        self.bank = LongTermMemory(heads=1, head_dim=key_PD.shape[1], slots=slots, top_k=top_k, config=config,
+        self.bank = LongTermMemory(heads=1, head_dim=key_MD.shape[1], slots=slots, top_k=top_k, config=config,
                                    group=self.group)
-        for part_PD in key_PD.split(WRITTEN_AT_ONCE):
-            self.bank.write(part_PD[None], part_PD[None], torch.zeros(len(part_PD), dtype=torch.int64))
+        for part_MD in key_MD.split(WRITTEN_AT_ONCE):
+            self.bank.write(part_MD[None], part_MD[None], torch.zeros(len(part_MD), dtype=torch.int64))
         share = -(-len(tables["query"]) // R)
         self.query_1ND = tables["query"][self.group.rank * share:(self.group.rank + 1) * share][None].contiguous()
         self.name_N = torch.zeros(self.query_1ND.shape[1], dtype=torch.int64)
@@ -67,8 +67,8 @@ class Slice:
         """Trains centroids and fixes how many lists are probed; returns those of the first head."""
         self.bank.prepare()
         self.bank.use(replace(self.bank.plan, probes=probes))
-        centroid_HLD = self.bank.plan.centroid_HLD
-        return None if centroid_HLD is None else centroid_HLD[0]
+        centroid_HXD = self.bank.plan.centroid_HXD
+        return None if centroid_HXD is None else centroid_HXD[0]
 
     def search(self, tier: str) -> Spent:
         """One search of all ranks."""
@@ -93,7 +93,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for kind, vectors in _keys(settings):
         for count in settings.rows:
-            rows += _measure(settings, kind, Vectors(vectors.key_PD[:count].contiguous(), vectors.query_ND))
+            rows += _measure(settings, kind, Vectors(vectors.key_MD[:count].contiguous(), vectors.query_ND))
     return rows
 
 
@@ -107,16 +107,16 @@ def _keys(settings: Settings) -> Iterator[tuple[str, Vectors]]:
 def _measure(settings: Settings, kind: str, vectors: Vectors) -> list[dict[str, Any]]:
     from safetensors.torch import save_file
 
-    key_PD, query_ND, k = vectors.key_PD, vectors.query_ND, settings.top_k
+    key_MD, query_ND, k = vectors.key_MD, vectors.query_ND, settings.top_k
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "vectors.safetensors")
-        save_file({"key": key_PD, "query": query_ND}, file)
+        save_file({"key": key_MD, "query": query_ND}, file)
         with Workers(settings.ranks, Slice, file, k) as workers:
-            centroid_LD = workers.call("prepare", settings.probes)[0] if "ivf" in settings.tiers else None
-            brute = {"faiss.knn": peers.faiss_knn(query_ND, key_PD, k, settings.ranks),
-                     "torch": peers.torch_brute(query_ND, key_PD, k, settings.ranks)}
-            if centroid_LD is not None:
-                brute["faiss.IndexIVFFlat"] = peers.faiss_ivf(query_ND, key_PD, k, settings.ranks, centroid_LD=centroid_LD,
+            centroid_XD = workers.call("prepare", settings.probes)[0] if "ivf" in settings.tiers else None
+            brute = {"faiss.knn": peers.faiss_knn(query_ND, key_MD, k, settings.ranks),
+                     "torch": peers.torch_brute(query_ND, key_MD, k, settings.ranks)}
+            if centroid_XD is not None:
+                brute["faiss.IndexIVFFlat"] = peers.faiss_ivf(query_ND, key_MD, k, settings.ranks, centroid_XD=centroid_XD,
                                                               probes=settings.probes)
             ways: dict[str, Way] = {name: _way(search) for name, search in brute.items()}
             ways.update({f"lmcode {tier}": _tier(workers, tier) for tier in settings.tiers})
@@ -124,7 +124,7 @@ def _measure(settings: Settings, kind: str, vectors: Vectors) -> list[dict[str, 
             found = {name: search() for name, search in brute.items()}
             found.update({f"lmcode {tier}": torch.cat([ids for ids, _ in workers.call("hits", tier)])
                           for tier in settings.tiers})
-    return [_row(kind, len(key_PD), name, one, spent["faiss.knn"], recall(found[name], found["faiss.knn"], query_ND, key_PD))
+    return [_row(kind, len(key_MD), name, one, spent["faiss.knn"], recall(found[name], found["faiss.knn"], query_ND, key_MD))
             for name, one in spent.items()]
 
 
@@ -141,9 +141,9 @@ def _row(kind: str, rows: int, name: str, spent: Spent, beside: Spent, found: fl
             "speed": beside.wall / spent.wall, "cpu speed": beside.cpu / spent.cpu, "recall": found}
 
 
-def recall(id_NK: Tensor, wanted_NK: Tensor, query_ND: Tensor, key_PD: Tensor) -> float:
+def recall(id_NK: Tensor, wanted_NK: Tensor, query_ND: Tensor, key_MD: Tensor) -> float:
     """Share of the wanted hits that were found, or of which an equal was: rows that score as much as the last of them."""
-    least_N = (key_PD[wanted_NK[:, -1]] * query_ND).sum(dim=1)
-    score_NK = torch.stack([key_PD[row_N.clamp(min=0)].mul(query_ND).sum(dim=1).where(row_N >= 0, -torch.inf)
+    least_N = (key_MD[wanted_NK[:, -1]] * query_ND).sum(dim=1)
+    score_NK = torch.stack([key_MD[row_N.clamp(min=0)].mul(query_ND).sum(dim=1).where(row_N >= 0, -torch.inf)
                             for row_N in id_NK.unbind(dim=1)], dim=1)
     return float((score_NK >= least_N[:, None] - NEAR).float().mean())

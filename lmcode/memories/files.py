@@ -47,7 +47,7 @@ def memory_parts(memories: Memories) -> Parts:
     for layer, bank in memories.banks.items():
         parts.update({shard_file(bank_folder(layer), shard).as_posix(): partial(save_shard, state=on_host(bank.state(shard)))
                       for shard in bank.to_save})
-        if bank.plan.centroid_HLD is not None and memories.group.rank == 0:
+        if bank.plan.centroid_HXD is not None and memories.group.rank == 0:
             parts[f"{bank_folder(layer)}/{PLAN}"] = partial(save_plan, plan=bank.plan)
     if memories.has_experiences:
         parts.update({f"{EXPERIENCES}/{name}": write for name, write in experience_parts(memories.experiences).items()})

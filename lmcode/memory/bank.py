@@ -179,7 +179,7 @@ class LongTermMemory:
     def fetch(self, hits: Hits) -> tuple[Tensor, ...]:
         """Keys and values of the hits, fp32 [H, N, K, D] each, zero where invalid. Collective.
 
-        All of [G, H, K, 2D] exists at once, padded, whichever rank holds what.
+        The rows of all queries of all ranks, [queries, H, K, 2 D], exist at once, padded, whichever rank holds what.
         """
         parts = self._reader.fetch(self._reader.ticket_of(hits), hits.id_HNK.transpose(0, 1))
         return tuple(part_NHKD.transpose(0, 1) for part_NHKD in parts)
@@ -241,7 +241,7 @@ class LongTermMemory:
         """
         slot_E = self.shard.matching(ids=ids, namespace=namespace, before_step=before_step, predicate=predicate)
         deleted = measure.totals(self.inside, self.device, self.shard.delete(slot_E))[0]
-        if deleted and self.plan.centroid_HLD is not None:  # they are means of what is to be gone
+        if deleted and self.plan.centroid_HXD is not None:  # they are means of what is to be gone
             self.use(Plan(self.plan.probing))
         return deleted
 
@@ -277,9 +277,9 @@ class LongTermMemory:
         return self._reader.clock.take()
 
     def ages(self, hits: Hits, *, step: int) -> Tensor:
-        """Steps since the winners that this rank holds were written, for its group's queries and heads: int64 [W]."""
-        age_W: Tensor = step - hits.ticket.step_W
-        return age_W
+        """Steps since the winners that this rank holds were written, for its group's queries and heads: int64 [E]."""
+        age_E: Tensor = step - hits.ticket.step_E
+        return age_E
 
     def shares_by_rank(self, hits: Hits) -> Tensor:
         """How many of these hits each rank's shard supplied, of all ranks: int64 [ranks]."""
@@ -313,7 +313,7 @@ class LongTermMemory:
         change = planning.review(self.shard, self.group, self.inside, recall)
         if change is None:
             return
-        plan, lists = change.plan, change.plan.centroid_HLD
+        plan, lists = change.plan, change.plan.centroid_HXD
         how = f"{plan.probes} of {0 if lists is None else lists.shape[1]} lists" if plan.probing else "exactly"
         say = log.warning if change.alarming else log.info
         say("memory.tier = %s: the bank is searched %s from now on%s: %s", self.config.tier, how,

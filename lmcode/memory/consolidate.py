@@ -3,8 +3,8 @@
 The distance of two entries is 1 - the mean over heads of the cosine of their keys, in [0, 2]. Every number here comes
 from element by element operations in a fixed order, so that it has the same bits whichever rank computes it and
 whatever else is in the batch.
-Letters: P entries; F = H * D, the width of an entry's keys side by side; L links, from an entry to its nearest other
-one; E pairs or merged entries; vector_E2HD holds key and value.
+Letters: N entries that look for their nearest one; X links that they find; E pairs or merged entries; vector_E2HD holds key
+and value; D is the width of a head's key or, as in unit_ED, of all heads' keys side by side.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ def sum_last(table: Tensor) -> Tensor:
     return table.squeeze(-1)
 
 
-def unit_keys(key_HPD: Tensor) -> Tensor:
-    """Each head's key scaled to length 1, side by side: fp32 [P, F]. An inner product is H times a mean cosine.
+def unit_keys(key_HED: Tensor) -> Tensor:
+    """Each head's key scaled to length 1, side by side: fp32 [E, H * D]. An inner product is H times a mean cosine.
 
     A key of length zero stays zero, at distance 1 from everything in its head.
     """
-    key_PHD = key_HPD.transpose(0, 1).double()
-    length_PH1 = sum_last(key_PHD.square()).sqrt().unsqueeze(-1)
-    return (key_PHD / length_PH1.clamp(min=torch.finfo(torch.float64).tiny)).float().flatten(1)
+    key_EHD = key_HED.transpose(0, 1).double()
+    length_EH1 = sum_last(key_EHD.square()).sqrt().unsqueeze(-1)
+    return (key_EHD / length_EH1.clamp(min=torch.finfo(torch.float64).tiny)).float().flatten(1)
 
 
-def links_of(id_P: Tensor, score_P2: Tensor, other_P2: Tensor, *, heads: int, threshold: float) -> Tensor:
-    """Entries whose nearest other one is closer than the threshold: int64 [L, 3], see `choose_pairs`.
+def links_of(id_N: Tensor, score_N2: Tensor, other_N2: Tensor, *, heads: int, threshold: float) -> Tensor:
+    """Entries whose nearest other one is closer than the threshold: int64 [X, 3], see `choose_pairs`.
 
     Args:
-        id_P: int64, the entries that searched.
-        score_P2, other_P2: the two best hits of each in total order, itself among them unless two others come first.
+        id_N: int64, the entries that searched.
+        score_N2, other_N2: the two best hits of each in total order, itself among them unless two others come first.
     """
-    at_P1 = (other_P2[:, :1] == id_P[:, None]).long()
-    score_P, other_P = score_P2.gather(1, at_P1).squeeze(1), other_P2.gather(1, at_P1).squeeze(1)
-    distance_P = (1.0 - score_P.double() / heads).clamp(min=0.0)
-    close_P = (other_P >= 0) & (distance_P < threshold)
-    return torch.stack([id_P, other_P, distance_P.view(torch.int64)], dim=1)[close_P]
+    at_N1 = (other_N2[:, :1] == id_N[:, None]).long()
+    score_N, other_N = score_N2.gather(1, at_N1).squeeze(1), other_N2.gather(1, at_N1).squeeze(1)
+    distance_N = (1.0 - score_N.double() / heads).clamp(min=0.0)
+    close_N = (other_N >= 0) & (distance_N < threshold)
+    return torch.stack([id_N, other_N, distance_N.view(torch.int64)], dim=1)[close_N]
 
 
-def choose_pairs(link_L3: np.ndarray, threshold: float) -> np.ndarray:
+def choose_pairs(link_X3: np.ndarray, threshold: float) -> np.ndarray:
     """Who merges with whom in one round: int64 [E, 2], survivor (the smaller id) and loser, by survivor.
 
     Greedy in id order: an entry pairs with its nearest other one if both are still free. Where many entries have the
@@ -65,10 +65,10 @@ def choose_pairs(link_L3: np.ndarray, threshold: float) -> np.ndarray:
     n - 1 rounds.
 
     Args:
-        link_L3: int64, in any order: an id, its nearest other entry's id, and the bits of their fp64 distance.
+        link_X3: int64, in any order: an id, its nearest other entry's id, and the bits of their fp64 distance.
     """
-    links = sorted(zip(link_L3[:, 0].tolist(), link_L3[:, 1].tolist(),
-                       np.ascontiguousarray(link_L3[:, 2]).view(np.float64).tolist(), strict=True))
+    links = sorted(zip(link_X3[:, 0].tolist(), link_X3[:, 1].tolist(),
+                       np.ascontiguousarray(link_X3[:, 2]).view(np.float64).tolist(), strict=True))
     taken: set[int] = set()
     pairs: list[tuple[int, int]] = []
 

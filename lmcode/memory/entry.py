@@ -1,6 +1,6 @@
 """What an entry is, and the pure rules that a candidate passes before it becomes one: chosen, finite, not too long.
 
-Letters: E entries in a batch, H heads, D key width, C slots of a virtual shard.
+Letters: E entries of a batch, M slots of a virtual shard.
 """
 
 from __future__ import annotations
@@ -231,23 +231,23 @@ def check_content(state: Mapping[str, Tensor], virtual_shards: int) -> None:
     occurs twice or hashes to another virtual shard; a live entry with importance outside (0, `MAX_IMPORTANCE`] or a
     negative namespace.
     """
-    shard, id_C = int(state["shard"]), state["id"].numpy()
+    shard, id_M = int(state["shard"]), state["id"].numpy()
     where = f"virtual shard {shard}"
     for name in ("key", "value", "importance"):
         if not bool(state[name].isfinite().all()):
             raise ValueError(f"{where}: '{name}' must be finite")
-    if not 0 <= int(state["hand"]) < len(id_C) or int(state["evicted"]) < 0:
-        raise ValueError(f"{where}: the hand must lie in 0..{len(id_C) - 1} and the evicted count at or above 0: "
+    if not 0 <= int(state["hand"]) < len(id_M) or int(state["evicted"]) < 0:
+        raise ValueError(f"{where}: the hand must lie in 0..{len(id_M) - 1} and the evicted count at or above 0: "
                          f"got {int(state['hand'])} and {int(state['evicted'])}")
-    live_C = id_C >= 0
-    if id_C.max() >= int(state["next_id"]) or min(int(state[name]) for name in COUNTERS) < 0:
+    live_M = id_M >= 0
+    if id_M.max() >= int(state["next_id"]) or min(int(state[name]) for name in COUNTERS) < 0:
         raise ValueError(f"{where}: next_id must exceed every id, and counters be at or above 0")
-    if len(np.unique(id_C[live_C])) != live_C.sum():
+    if len(np.unique(id_M[live_M])) != live_M.sum():
         raise ValueError(f"{where}: an id must not occur twice")
-    if (virtual_shard_of(id_C[live_C], virtual_shards) != shard).any():
+    if (virtual_shard_of(id_M[live_M], virtual_shards) != shard).any():
         raise ValueError(f"{where}: every id must belong here among {virtual_shards} virtual shards")
-    importance_C, namespace_C = state["importance"].numpy()[live_C], state["namespace"].numpy()[live_C]
-    if (importance_C <= 0).any() or (importance_C > MAX_IMPORTANCE).any() or (namespace_C < 0).any():
+    importance_M, namespace_M = state["importance"].numpy()[live_M], state["namespace"].numpy()[live_M]
+    if (importance_M <= 0).any() or (importance_M > MAX_IMPORTANCE).any() or (namespace_M < 0).any():
         raise ValueError(f"{where}: importance must lie in (0, {MAX_IMPORTANCE}] and namespaces at or above 0")
 
 

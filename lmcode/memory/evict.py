@@ -13,7 +13,7 @@ first, in ring order from the hand.
     random      the slot that a hash of the newcomer's id names
 Of equals the smaller id goes first. What these cost per batch of n: fifo and random O(n); clock O(n) and what it passes
 over, which costs each entry its chance; the others as `Ring.lowest` does.
-Letters: C slots of the virtual shard, n newcomers, m of them that are stored.
+Letters: N newcomers; E those of them that are stored; M slots of the virtual shard; X slots or entries that are looked at.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _NOBODY = np.zeros(0, np.int64)
 class Placement(NamedTuple):
     """What a batch of newcomers does to a ring.
 
-    slot_m: int64, the slots of those that are stored, each once.
+    slot_E: int64, the slots of those that are stored, each once.
     hand: where the next batch starts to look.
     spent: int64, slots of entries that were passed over and have thereby lost their second chance.
-    stored_m: int64, positions in the batch of those that are stored, ascending; all when None.
+    stored_E: int64, positions in the batch of those that are stored, ascending; all when None.
     """
 
-    slot_m: np.ndarray
+    slot_E: np.ndarray
     hand: int
     spent: np.ndarray = _NOBODY
-    stored_m: np.ndarray | None = None
+    stored_E: np.ndarray | None = None
 
 
 Newcomers = Mapping[str, np.ndarray]  # their columns, as the ring's, in id order
@@ -82,28 +82,28 @@ def oldest(ring: Ring, newcomers: Newcomers) -> Placement:
 
 
 def importance(ring: Ring, newcomers: Newcomers) -> Placement:
-    """Of the entries and the newcomers together the C most important ones stay; of equals, those with the larger ids."""
+    """Of the entries and the newcomers together the M most important ones stay; of equals, those with the larger ids."""
     free, n = ring.free(len(newcomers["id"])), len(newcomers["id"])
     lowest = ring.lowest("importance", n - len(free))
     key_X = np.concatenate([key_of(columns["importance"][at], columns["id"][at]) for columns, at in
                             ((ring.columns, lowest), (newcomers, np.arange(n)))])
     leaving_X = np.argsort(key_X)[:n - len(free)]
-    stored_m = np.setdiff1d(np.arange(n), leaving_X - len(lowest))
+    stored_E = np.setdiff1d(np.arange(n), leaving_X - len(lowest))
     victims = lowest[np.sort(leaving_X[leaving_X < len(lowest)])]
-    return Placement(np.concatenate([free, victims]), _moved(ring, free), stored_m=stored_m)
+    return Placement(np.concatenate([free, victims]), _moved(ring, free), stored_E=stored_E)
 
 
 def random(ring: Ring, newcomers: Newcomers) -> Placement:
     """Over free slots, then each over the slot that its hash names, or the next one that no other newcomer has taken."""
-    stored_m = _last(ring, newcomers)
-    free = ring.free(len(stored_m))
+    stored_E = _last(ring, newcomers)
+    free = ring.free(len(stored_E))
     taken, slots = set(free.tolist()), free.tolist()
-    for at in (splitmix64(newcomers["id"][stored_m[len(free):]] ^ SEED) % np.uint64(len(ring))).tolist():
+    for at in (splitmix64(newcomers["id"][stored_E[len(free):]] ^ SEED) % np.uint64(len(ring))).tolist():
         while at in taken:
             at = (at + 1) % len(ring)
         taken.add(at)
         slots.append(at)
-    return Placement(np.array(slots, np.int64), _moved(ring, free), stored_m=stored_m)
+    return Placement(np.array(slots, np.int64), _moved(ring, free), stored_E=stored_E)
 
 
 def _last(ring: Ring, newcomers: Newcomers) -> np.ndarray:
@@ -112,41 +112,41 @@ def _last(ring: Ring, newcomers: Newcomers) -> np.ndarray:
     return np.arange(max(0, n - len(ring)), n)
 
 
-def _moved(ring: Ring, slot_n: np.ndarray) -> int:
+def _moved(ring: Ring, slot_N: np.ndarray) -> int:
     """The hand past the run of these slots, in ring order, that begins where it stands."""
-    offset_n = (slot_n - ring.hand) % len(ring)
-    return (ring.hand + int(np.argmin(np.append(offset_n, -1) == np.arange(len(offset_n) + 1)))) % len(ring)
+    offset_N = (slot_N - ring.hand) % len(ring)
+    return (ring.hand + int(np.argmin(np.append(offset_N, -1) == np.arange(len(offset_N) + 1)))) % len(ring)
 
 
 def _over_the_lowest(ring: Ring, newcomers: Newcomers, name: str) -> Placement:
-    stored_m = _last(ring, newcomers)
-    free = ring.free(len(stored_m))
-    slot_m = np.concatenate([free, ring.lowest(name, len(stored_m) - len(free))])
-    return Placement(slot_m, _moved(ring, free), stored_m=stored_m)
+    stored_E = _last(ring, newcomers)
+    free = ring.free(len(stored_E))
+    slot_E = np.concatenate([free, ring.lowest(name, len(stored_E) - len(free))])
+    return Placement(slot_E, _moved(ring, free), stored_E=stored_E)
 
 
 def _in_ring_order(ring: Ring, newcomers: Newcomers, *, chances: bool) -> Placement:
-    stored_m, C = _last(ring, newcomers), len(ring)
-    n = len(stored_m)
+    stored_E, M = _last(ring, newcomers), len(ring)
+    n = len(stored_E)
     free = ring.free(n)
     if n == len(free):
-        return Placement(free, _moved(ring, free), stored_m=stored_m)
+        return Placement(free, _moved(ring, free), stored_E=stored_E)
     plain, favoured = _entries_from_hand(ring, n - len(free), chances=chances)
-    taken_n = np.concatenate([(free - ring.hand) % C, plain, favoured])[:n]
-    moved = int(taken_n[-1]) + 1
+    taken_N = np.concatenate([(free - ring.hand) % M, plain, favoured])[:n]
+    moved = int(taken_N[-1]) + 1
     looked_at = favoured if n > len(free) + len(plain) else favoured[favoured < moved]
-    return Placement((ring.hand + taken_n) % C, (ring.hand + moved) % C, (ring.hand + looked_at) % C, stored_m)
+    return Placement((ring.hand + taken_N) % M, (ring.hand + moved) % M, (ring.hand + looked_at) % M, stored_E)
 
 
 def _entries_from_hand(ring: Ring, wanted: int, *, chances: bool) -> tuple[np.ndarray, np.ndarray]:
     """Offsets from the hand of entries without a chance and of those with one, as far as it takes for `wanted` without."""
-    C, reach = len(ring), 2 * wanted
+    M, reach = len(ring), 2 * wanted
     while True:
-        offset_X = np.arange(min(C, reach))
-        slot_X = (ring.hand + offset_X) % C
+        offset_X = np.arange(min(M, reach))
+        slot_X = (ring.hand + offset_X) % M
         live_X = ring.columns["id"][slot_X] >= 0
         chance_X = ring.columns["chance"][slot_X] & live_X if chances else np.zeros(len(slot_X), bool)
         plain = offset_X[live_X & ~chance_X]
-        if len(plain) >= wanted or reach >= C:
+        if len(plain) >= wanted or reach >= M:
             return plain, offset_X[chance_X]
         reach *= 2

@@ -4,7 +4,7 @@ A newcomer whose keys are more similar than that to those of the nearest entry o
 as in `consolidate`) becomes part of it: vectors are count-weighted running means, counts add up, and the entry is as old as
 its last part. Newcomers are compared with what was there before them, not with each other; several that join one entry do
 so by ascending id. So nothing depends on the number of ranks.
-Letters: E newcomers that this rank is to hold; n the most of any rank; G = R * n.
+Letters: E newcomers that this rank is to hold; X those of them that join an entry, here or where they arrive.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def join_nearest(entries: Entries, shard: Shard, group: Group, *, above: float, 
     to_E = holder_of(nearest_E[chosen], shard.config.virtual_shards, ranks)
     order = np.argsort(to_E, kind="stable")
     chosen = chosen[order]
-    sent_R = np.bincount(to_E, minlength=ranks)
-    sent_RR = group.all_gather(torch.from_numpy(sent_R)[None].to(shard.device), phase="writes").cpu().numpy()
-    counts = sent_R.tolist(), sent_RR[:, group.rank].tolist()
+    sent = np.bincount(to_E, minlength=ranks)
+    all_sent = group.all_gather(torch.from_numpy(sent)[None].to(shard.device), phase="writes").cpu().numpy()  # [from, to]
+    counts = sent.tolist(), all_sent[:, group.rank].tolist()
     facts = [nearest_E[chosen], entries.id_E[chosen], entries.step_E[chosen]]
     facts_X8 = np.concatenate([np.stack(facts, axis=1), pack_columns(entries.metadata(), chosen)], axis=1)
     rows = torch.from_numpy(chosen).to(shard.device)
@@ -54,10 +54,10 @@ def join_nearest(entries: Entries, shard: Shard, group: Group, *, above: float, 
 def _nearest(entries: Entries, shard: Shard, group: Group, tier: str) -> tuple[np.ndarray, np.ndarray]:
     """The nearest entry of its text for each newcomer, -1 where there is none, and the mean cosine of their keys, fp64."""
     E, device = len(entries.id_E), shard.device
-    n = max(1, *group.all_gather_int(E, phase="writes", device=device))
-    unit_EF = unit_keys(entries.key_EHD.transpose(0, 1)).to(device)
+    most = max(1, *group.all_gather_int(E, phase="writes", device=device))
+    unit_ED = unit_keys(entries.key_EHD.transpose(0, 1)).to(device)
     text_E2 = torch.from_numpy(np.stack([entries.namespace_E, entries.document_E], axis=1)).to(device)
-    score_E2, other_E2 = nearest_two(shard, group, unit_EF, text_E2, most=n, tier=tier)
+    score_E2, other_E2 = nearest_two(shard, group, unit_ED, text_E2, most=most, tier=tier)
     return other_E2[:, 0].cpu().numpy(), score_E2[:, 0].double().cpu().numpy() / shard.key_HMD.shape[0]
 
 

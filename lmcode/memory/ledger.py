@@ -4,7 +4,7 @@ Everything that changes a column goes through here, with the slots that it chang
 to date in time that depends on what changed and not on the bank. What follows from the columns is never saved: `forget`
 makes it anew. The columns are views of one table with 64 bytes a slot, a cache line: in a large bank every slot that is
 touched costs one miss, and not one for each column.
-Letters: M slots of this rank, V of its virtual shards; E slots that change; W winners.
+Letters: M slots of this rank; E slots that change; X hits, a slot once for each.
 """
 
 from __future__ import annotations
@@ -129,12 +129,12 @@ class Ledger:
         """The slot of each entry, -1 where it is not here."""
         return self._lists.slots_of_ids(id_E)
 
-    def add_up(self, slot_W: np.ndarray, mass_W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def add_up(self, slot_X: np.ndarray, mass_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The slots among these, ascending, and the sum of the masses of each: int64 both."""
-        order_W = np.argsort(slot_W)  # and not np.unique, whose hashing takes many times as long
-        slot_W = slot_W[order_W]
-        first_E = np.flatnonzero(np.append(True, slot_W[1:] != slot_W[:-1])[:len(slot_W)])
-        return slot_W[first_E], np.add.reduceat(mass_W[order_W], first_E) if len(first_E) else mass_W
+        order_X = np.argsort(slot_X)  # and not np.unique, whose hashing takes many times as long
+        slot_X = slot_X[order_X]
+        first_E = np.flatnonzero(np.append(True, slot_X[1:] != slot_X[:-1])[:len(slot_X)])
+        return slot_X[first_E], np.add.reduceat(mass_X[order_X], first_E) if len(first_E) else mass_X
 
 
 def _aligned(rows: int) -> np.ndarray:

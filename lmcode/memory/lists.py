@@ -4,7 +4,7 @@ Ids are given out in ascending order and never again. So a list of (id, slot) th
 order, and whether an item still holds can be seen from the column of ids: it is stale once its slot has another one. Nothing
 is taken out of a list when an entry goes; it is swept when it has grown too stale. A change costs time in proportion to what
 changed (a sweep included, on average), a look-up to what it finds.
-Letters: M slots of a rank; E entries that change; P items of a list.
+Letters: M slots of a rank; E entries that change; X items of a list.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ SPARE = 64
 class SlotList:
     """Slots in the order of their entries' ids."""
 
-    def __init__(self, id_P: np.ndarray, slot_P: np.ndarray) -> None:
-        self._item_2P, self._length = np.stack([id_P, slot_P]), len(id_P)
+    def __init__(self, id_X: np.ndarray, slot_X: np.ndarray) -> None:
+        self._item_2X, self._length = np.stack([id_X, slot_X]), len(id_X)
 
     def __len__(self) -> int:
         """Items, stale ones included."""
@@ -29,33 +29,33 @@ class SlotList:
     def append(self, id_E: np.ndarray, slot_E: np.ndarray) -> None:
         """Adds entries whose ids ascend and lie above all that are here."""
         end = self._length + len(id_E)
-        if end > self._item_2P.shape[1]:
-            larger_2P = np.empty((2, int(GROWTH * end) + 1), np.int64)
-            larger_2P[:, :self._length] = self._item_2P[:, :self._length]
-            self._item_2P = larger_2P
-        self._item_2P[0, self._length:end], self._item_2P[1, self._length:end] = id_E, slot_E
+        if end > self._item_2X.shape[1]:
+            larger_2X = np.empty((2, int(GROWTH * end) + 1), np.int64)
+            larger_2X[:, :self._length] = self._item_2X[:, :self._length]
+            self._item_2X = larger_2X
+        self._item_2X[0, self._length:end], self._item_2X[1, self._length:end] = id_E, slot_E
         self._length = end
 
     def slots(self, id_M: np.ndarray) -> np.ndarray:
         """The slots of those items that hold, given the column of ids."""
-        id_P, slot_P = self._item_2P[:, :self._length]
-        live: np.ndarray = slot_P[id_M[slot_P] == id_P]
+        id_X, slot_X = self._item_2X[:, :self._length]
+        live: np.ndarray = slot_X[id_M[slot_X] == id_X]
         return live
 
     def find(self, id_E: np.ndarray, id_M: np.ndarray) -> np.ndarray:
         """The slot of each id, -1 where it is not here, given the column of ids."""
-        id_P, slot_P = self._item_2P[:, :self._length]
+        id_X, slot_X = self._item_2X[:, :self._length]
         if self._length == 0:
             return np.full(len(id_E), -1)
-        at_E = np.searchsorted(id_P, id_E).clip(max=self._length - 1)
-        slot_E = slot_P[at_E]
-        return np.where((id_P[at_E] == id_E) & (id_M[slot_E] == id_E), slot_E, -1)
+        at_E = np.searchsorted(id_X, id_E).clip(max=self._length - 1)
+        slot_E = slot_X[at_E]
+        return np.where((id_X[at_E] == id_E) & (id_M[slot_E] == id_E), slot_E, -1)
 
     def sweep(self, id_M: np.ndarray, live: int) -> None:
         """Drops stale items if there are too many, given the column of ids and how many items hold."""
         if self._length > (1 + STALE) * live + SPARE:
-            slot_P = self.slots(id_M)
-            self._item_2P, self._length = np.stack([id_M[slot_P], slot_P]), len(slot_P)
+            slot_X = self.slots(id_M)
+            self._item_2X, self._length = np.stack([id_M[slot_X], slot_X]), len(slot_X)
 
 
 class Lists:
@@ -97,13 +97,13 @@ class Lists:
         name_E = self._namespace_M[slot_E]
         order_E = np.argsort(name_E, kind="stable")
         names, counts = _counts(name_E)
-        for name, part_n in zip(names, np.split(order_E, np.cumsum(counts)[:-1]), strict=True):
-            self._live[name] = self._live.get(name, 0) + len(part_n)
+        for name, part in zip(names, np.split(order_E, np.cumsum(counts)[:-1]), strict=True):
+            self._live[name] = self._live.get(name, 0) + len(part)
             if name in self._of:
-                self._of[name].append(id_E[part_n], slot_E[part_n])
+                self._of[name].append(id_E[part], slot_E[part])
                 self._of[name].sweep(self._id_M, self._live[name])
             else:
-                self._of[name] = SlotList(id_E[part_n], slot_E[part_n])
+                self._of[name] = SlotList(id_E[part], slot_E[part])
 
     def slots_of_namespaces(self, names: np.ndarray) -> np.ndarray:
         """Live slots of these namespaces, by (namespace, id)."""
@@ -116,17 +116,17 @@ class Lists:
     def slots_of_ids(self, id_E: np.ndarray) -> np.ndarray:
         """The slot of each entry, -1 where it is not here."""
         if self._all is None:
-            slot_P = np.flatnonzero(self._id_M >= 0)
-            slot_P = slot_P[np.argsort(self._id_M[slot_P])]
-            self._all = SlotList(self._id_M[slot_P], slot_P)
+            slot_X = np.flatnonzero(self._id_M >= 0)
+            slot_X = slot_X[np.argsort(self._id_M[slot_X])]
+            self._all = SlotList(self._id_M[slot_X], slot_X)
         return self._all.find(id_E, self._id_M)
 
     def _by_namespace(self) -> dict[int, SlotList]:
-        slot_P = np.flatnonzero(self._id_M >= 0)
-        slot_P = slot_P[np.lexsort((self._id_M[slot_P], self._namespace_M[slot_P]))]
-        names, counts = _counts(self._namespace_M[slot_P])
-        return {name: SlotList(self._id_M[part_n], part_n) for name, part_n in
-                zip(names, np.split(slot_P, np.cumsum(counts)[:-1]), strict=False)}  # no name has one empty part
+        slot_X = np.flatnonzero(self._id_M >= 0)
+        slot_X = slot_X[np.lexsort((self._id_M[slot_X], self._namespace_M[slot_X]))]
+        names, counts = _counts(self._namespace_M[slot_X])
+        return {name: SlotList(self._id_M[part], part) for name, part in
+                zip(names, np.split(slot_X, np.cumsum(counts)[:-1]), strict=False)}  # no name has one empty part
 
 
 def _counts(name_E: np.ndarray) -> tuple[list[int], list[int]]:

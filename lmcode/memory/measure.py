@@ -67,9 +67,9 @@ def sample_of_all(query_HND: Tensor, namespace_N: Tensor, document_N: Tensor, sc
     """This rank's part of at most `count` queries, evenly spread over those of all ranks, if all have as many."""
     N = len(namespace_N)
     total = N * group.size
-    place_S = torch.arange(min(count, total)) * total // max(1, min(count, total)) - group.rank * N
-    at_S = place_S[(place_S >= 0) & (place_S < N)].to(query_HND.device)
-    return Sample(query_HND[:, at_S], namespace_N[at_S], document_N[at_S], scope)
+    place_X = torch.arange(min(count, total)) * total // max(1, min(count, total)) - group.rank * N
+    at_X = place_X[(place_X >= 0) & (place_X < N)].to(query_HND.device)
+    return Sample(query_HND[:, at_X], namespace_N[at_X], document_N[at_X], scope)
 
 
 def sample_of(query_HND: Tensor, namespace_N: Tensor, document_N: Tensor, scope: Scope, count: int) -> Sample:

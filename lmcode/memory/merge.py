@@ -83,7 +83,7 @@ def merge_hits(score_X: Tensor, id_X: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def merge_lists(score_XXK: Tensor, id_XXK: Tensor) -> tuple[Tensor, Tensor]:
-    """Merges the lists of R ranks, [R, ..., K], each in total order, into [..., K]."""
+    """Merges the lists of X ranks, [X, ..., K], each in total order, into [..., K]."""
     if len(score_XXK) == 1:
         return score_XXK[0], id_XXK[0]
     score_X, id_X = (part.movedim(0, -2).flatten(-2) for part in (score_XXK, id_XXK))

@@ -2,7 +2,7 @@
 
 An id chooses its virtual shard once and for all; only the map from virtual shards to ranks depends on the number of
 ranks. Eviction is per virtual shard, so nothing that a bank computes depends on how many ranks hold it.
-Letters: E ids, S virtual shards, R ranks.
+Letters: E ids.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ def splitmix64(id_E: np.ndarray) -> np.ndarray:
 
 
 def virtual_shard_of(id_E: np.ndarray, virtual_shards: int) -> np.ndarray:
-    """The virtual shard of each id, int64 in [0, S)."""
+    """The virtual shard of each id, int64 in [0, virtual_shards)."""
     shard_E: np.ndarray = (splitmix64(np.asarray(id_E)) % np.uint64(virtual_shards)).astype(np.int64)
     return shard_E
 
 
 def rank_of(shard_E: np.ndarray, ranks: int) -> np.ndarray:
-    """The rank that holds each virtual shard, int64 in [0, R)."""
+    """The rank that holds each virtual shard, int64 in [0, ranks)."""
     return np.asarray(shard_E) % ranks
 
 
 def holder_of(id_E: np.ndarray, virtual_shards: int, ranks: int) -> np.ndarray:
-    """The rank that holds each id, int64 in [0, R)."""
+    """The rank that holds each id, int64 in [0, ranks)."""
     return rank_of(virtual_shard_of(id_E, virtual_shards), ranks)
 
 

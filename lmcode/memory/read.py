@@ -1,10 +1,10 @@
 """The read protocol, from top to bottom: ask, search, agree, attend (and its backward pass).
 
 Phases 1 to 3 are `Reader.search`, phase 4 is `Reader.attend`. Everything here has one layout: queries first, [N, H, ...] for
-those of this rank and [G, H, ...] for those of all; so a collective, which joins ranks along axis 0, needs no turning. The
+those of this rank and [X, H, ...] for those of all; so a collective, which joins ranks along axis 0, needs no turning. The
 bank turns what comes in and goes out.
-Letters: R ranks of a memory group; n queries of one rank, padded to the same number in all of it; G = R * n gathered
-queries; Q = G * H bags of winners; X anything that travels with a query.
+Letters: N queries of this rank; X queries of all ranks of a memory group, each rank's padded to the same number; at last, in
+`align_rows` and `pad`, X numbers of a row.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ MAX_QUERY = 1e15  # a longer component could overflow a score; such a query find
 
 
 class Asked(NamedTuple):
-    """The queries of all ranks, in rank order: query_GHD fp32, namespace_G and document_G int64,
+    """The queries of all ranks, in rank order: query_XHD fp32, namespace_X and document_X int64,
     and how many each rank contributed, padding included."""
 
-    query_GHD: Tensor
-    namespace_G: np.ndarray
-    document_G: np.ndarray
+    query_XHD: Tensor
+    namespace_X: np.ndarray
+    document_X: np.ndarray
     rows_per_rank: int
 
 
 class Agreed(NamedTuple):
-    """This rank's merged hits, score_nHK and id_nHK; and where every query's merged list ends: the score and id of its
-    last hit and its log-sum-exp."""
+    """This rank's merged hits, score_NHK and id_NHK; and where the merged list of each of all queries ends: the score and id
+    of its last hit, and its log-sum-exp."""
 
-    score_nHK: Tensor
-    id_nHK: Tensor
-    cut_score_GH: Tensor
-    cut_id_GH: Tensor
-    lse_GH: Tensor
+    score_NHK: Tensor
+    id_NHK: Tensor
+    cut_score_XH: Tensor
+    cut_id_XH: Tensor
+    lse_XH: Tensor
 
 
 class Reader:
     """Reads one bank: what the ranks of a memory group do together, each with its shard.
 
     A read, `search` then `attend`, goes through these phases:
-      1. all_gather of queries, namespaces and, unless the scope is "document", documents: every rank sees all G queries.
+      1. all_gather of queries, namespaces and, unless the scope is "document", documents: every rank sees all X queries.
       2. Each rank searches its shard for all of them: its local top K in total order.
       3. The (score, id) lists are exchanged and merged: with `all_gather` all of them by every rank, with `all_to_all`
          each by its query's owner, who then shares the K-th hit and the log-sum-exp, 16 bytes a query. So each rank
@@ -79,11 +79,11 @@ class Reader:
         """Phases 1 to 3; see `LongTermMemory.search`."""
         with self.clock.running():
             asked = self.ask(query_NHD, namespace_N, document_N, scope, ragged=ragged)
-            score_GHK, id_GHK, slot_GHK = self.shard.search(asked.query_GHD, asked.namespace_G, asked.document_G, k,
+            score_XHK, id_XHK, slot_XHK = self.shard.search(asked.query_XHD, asked.namespace_X, asked.document_X, k,
                                                             scope=scope, tier=tier)
-            agreed = self.agree(score_GHK, id_GHK)
-            won_GHK = winners(score_GHK, id_GHK, agreed.cut_score_GH, agreed.cut_id_GH)
-            ticket = make_ticket(won_GHK, score_GHK, slot_GHK, agreed.lse_GH, step_M=self.shard.columns["step"],
+            agreed = self.agree(score_XHK, id_XHK)
+            won_XHK = winners(score_XHK, id_XHK, agreed.cut_score_XH, agreed.cut_id_XH)
+            ticket = make_ticket(won_XHK, score_XHK, slot_XHK, agreed.lse_XH, step_M=self.shard.columns["step"],
                                  rows_per_rank=asked.rows_per_rank, version=self.shard.version)
         score_HNK, id_HNK = (turned(part[:len(query_NHD)]) for part in agreed[:2])
         return Hits(score_HNK, id_HNK, ticket)
@@ -95,24 +95,24 @@ class Reader:
         seeing_N = (query_NHD.abs() < MAX_QUERY).all(-1).all(1)
         self.blind_queries += N - int(seeing_N.sum())
         query_NHD = query_NHD.where(seeing_N[:, None, None], 0)
-        names_NX = namespace_N.where(seeing_N, -1)[:, None]
+        own_names = namespace_N.where(seeing_N, -1)[:, None]  # [N, 1 or 2]
         if scope != "document":
-            names_NX = torch.cat([names_NX, document_N[:, None]], dim=1)
-        query_GHD = self.inside.all_gather(pad(query_NHD, n), phase="queries")
-        names_GX = self.inside.all_gather(pad(names_NX, n, -1), phase="queries").cpu().numpy()
-        return Asked(query_GHD.float(), names_GX[:, 0], names_GX[:, -1], n)
+            own_names = torch.cat([own_names, document_N[:, None]], dim=1)
+        query_XHD = self.inside.all_gather(pad(query_NHD, n), phase="queries")
+        names = self.inside.all_gather(pad(own_names, n, -1), phase="queries").cpu().numpy()
+        return Asked(query_XHD.float(), names[:, 0], names[:, -1], n)
 
-    def agree(self, score_GHK: Tensor, id_GHK: Tensor) -> Agreed:
+    def agree(self, score_XHK: Tensor, id_XHK: Tensor) -> Agreed:
         """Phase 3: the local lists of all ranks are merged, by every rank or by each query's owner."""
-        R, (G, _, k), lists = self.inside.size, score_GHK.shape, (score_GHK, id_GHK)
-        n = G // R
-        if exchange_mode(self.config.exchange, R, k) == "all_gather":
+        ranks, (X, _, k), lists = self.inside.size, score_XHK.shape, (score_XHK, id_XHK)
+        n = X // ranks
+        if exchange_mode(self.config.exchange, ranks, k) == "all_gather":
             merged = merge_lists(*(self.inside.all_gather(part[None], phase="hits") for part in lists))
             mine = slice(self.inside.rank * n, (self.inside.rank + 1) * n)
-            score_GHK, id_GHK = merged
-            return Agreed(score_GHK[mine], id_GHK[mine], score_GHK[..., -1], id_GHK[..., -1],
-                          logsumexp_of(score_GHK, id_GHK))
-        own = merge_lists(*(self.inside.all_to_all(part, phase="hits").view(R, n, -1, k) for part in lists))
+            score_XHK, id_XHK = merged
+            return Agreed(score_XHK[mine], id_XHK[mine], score_XHK[..., -1], id_XHK[..., -1],
+                          logsumexp_of(score_XHK, id_XHK))
+        own = merge_lists(*(self.inside.all_to_all(part, phase="hits").view(ranks, n, -1, k) for part in lists))
         return Agreed(*own, *unpack_cuts(self.inside.all_gather(pack_cuts(*own), phase="hits")))
 
     def ticket_of(self, hits: Hits) -> Ticket:
@@ -133,11 +133,11 @@ class Reader:
     @torch.no_grad()
     def fetch(self, ticket: Ticket, id_NHK: Tensor) -> tuple[Tensor, ...]:
         """Keys and values of the hits, fp32 [N, H, K, D] each, zero where invalid."""
-        R, (N, H, k), shard = self.inside.size, id_NHK.shape, self.shard
-        sent_GHKX = winning_rows(shard.key_HMD, shard.value_HMD, ticket, k).view(R * ticket.rows_per_rank, H, k, -1)
-        rows_RNHKX = self.inside.all_to_all(sent_GHKX, phase="values").view(R, -1, *sent_GHKX.shape[1:])[:, :N]
-        holder_NHK = holders_of(id_NHK, self.config.virtual_shards, R).where(id_NHK >= 0, -1)
-        parts: tuple[Tensor, ...] = align_rows(rows_RNHKX, holder_NHK).split(shard.value_HMD.shape[-1], dim=-1)
+        ranks, (N, H, k), shard = self.inside.size, id_NHK.shape, self.shard
+        sent = winning_rows(shard.key_HMD, shard.value_HMD, ticket, k).view(ranks * ticket.rows_per_rank, H, k, -1)
+        by_rank = self.inside.all_to_all(sent, phase="values").view(ranks, -1, *sent.shape[1:])[:, :N]
+        holder_NHK = holders_of(id_NHK, self.config.virtual_shards, ranks).where(id_NHK >= 0, -1)
+        parts: tuple[Tensor, ...] = align_rows(by_rank, holder_NHK).split(shard.value_HMD.shape[-1], dim=-1)
         return parts
 
     def look_up(self, query_NHD: Tensor, namespace_N: Tensor, document_N: Tensor, k: int) -> tuple[Tensor, ...] | None:
@@ -165,8 +165,8 @@ class SumsOverShards(torch.autograd.Function):
                 group: Group) -> tuple[Tensor, Tensor]:
         """Each rank adds up weight * value over the winners it holds; every owner gets the sum of all ranks."""
         N, H, D = query_NHD.shape
-        sum_QD = value_sums(shard.value_HMD, ticket)
-        value_NHD = group.reduce_scatter(sum_QD.view(-1, H, D), phase="values")[:N]
+        sums = value_sums(shard.value_HMD, ticket)  # [X * H, D]
+        value_NHD = group.reduce_scatter(sums.view(-1, H, D), phase="values")[:N]
         ctx.ticket, ctx.shard, ctx.group, ctx.dtype = ticket, shard, group, query_NHD.dtype
         ctx.save_for_backward(value_NHD)
         return value_NHD, logsumexp_of(score_NHK, id_NHK)
@@ -181,11 +181,11 @@ class SumsOverShards(torch.autograd.Function):
         if ticket.version != shard.version:
             raise ValueError("the backward pass must run before the bank changes: it has changed since the search")
         dot_NH1 = (grad_NHD * value_NHD).sum(-1, keepdim=True)
-        sent_NHX = torch.cat([grad_NHD.float(), dot_NH1, grad_lse_NH.unsqueeze(-1)], dim=-1)
-        grad_QX = group.all_gather(pad(sent_NHX, ticket.rows_per_rank), phase="gradients").flatten(0, 1)
-        part_QD = query_gradients(shard.key_HMD, shard.value_HMD, ticket, grad_QX[:, :-2].contiguous(), grad_QX[:, -2],
-                                  grad_QX[:, -1])
-        grad_NHD = group.reduce_scatter(part_QD.view(-1, *value_NHD.shape[1:]), phase="gradients")[:len(value_NHD)]
+        sent = torch.cat([grad_NHD.float(), dot_NH1, grad_lse_NH.unsqueeze(-1)], dim=-1)
+        grads = group.all_gather(pad(sent, ticket.rows_per_rank), phase="gradients").flatten(0, 1)
+        parts = query_gradients(shard.key_HMD, shard.value_HMD, ticket, grads[:, :-2].contiguous(), grads[:, -2],
+                                grads[:, -1])
+        grad_NHD = group.reduce_scatter(parts.view(-1, *value_NHD.shape[1:]), phase="gradients")[:len(value_NHD)]
         return grad_NHD.to(ctx.dtype), None, None, None, None, None
 
 
@@ -199,18 +199,18 @@ def attend_rows(query_NHD: Tensor, score_NHK: Tensor, id_NHK: Tensor, key_NHKD: 
     return value_NHD, score_NHK.logsumexp(-1).where(id_NHK[..., 0] >= 0, NO_SCORE)
 
 
-def align_rows(rows_RNHKX: Tensor, holder_NHK: Tensor) -> Tensor:
+def align_rows(by_rank: Tensor, holder_NHK: Tensor) -> Tensor:
     """Rows [N, H, K, X] in the order of the hits, zero where there is none, from those that each rank sent.
 
     Args:
-        rows_RNHKX: every rank's winners, its own order, padded.
+        by_rank: [ranks, N, H, K, X], every rank's winners in its own order, padded.
         holder_NHK: the rank that holds each hit; -1 where invalid.
     """
-    rows_NHKX = torch.zeros_like(rows_RNHKX[0])
-    for rank in range(len(rows_RNHKX)):  # the j-th hit from a rank is its j-th winner: both lists are in total order
+    rows_NHKX = torch.zeros_like(by_rank[0])
+    for rank in range(len(by_rank)):  # the j-th hit from a rank is its j-th winner: both lists are in total order
         held_NHK = holder_NHK == rank
         place_NHK1 = (held_NHK.cumsum(-1) - 1).clamp(min=0).unsqueeze(-1)
-        held_NHKX = rows_RNHKX[rank].gather(2, place_NHK1.expand_as(rows_NHKX))
+        held_NHKX = by_rank[rank].gather(2, place_NHK1.expand_as(rows_NHKX))
         rows_NHKX = held_NHKX.where(held_NHK.unsqueeze(-1), rows_NHKX)
     return rows_NHKX
 

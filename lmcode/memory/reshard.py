@@ -1,6 +1,6 @@
 """Moving a bank to another number of virtual shards or slots: pure functions from states to states.
 
-An entry's id, hence its virtual shard `hash(id) mod S`, is all that decides where it goes; everything else about it stays.
+An entry's id, hence its virtual shard (`placement.virtual_shard_of`), is all that decides where it goes; all else stays.
 The one thing to know: nothing is ever dropped. Where a virtual shard would hold more live entries than it has slots, the
 move is refused, and `fewest_slots` says how many slots of the whole bank would do.
 Letters: X virtual shards; M slots of one; E entries.
@@ -27,10 +27,10 @@ def live_by_shard(id_E: np.ndarray, virtual_shards: int) -> np.ndarray:
 
 def fewest_slots(live_X: np.ndarray) -> int:
     """The smallest bank, in slots, whose virtual shards (`capacity_of`) can hold so many entries each."""
-    most, S = max(1, int(live_X.max())), len(live_X)
+    most, shards = max(1, int(live_X.max())), len(live_X)
     fullest = np.flatnonzero(live_X == most)
     # The first few virtual shards have one slot more than the rest: as many as reach the last one that needs it.
-    return max(S, S * (most - 1) + (int(fullest[-1]) + 1 if len(fullest) else 0))
+    return max(shards, shards * (most - 1) + (int(fullest[-1]) + 1 if len(fullest) else 0))
 
 
 def check_room(live_X: np.ndarray, slots: int, *, fewest: int | None = None) -> None:
@@ -57,7 +57,7 @@ def reshard(states: Iterable[Mapping[str, Tensor]], *, virtual_shards: int, slot
     shard becomes a ring of its entries by id with the hand behind the newest: eviction goes on first in, first out, and what
     a second chance had put off is up first. Virtual shard 0 keeps the number of entries evicted so far. The result does not
     depend on the layouts that the entries have been in before. `LongTermMemory.content_hash` covers the layout, so it
-    changes with S and with the number of slots.
+    changes with the number of virtual shards and of slots.
 
     Args:
         states: all virtual shards of the bank, in any order; taken one at a time.

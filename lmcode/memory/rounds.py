@@ -1,7 +1,7 @@
 """One round of consolidation, as the ranks of a memory group go through it together; its rules are those of `consolidate`.
 
 What is merged is known on every rank after the links were gathered; then each loser travels to its survivor's rank.
-Letters: P live entries of this rank; n of them that ask at once; L links; E pairs.
+Letters: N entries of this rank that look for their neighbours at once; X links; E pairs.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ def consolidate_shards(shard: Shard, group: Group, threshold: float, *, tier: st
     Args:
         tier: of the search for neighbours.
     """
-    slot_P, block, device = shard.slots_by_text()[0], consolidate.BLOCK, shard.key_HMD.device
-    live_R = group.all_gather_int(len(slot_P), phase="writes", device=device)
-    starts = range(0, max(1, *live_R), block)
-    link_L3 = torch.cat([_links(shard, group, slot_P[start:start + block], threshold, tier) for start in starts])
-    counts = group.all_gather_int(len(link_L3), phase="writes", device=device)
-    link_L3 = group.all_gather_rows(link_L3, counts, phase="writes")
-    pair_E2 = consolidate.choose_pairs(link_L3.cpu().numpy(), threshold)
+    slots, block, device = shard.slots_by_text()[0], consolidate.BLOCK, shard.key_HMD.device
+    live = group.all_gather_int(len(slots), phase="writes", device=device)
+    starts = range(0, max(1, *live), block)
+    link_X3 = torch.cat([_links(shard, group, slots[start:start + block], threshold, tier) for start in starts])
+    counts = group.all_gather_int(len(link_X3), phase="writes", device=device)
+    link_X3 = group.all_gather_rows(link_X3, counts, phase="writes")
+    pair_E2 = consolidate.choose_pairs(link_X3.cpu().numpy(), threshold)
     for start in range(0, len(pair_E2), block):
         _merge(shard, group, *pair_E2[start:start + block].T)
     shard.delete(shard.slots_of_ids(pair_E2[:, 1]))
-    return ConsolidationReport(threshold, sum(live_R), len(pair_E2))
+    return ConsolidationReport(threshold, sum(live), len(pair_E2))
 
 
-def _links(shard: Shard, group: Group, slot_n: np.ndarray, threshold: float, tier: str) -> Tensor:
-    """Links of the entries in `slot_n`, one block of this rank's slots or less; every rank pads its queries to a whole
+def _links(shard: Shard, group: Group, slot_N: np.ndarray, threshold: float, tier: str) -> Tensor:
+    """Links of the entries in `slot_N`, one block of this rank's slots or less; every rank pads its queries to a whole
     block."""
-    id_n, text_n2, unit_nF = shard.questions(slot_n)
-    score_n2, other_n2 = nearest_two(shard, group, unit_nF, text_n2, most=consolidate.BLOCK, tier=tier)
-    return consolidate.links_of(id_n, score_n2, other_n2, heads=shard.key_HMD.shape[0], threshold=threshold)
+    id_N, text_N2, unit_ND = shard.questions(slot_N)
+    score_N2, other_N2 = nearest_two(shard, group, unit_ND, text_N2, most=consolidate.BLOCK, tier=tier)
+    return consolidate.links_of(id_N, score_N2, other_N2, heads=shard.key_HMD.shape[0], threshold=threshold)
 
 
-def nearest_two(shard: Shard, group: Group, unit_nF: Tensor, text_n2: Tensor, *, most: int,
+def nearest_two(shard: Shard, group: Group, unit_ND: Tensor, text_N2: Tensor, *, most: int,
                 tier: str) -> tuple[Tensor, Tensor]:
-    """Scores and ids of the two entries of the bank that are nearest to each row in its text, [n, 2]: see `Shard.nearest`.
+    """Scores and ids of the two entries of the bank that are nearest to each row in its text, [N, 2]: see `Shard.nearest`.
     Collective; every rank pads its rows to `most`."""
-    unit_GF = group.all_gather(pad(unit_nF, most), phase="writes")
-    text_G2 = group.all_gather(pad(text_n2, most, -1), phase="writes").cpu().numpy()
-    lists = shard.nearest(unit_GF, text_G2, tier=tier)[:2]
-    score_R2, other_R2 = (group.all_to_all(part, phase="writes").view(-1, most, 2) for part in lists)
-    score_n2, other_n2 = merge_lists(score_R2, other_R2)
-    return score_n2[:len(unit_nF)], other_n2[:len(unit_nF)]
+    units = group.all_gather(pad(unit_ND, most), phase="writes")  # those of all ranks
+    texts = group.all_gather(pad(text_N2, most, -1), phase="writes").cpu().numpy()
+    lists = shard.nearest(units, texts, tier=tier)[:2]
+    scores, others = (group.all_to_all(part, phase="writes").view(-1, most, 2) for part in lists)  # [ranks, N, 2]
+    score_N2, other_N2 = merge_lists(scores, others)
+    return score_N2[:len(unit_ND)], other_N2[:len(unit_ND)]
 
 
 def _merge(shard: Shard, group: Group, survivor_E: np.ndarray, loser_E: np.ndarray) -> None:

@@ -3,7 +3,8 @@
 The shard does what needs no other rank: it searches its rows, weighs and differentiates those that won, and writes,
 deletes and counts. Beside the keys, `[H, M, D]`, lie the addends to their scores, fp32 `[M]`: `importance_weight *
 log(importance)` of a live entry and `NO_SCORE` in an empty slot. So that attention is counted changes no key.
-Letters: M slots of this rank; G gathered queries; Q = G * H bags of winners, bag = query * H + head; W winners.
+Letters: N queries of all ranks, or of a group that sees the same rows; M slots of this rank, or the rows that such a group
+sees; E entries, winners among them; X bags of winners (`ticket`), or heads x groups (`exact.Stack`).
 """
 
 from __future__ import annotations
@@ -85,11 +86,11 @@ class Shard:
             batch = np.flatnonzero(shard_E == shard)
             ring = self.ledger.ring(shard)
             placement = self._policy(ring, {name: column[batch] for name, column in columns.items()})
-            kept = batch if placement.stored_m is None else batch[placement.stored_m]
-            self.evicted[shard] += len(batch) - len(kept) + int((ring.columns["id"][placement.slot_m] >= 0).sum())
+            kept = batch if placement.stored_E is None else batch[placement.stored_E]
+            self.evicted[shard] += len(batch) - len(kept) + int((ring.columns["id"][placement.slot_E] >= 0).sum())
             self.hand[shard] = placement.hand
             stored.append(kept)
-            slots.append(placement.slot_m + place.start)
+            slots.append(placement.slot_E + place.start)
             spent.append(placement.spent + place.start)
         self.ledger.update(np.concatenate(spent), {"chance": False})
         self._put(np.concatenate(slots), entries.take(np.concatenate(stored)))
@@ -169,13 +170,13 @@ class Shard:
         slot_E = self.ledger.slots_of_ids(id_E)
         return slot_E[slot_E >= 0]
 
-    def questions(self, slot_n: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    def questions(self, slot_E: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """What these slots ask when they look for neighbours, on the device: ids, texts (namespace and document, int64
-        [n, 2]), `unit_keys`."""
-        id_n, namespace_n, document_n = (self._on_device(self.columns[name][slot_n])
+        [E, 2]), `unit_keys`."""
+        id_E, namespace_E, document_E = (self._on_device(self.columns[name][slot_E])
                                          for name in ("id", "namespace", "document"))
-        unit_nF = unit_keys(self.key_HMD[:, self._on_device(slot_n)])
-        return id_n, torch.stack([namespace_n, document_n], dim=1), unit_nF
+        unit_ED = unit_keys(self.key_HMD[:, self._on_device(slot_E)])
+        return id_E, torch.stack([namespace_E, document_E], dim=1), unit_ED
 
     def take(self, id_E: np.ndarray) -> tuple[Tensor, Tensor]:
         """What another rank needs of these entries to merge them: fp32 vector_E2HD and int64 `pack_columns` [E, 5]."""
@@ -197,7 +198,7 @@ class Shard:
         self._refresh_scores(slot_E)
         self._say_changed(slot_E)
 
-    def count_hits(self, tickets: Sequence[Ticket], credits_Q: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    def count_hits(self, tickets: Sequence[Ticket], credits_X: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """Which slots won in these reads, ascending, and the attention that each received, over all heads, in units of
         1 / `MASS_UNIT`: int64 both.
 
@@ -205,13 +206,13 @@ class Shard:
         their last bits between batch shapes; a coarser unit would let fewer of them through, but magnify those.
 
         Args:
-            credits_Q: of each read, fp32.
+            credits_X: of each read, fp32.
         """
         slots, units = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for ticket, credit_Q in zip(tickets, credits_Q, strict=True):
-            unit_W = (ticket.weight_W.double() * credit_Q.double()[ticket.bag_W] * MASS_UNIT).round().long()
-            slots.append(ticket.row_W.cpu().numpy() % self.num_slots)
-            units.append(unit_W.cpu().numpy())
+        for ticket, credit_X in zip(tickets, credits_X, strict=True):
+            unit_E = (ticket.weight_E.double() * credit_X.double()[ticket.bag_E] * MASS_UNIT).round().long()
+            slots.append(ticket.row_E.cpu().numpy() % self.num_slots)
+            units.append(unit_E.cpu().numpy())
         return self.ledger.add_up(np.concatenate(slots), np.concatenate(units))
 
     def touch(self, slot_E: np.ndarray, mass_E: np.ndarray, step: int) -> None:
@@ -235,29 +236,29 @@ class Shard:
         """Live slots sorted by (namespace, document, id), and where among them those of each text are."""
         if self._texts is None:
             live = np.flatnonzero(self.live_M)
-            text_2P = np.stack([self.columns[name][live] for name in ("namespace", "document")])
-            order_P = np.lexsort((self.columns["id"][live], text_2P[1], text_2P[0]))
-            starts, ends, texts = _runs(text_2P.T[order_P])
-            self._texts = live[order_P], dict(zip(texts, map(slice, starts, ends), strict=True))
+            text_2E = np.stack([self.columns[name][live] for name in ("namespace", "document")])
+            order_E = np.lexsort((self.columns["id"][live], text_2E[1], text_2E[0]))
+            starts, ends, texts = _runs(text_2E.T[order_E])
+            self._texts = live[order_E], dict(zip(texts, map(slice, starts, ends), strict=True))
         return self._texts
 
     def slots_of(self, namespaces: np.ndarray) -> np.ndarray:
         """Live slots of these namespaces, by (namespace, id)."""
         return self.ledger.slots_of_namespaces(namespaces)
 
-    def search(self, query_GHD: Tensor, namespace_G: np.ndarray, document_G: np.ndarray, k: int, *, scope: Scope,
+    def search(self, query_NHD: Tensor, namespace_N: np.ndarray, document_N: np.ndarray, k: int, *, scope: Scope,
                tier: str) -> Found:
-        """The k best rows of this rank for each query and head: score, id and slot, [G, H, K], in total order.
+        """The k best rows of this rank for each query and head: score, id and slot, [N, H, K], in total order.
 
         A query with a negative namespace sees nothing, whatever the scope; one of a known document sees nothing that was
         written from this document under another namespace.
         """
-        def hidden(slot_P: Tensor | None, queries: np.ndarray) -> Hidden:
-            return () if scope == "document" else self._hidden(slot_P, namespace_G[queries], document_G[queries])
+        def hidden(slot_M: Tensor | None, queries: np.ndarray) -> Hidden:
+            return () if scope == "document" else self._hidden(slot_M, namespace_N[queries], document_N[queries])
 
         searching = self._tier(tier)
         rows_of = self._table if searching.whole else self._rows_of
-        return self._search(query_GHD, _groups(namespace_G, scope), k, searching.search, rows_of, hidden)
+        return self._search(query_NHD, _groups(namespace_N, scope), k, searching.search, rows_of, hidden)
 
     def look_up(self, query_NHD: Tensor, namespace_N: np.ndarray, k: int, *, scope: Scope,
                 longest: float) -> tuple[Tensor, ...] | None:
@@ -277,13 +278,13 @@ class Shard:
         stack = self._stack(groups)
         if stack is None:
             return None
-        value_XQD, lse_XQ, doubtful_XQ = attend_best(query_NHD.transpose(0, 1).reshape(H * len(groups), -1, D), stack,
+        value_XND, lse_XN, doubtful_XN = attend_best(query_NHD.transpose(0, 1).reshape(H * len(groups), -1, D), stack,
                                                      self.value_HMD.flatten(0, 1), k, longest)
-        value_NHD, lse_NH = value_XQD.view(H, N, -1).transpose(0, 1), lse_XQ.view(H, N).transpose(0, 1)
+        value_NHD, lse_NH = value_XND.view(H, N, -1).transpose(0, 1), lse_XN.view(H, N).transpose(0, 1)
         if stack.has_empty or min(names) < 0:
-            sees_N1 = (~stack.empty_G & self._on_device(namespace_N >= 0))[:, None]
+            sees_N1 = (~stack.empty & self._on_device(namespace_N >= 0))[:, None]
             value_NHD, lse_NH = value_NHD.where(sees_N1[..., None], 0.0), lse_NH.where(sees_N1, NO_SCORE)
-        return value_NHD, lse_NH, doubtful_XQ.view(H, N).any(dim=0)
+        return value_NHD, lse_NH, doubtful_XN.view(H, N).any(dim=0)
 
     def _stack(self, groups: tuple[tuple[int, ...] | None, ...]) -> Stack | None:
         """The rows of these namespaces (None: of all), group by group; None if they are too many. Kept until the shard
@@ -297,17 +298,17 @@ class Shard:
                                     else stack_rows(self.key_HMD, self.addend_M, [*map(self._on_device, slots)]))
         return self._stacks[groups]
 
-    def nearest(self, unit_GF: Tensor, text_G2: np.ndarray, *, tier: str) -> Found:
-        """The two entries here that are nearest to each query in its text, itself included: as `search`, [G, 2].
+    def nearest(self, unit_ND: Tensor, text_N2: np.ndarray, *, tier: str) -> Found:
+        """The two entries here that are nearest to each query in its text, itself included: as `search`, [N, 2].
 
         Args:
-            unit_GF: rows of `unit_keys`; so are the rows that they are compared with, a text at a time.
-            text_G2: namespace (negative: none, so nothing is found) and document of each query.
+            unit_ND: rows of `unit_keys`; so are the rows that they are compared with, a text at a time.
+            text_N2: namespace (negative: none, so nothing is found) and document of each query.
         """
-        order_G = np.lexsort((text_G2[:, 1], text_G2[:, 0]))
-        groups = [(order_G[start:end], text) for start, end, text in zip(*_runs(text_G2[order_G]), strict=True)
+        order_N = np.lexsort((text_N2[:, 1], text_N2[:, 0]))
+        groups = [(order_N[start:end], text) for start, end, text in zip(*_runs(text_N2[order_N]), strict=True)
                   if text[0] >= 0]
-        found = self._search(unit_GF.unsqueeze(1), groups, 2, self._tier(tier).search, self._unit_rows_of)
+        found = self._search(unit_ND.unsqueeze(1), groups, 2, self._tier(tier).search, self._unit_rows_of)
         return found[0][:, 0], found[1][:, 0], found[2][:, 0]
 
     def use(self, plan: Plan) -> None:
@@ -317,7 +318,7 @@ class Shard:
             tier.use(plan)
 
     def list_lengths(self) -> np.ndarray:
-        """How many entries each list of the plan's centroids holds here, int64 [H, L]."""
+        """How many entries each list of the plan's centroids holds here, int64 [H, X]."""
         tier = self._tier("ivf")
         assert isinstance(tier, IvfTier)
         return tier.lengths(self._table(None))
@@ -328,41 +329,41 @@ class Shard:
             self._tiers[name].use(self.plan)
         return self._tiers[name]
 
-    def _search(self, query_GHD: Tensor, groups: list[tuple[np.ndarray, Any]], k: int, search: Callable[..., Found],
+    def _search(self, query_NHD: Tensor, groups: list[tuple[np.ndarray, Any]], k: int, search: Callable[..., Found],
                 rows_of: Callable[[Any], Rows],
                 hidden_of: Callable[[Tensor | None, np.ndarray], Hidden] = lambda *_: ()) -> Found:
         """Group by group; a tier goes head by head, so here, and nowhere else, queries are turned for it."""
-        G, H, _ = query_GHD.shape
-        found = no_hits((G, H, k), query_GHD.device)
+        N, H, _ = query_NHD.shape
+        found = no_hits((N, H, k), query_NHD.device)
         for queries, seen in groups:
             rows = rows_of(seen)
-            if len(rows.id_P) == 0:
+            if len(rows.id_M) == 0:
                 continue
             positions = self._on_device(queries)
-            query_HQD = query_GHD.index_select(0, positions).transpose(0, 1).contiguous()
-            score_HQK, id_HQK, slot_HQK = search(query_HQD, rows, k, hidden=hidden_of(rows.slot_P, queries))
-            if rows.slot_P is not None:
-                slot_HQK = rows.slot_P[slot_HQK.clamp(min=0)].where(slot_HQK >= 0, -1)
-            for whole, part in zip(found, (score_HQK, id_HQK, slot_HQK), strict=True):
+            query_HND = query_NHD.index_select(0, positions).transpose(0, 1).contiguous()
+            score_HNK, id_HNK, slot_HNK = search(query_HND, rows, k, hidden=hidden_of(rows.slot_M, queries))
+            if rows.slot_M is not None:
+                slot_HNK = rows.slot_M[slot_HNK.clamp(min=0)].where(slot_HNK >= 0, -1)
+            for whole, part in zip(found, (score_HNK, id_HNK, slot_HNK), strict=True):
                 whole.index_copy_(0, positions, part.transpose(0, 1))
         return found
 
-    def _hidden(self, slot_P: Tensor | None, namespace_Q: np.ndarray, document_Q: np.ndarray) -> Hidden:
+    def _hidden(self, slot_M: Tensor | None, namespace_N: np.ndarray, document_N: np.ndarray) -> Hidden:
         """Which of these rows (None: of all slots) are hidden from whom: those of a query's own document, written under
         another namespace, so in another reading. What its own reading has written comes from earlier tokens."""
-        documents = np.unique(document_Q[document_Q >= 0])
+        documents = np.unique(document_N[document_N >= 0])
         if len(documents) == 0:
             return ()
-        document_P, namespace_P = (self.columns[name] if slot_P is None else self.columns[name][slot_P.cpu().numpy()]
+        document_M, namespace_M = (self.columns[name] if slot_M is None else self.columns[name][slot_M.cpu().numpy()]
                                    for name in ("document", "namespace"))
-        own_L = np.flatnonzero(np.isin(document_P, documents))
-        if len(own_L) == 0:
+        own = np.flatnonzero(np.isin(document_M, documents))
+        if len(own) == 0:
             return ()
-        readings, reading_Q = np.unique(np.stack([document_Q, namespace_Q], axis=1), axis=0, return_inverse=True)
-        pairs = [(np.flatnonzero(reading_Q.reshape(-1) == number),
-                  own_L[(document_P[own_L] == document) & (namespace_P[own_L] != namespace)])
+        readings, reading_N = np.unique(np.stack([document_N, namespace_N], axis=1), axis=0, return_inverse=True)
+        pairs = [(np.flatnonzero(reading_N.reshape(-1) == number),
+                  own[(document_M[own] == document) & (namespace_M[own] != namespace)])
                  for number, (document, namespace) in enumerate(readings) if document >= 0]
-        return [(self._on_device(query_Q), self._on_device(row_P)) for query_Q, row_P in pairs if len(row_P)]
+        return [(self._on_device(queries), self._on_device(unseen)) for queries, unseen in pairs if len(unseen)]
 
     def _table(self, names: tuple[int, ...] | None) -> Rows:
         """`_rows_of`, but all slots where all rows are seen."""
@@ -374,35 +375,35 @@ class Shard:
         """The rows of these namespaces; None: of all."""
         if names in self._kept:
             return self._kept[names]
-        slot_P = np.flatnonzero(self.live_M) if names is None else self.slots_of(np.array(names))
+        slot_E = np.flatnonzero(self.live_M) if names is None else self.slots_of(np.array(names))
         # From half full on, scores of empty slots cost less than a copy of the live rows.
-        if names is None and (2 * len(slot_P) >= self.num_slots > 0):
+        if names is None and (2 * len(slot_E) >= self.num_slots > 0):
             return Rows(self.key_HMD, self.addend_M, self._on_device(self.columns["id"]), None)
-        slots = self._on_device(slot_P)
-        id_P = self._on_device(self.columns["id"][slot_P])
-        return self._keep(names, Rows(self.key_HMD.index_select(1, slots), self.addend_M[slots], id_P, slots))
+        slots = self._on_device(slot_E)
+        id_E = self._on_device(self.columns["id"][slot_E])
+        return self._keep(names, Rows(self.key_HMD.index_select(1, slots), self.addend_M[slots], id_E, slots))
 
     def _unit_rows_of(self, text: tuple[int, int]) -> Rows:
         """The `unit_keys` of the rows of a text."""
         if ("text", text) in self._kept:
             return self._kept["text", text]
-        order_P, texts = self.slots_by_text()
-        slot_P = order_P[texts.get(text, slice(0))]
-        slots = self._on_device(slot_P)
-        unit_1PF = unit_keys(self.key_HMD[:, slots]).unsqueeze(0)
-        return self._keep(("text", text), Rows(unit_1PF, unit_1PF.new_zeros(len(slot_P)),
-                                               self._on_device(self.columns["id"][slot_P]), slots))
+        sorted_slots, texts = self.slots_by_text()
+        slot_E = sorted_slots[texts.get(text, slice(0))]
+        slots = self._on_device(slot_E)
+        unit_1ED = unit_keys(self.key_HMD[:, slots]).unsqueeze(0)
+        return self._keep(("text", text), Rows(unit_1ED, unit_1ED.new_zeros(len(slot_E)),
+                                               self._on_device(self.columns["id"][slot_E]), slots))
 
     def _keep(self, key: object, rows: Rows) -> Rows:
         """Keeps few rows until the shard changes."""
-        if len(rows.id_P) + sum(len(kept.id_P) for kept in self._kept.values()) <= KEPT_ROWS:
+        if len(rows.id_M) + sum(len(kept.id_M) for kept in self._kept.values()) <= KEPT_ROWS:
             self._kept[key] = rows
         return rows
 
     # --- state -----------------------------------------------------------------------------------------------------
 
     def state(self, shard: int) -> dict[str, Tensor]:
-        """A copy of one virtual shard on the CPU: key and value [H, C, D], one column per item of `entry.METADATA`, and
+        """A copy of one virtual shard on the CPU: key and value [H, M, D], one column per item of `entry.METADATA`, and
         the numbers shard, virtual_shards, slots, hand and evicted as int64 scalars."""
         place = self._place_of(shard)
         columns = {name: torch.from_numpy(column[place].copy()) for name, column in self.columns.items()}
@@ -434,11 +435,11 @@ class Shard:
     def check(self, shard: int, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError where a state, bank-wide counters included, is not one of this virtual shard."""
         place = self._place_of(shard)
-        (H, _, D), C = self.value_HMD.shape, place.stop - place.start
+        (H, _, D), M = self.value_HMD.shape, place.stop - place.start
         numbers = {"shard": shard, "virtual_shards": self.config.virtual_shards, "slots": self.slots}
         mine: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            **dict.fromkeys(("key", "value"), ((H, C, D), self.value_HMD.dtype)),
-            **{name: ((C,), torch.from_numpy(column[:0].copy()).dtype) for name, column in self.columns.items()},
+            **dict.fromkeys(("key", "value"), ((H, M, D), self.value_HMD.dtype)),
+            **{name: ((M,), torch.from_numpy(column[:0].copy()).dtype) for name, column in self.columns.items()},
             **dict.fromkeys((*numbers, "hand", "evicted", *COUNTERS), ((), torch.int64))}
         if {*mine} != {*state}:
             raise ValueError(f"virtual shard {shard}: a state holds {sorted(mine)}: got {sorted(state)}")
@@ -464,24 +465,24 @@ def seen_in(scope: Scope) -> tuple[int, ...] | None:
     return None if isinstance(scope, str) else tuple(scope)
 
 
-def _groups(namespace_G: np.ndarray, scope: Scope) -> list[tuple[np.ndarray, tuple[int, ...] | None]]:
+def _groups(namespace_N: np.ndarray, scope: Scope) -> list[tuple[np.ndarray, tuple[int, ...] | None]]:
     """Queries that see the same namespaces, and those (None: all); queries with a negative one are in no group."""
-    if scope == "document" and len(namespace_G) == 1:
-        return [(np.array([0]), (int(namespace_G[0]),))] if namespace_G[0] >= 0 else []
+    if scope == "document" and len(namespace_N) == 1:
+        return [(np.array([0]), (int(namespace_N[0]),))] if namespace_N[0] >= 0 else []
     if scope == "document":
-        order = np.argsort(namespace_G, kind="stable")
-        names, starts = np.unique(namespace_G[order], return_index=True)
+        order = np.argsort(namespace_N, kind="stable")
+        names, starts = np.unique(namespace_N[order], return_index=True)
         return [(queries, (int(name),)) for name, queries in zip(names, np.split(order, starts[1:]), strict=True)
                 if name >= 0]
-    queries = np.flatnonzero(namespace_G >= 0)
+    queries = np.flatnonzero(namespace_N >= 0)
     return [(queries, seen_in(scope))] if len(queries) else []
 
 
-def _runs(text_P2: np.ndarray) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+def _runs(text_M2: np.ndarray) -> tuple[list[int], list[int], list[tuple[int, int]]]:
     """Where equal rows of a sorted table start and end, and which they are."""
-    changes = np.flatnonzero((text_P2[1:] != text_P2[:-1]).any(axis=1)) + 1
-    bounds = [0, *changes.tolist(), len(text_P2)] if len(text_P2) else [0]
-    return bounds[:-1], bounds[1:], list(map(tuple, text_P2[bounds[:-1]].tolist()))
+    changes = np.flatnonzero((text_M2[1:] != text_M2[:-1]).any(axis=1)) + 1
+    bounds = [0, *changes.tolist(), len(text_M2)] if len(text_M2) else [0]
+    return bounds[:-1], bounds[1:], list(map(tuple, text_M2[bounds[:-1]].tolist()))
 
 
 def digest_of(state: Mapping[str, Tensor]) -> bytes:

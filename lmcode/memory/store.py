@@ -3,10 +3,10 @@
     shard-00003.safetensors
       header entry "lmcode"  JSON object of integers: format (1), shard, virtual_shards, slots, hand, evicted,
                              next_id, rejected, clipped
-      key, value             [H, C, D] fp32 or bf16; C slots of this virtual shard, zero in an empty one
-      id, namespace, step, last_hit, hit_mass, count     [C] int64; id -1 in an empty slot
-      importance             [C] fp32
-      chance                 [C] bool
+      key, value             [H, M, D] fp32 or bf16; M slots of this virtual shard, zero in an empty one
+      id, namespace, step, last_hit, hit_mass, count     [M] int64; id -1 in an empty slot
+      importance             [M] fp32
+      chance                 [M] bool
 
 Refused, each with a ValueError that names the file: what is not safetensors or is cut short; a header without the
 entry, of another format or with other keys; missing or additional tensors; other shapes, dtypes, numbers of slots or

@@ -4,7 +4,6 @@ A read looks at the values of those rows alone that won, so they may lie where t
 belongs to the process: it loses its name as soon as it is mapped, so that nothing is left of it after a kill, and a
 checkpoint is what brings it back. Its room is taken at once: a disk that ran full later would end the process with a
 signal.
-Letters: H heads, M slots, D width.
 """
 
 from __future__ import annotations
@@ -49,13 +48,13 @@ def mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: str | None) -> Te
                           f"'{folder or tempfile.gettempdir()}': {error}") from None
 
 
-def copy_of(table_HCD: Tensor, config: MemoryConfig) -> Tensor:
+def copy_of(table_HMD: Tensor, config: MemoryConfig) -> Tensor:
     """A copy of some slots in host memory; of a bank whose values are in a file a copy in another one, made in blocks."""
     if config.value_store != "mmap":
-        return table_HCD.to("cpu", copy=True).contiguous()
-    copy_HCD = mapped(tuple(table_HCD.shape), table_HCD.dtype, config.value_folder)
-    rows = max(1, BLOCK // max(1, table_HCD.shape[-1] * table_HCD.element_size()))
-    for head_CD, copy_CD in zip(table_HCD, copy_HCD, strict=True):
-        for start in range(0, len(head_CD), rows):
-            copy_CD[start:start + rows] = head_CD[start:start + rows]
-    return copy_HCD
+        return table_HMD.to("cpu", copy=True).contiguous()
+    copy_HMD = mapped(tuple(table_HMD.shape), table_HMD.dtype, config.value_folder)
+    rows = max(1, BLOCK // max(1, table_HMD.shape[-1] * table_HMD.element_size()))
+    for head_MD, copy_MD in zip(table_HMD, copy_HMD, strict=True):
+        for start in range(0, len(head_MD), rows):
+            copy_MD[start:start + rows] = head_MD[start:start + rows]
+    return copy_HMD

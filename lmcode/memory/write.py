@@ -2,7 +2,7 @@
 
 Everything that the ranks do together in a commit is here. What decides travels first, to all; so every rank knows which
 candidates get which ids, and the vectors go to those alone that hold them.
-Letters: Q bags of winners of a read; X candidates of this rank; E chosen ones or entries; R ranks of a memory group.
+Letters: N queries or candidates of this rank; E chosen candidates or entries; X bags of winners of a read (`ticket`).
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def count_hits(hits: Sequence[Hits], tickets: Sequence[Ticket], shard: Shard, in
 
 
 def gather_credits(hits: Sequence[Hits], tickets: Sequence[Ticket], inside: Group) -> list[Tensor]:
-    """What the bags of each read's ticket are to be credited with, fp32 [Q]: winners lie here, their askers anywhere."""
+    """What the bags of each read's ticket are to be credited with, fp32 [X]: winners lie here, their askers anywhere."""
     if not hits:
         return []
     rows = [ticket.rows_per_rank for ticket in tickets]
-    own_XH = torch.cat([entry.credit_of(one, n) for one, n in zip(hits, rows, strict=True)])
-    everyones_RXH = inside.all_gather(own_XH[None], phase="writes")
-    return [read_RNH.flatten() for read_RNH in everyones_RXH.split(rows, dim=1)]
+    own_NH = torch.cat([entry.credit_of(one, n) for one, n in zip(hits, rows, strict=True)])
+    all_credits = inside.all_gather(own_NH[None], phase="writes")  # [ranks, N, H]
+    return [of_read.flatten() for of_read in all_credits.split(rows, dim=1)]
 
 
 def gather_candidates(candidates: Sequence[Candidates], shard: Shard, group: Group, inside: Group, *, first_id: int,
@@ -65,10 +65,10 @@ def gather_candidates(candidates: Sequence[Candidates], shard: Shard, group: Gro
     """
     heads, _, head_dim = shard.value_HMD.shape
     config, device = shard.config, shard.device
-    vector_X2HD, facts_X3 = entry.stack_candidates(candidates, heads=heads, head_dim=head_dim, dtype=shard.value_HMD.dtype,
+    vector_N2HD, facts_N3 = entry.stack_candidates(candidates, heads=heads, head_dim=head_dim, dtype=shard.value_HMD.dtype,
                                                    device=device, max_norm=config.max_norm)
-    counts = group.all_gather_int(len(facts_X3), phase="writes", device=device)
-    facts = entry.unpack_facts(group.all_gather_rows(facts_X3, counts, phase="writes"))
+    counts = group.all_gather_int(len(facts_N3), phase="writes", device=device)
+    facts = entry.unpack_facts(group.all_gather_rows(facts_N3, counts, phase="writes"))
     chosen = np.flatnonzero(entry.choose(facts.surprise_E, config))
     facts, offered = entry.Facts(*(column[chosen] for column in facts)), len(facts.surprise_E)
     importance_E, id_E = entry.importance_of(facts.surprise_E), first_id + np.arange(len(chosen), dtype=np.int64)
@@ -80,7 +80,7 @@ def gather_candidates(candidates: Sequence[Candidates], shard: Shard, group: Gro
     sent = np.concatenate(mine * (group.size // inside.size))
     here = np.flatnonzero(accepted_E & (place_E == inside.rank))
     rows = torch.from_numpy(chosen[sent] - starts[group.rank]).to(device)
-    vector_E2HD = group.all_to_all_rows(vector_X2HD[rows], [len(one) for one in mine] * (group.size // inside.size),
+    vector_E2HD = group.all_to_all_rows(vector_N2HD[rows], [len(one) for one in mine] * (group.size // inside.size),
                                         np.bincount(from_E[here], minlength=group.size).tolist(), phase="writes")
     entries = entry.Entries(vector_E2HD[:, 0], vector_E2HD[:, 1], id_E[here], facts.namespace_E[here],
                             facts.document_E[here], importance_E[here], np.full(len(here), step, np.int64))

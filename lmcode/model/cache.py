@@ -18,12 +18,12 @@ class LayerCache:
     """One layer's buffers; those of tokens hold rubbish where a stream has no token yet, which a mask must hide.
 
     window: most tokens.
-    slots_BSE: the short-term slots after each stream's last complete segment; set by the first pass, if there is short-term
+    slots_BMD: the short-term slots after each stream's last complete segment; set by the first pass, if there is short-term
         memory.
     slots_read: what a step has computed from these slots alone, for the steps to come; None after the slots have changed.
     """
 
-    slots_BSE: Tensor
+    slots_BMD: Tensor
 
     def __init__(self, window: int) -> None:
         self.slots_read: tuple[Tensor, Tensor] | None = None
@@ -115,12 +115,12 @@ class Cache:
         return Step(places, valid, segment=segment, device=device)
 
     def restart(self, streams: Sequence[int], slots: Sequence[Tensor]) -> None:
-        """Puts these streams at the start of a new window, with the short-term slots that they carry, by layer [B, S, E].
+        """Puts these streams at the start of a new window, with the short-term slots that they carry, by layer [B, M, D].
 
         `slots` is empty without short-term memory.
         """
-        for layer, slots_BSE in zip(self.layers, slots, strict=False):
-            layer.slots_BSE[streams] = slots_BSE[streams]
+        for layer, slots_BMD in zip(self.layers, slots, strict=False):
+            layer.slots_BMD[streams] = slots_BMD[streams]
             layer.slots_read = None
         for stream in streams:
             self.lengths[stream] = 0

@@ -33,13 +33,13 @@ COPY_SCALE = 0.5  # how much of a token's embedding a read that finds nothing el
 
 
 class StreamState(NamedTuple):
-    """What a batch of streams carries from one window to the next; all detached. S slots of width E, a cache of L tokens.
+    """What a batch of streams carries from one window to the next; all detached. M slots, a cache of X tokens.
 
-    slots: fp32 [B, S, E] for each layer; empty without short-term memory.
+    slots: fp32 [B, M, D] for each layer; empty without short-term memory.
     pending_key: fp32 [B, H, D] for each memory layer, ascending: the key of the last token, whose successor is to come.
     pending_valid_B: bool, False until a stream has seen a token.
     pending_surprise_B: fp32, the loss of predicting the token to come, in nats; 0 where unknown.
-    past: [B, L, C] for each layer, the cache of `cache_windows` (`past.py`); empty without one.
+    past: [B, X, D] for each layer, the cache of `cache_windows` (`past.py`); empty without one.
     past_length: int64 [B], alone: how many of its last tokens are of the document that the stream is in; empty without one.
     """
 
@@ -54,7 +54,7 @@ class StreamState(NamedTuple):
 class LMCODEOutput(NamedTuple):
     """What `MemoryLM` returns.
 
-    logits: [B, T, V] in the model's dtype.
+    logits: [B, T, X], X ids of the vocabulary, in the model's dtype.
     loss: fp32 scalar, mean of `token_loss` over counted targets (0 if none is counted); None without targets.
     token_loss: fp32 [B, T], nats, 0 where ignored; None without targets.
     state: for the streams' next window.
@@ -75,8 +75,8 @@ def begin_read(read: LongTermRead, config: LMCODEConfig) -> None:
     nn.init.constant_(read.log_temperature_H, math.log(config.memory_temperature))
     nn.init.constant_(read.retrieved_bias_H, config.memory_bias)
     nn.init.zeros_(read.null_logit_H)
-    query_XC, key_XC = read.query_key_value.weight.chunk(3 if read.value is None else 2)[:2]
-    query_XC.copy_(key_XC)
+    query_XD, key_XD = read.query_key_value.weight.chunk(3 if read.value is None else 2)[:2]
+    query_XD.copy_(key_XD)
     if read.value is not None:
         # What is read points to where the tied head looks for it, so that a hit raises its token's logit at once.
         nn.init.normal_(read.value.weight, std=config.hidden_size ** -0.5)
@@ -125,7 +125,7 @@ class MemoryLM(nn.Module):
 
         Matrices are normal(0, 0.02); those that write into the residual stream are divided by sqrt(2 * num_layers)
         (Radford et al. 2019). Slot addresses are normal(0, 1), on the scale of the write keys they are compared with.
-        Values made from embeddings are normal(0, 1/C), their way back into the residual stream the transpose.
+        Values made from embeddings are normal(0, 1/D), their way back into the residual stream the transpose.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -154,16 +154,16 @@ class MemoryLM(nn.Module):
         """
         if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 2:
             raise ValueError(f"a vocabulary has at least 2 ids: got {vocab_size!r}")
-        old_VC = self.embedding.weight
-        own = type(self.embedding) is nn.Embedding and type(self.head) is nn.Linear and self.head.weight is old_VC
-        if not own or tuple(old_VC.shape) != (self.config.vocab_size, self.config.hidden_size):
+        old_XD = self.embedding.weight
+        own = type(self.embedding) is nn.Embedding and type(self.head) is nn.Linear and self.head.weight is old_XD
+        if not own or tuple(old_XD.shape) != (self.config.vocab_size, self.config.hidden_size):
             raise ValueError("the embedding can be resized only where it is this model's own and whole: got "
-                             f"{type(self.embedding).__name__} {list(old_VC.shape)} and {type(self.head).__name__}")
+                             f"{type(self.embedding).__name__} {list(old_XD.shape)} and {type(self.head).__name__}")
         config = build(LMCODEConfig, {**self.config.model_dump(), "vocab_size": vocab_size})
-        kept_VC = old_VC[:vocab_size]
-        added_VC = old_VC.float().mean(0).to(old_VC.dtype).expand(vocab_size - len(kept_VC), -1)
-        weight_VC = nn.Parameter(torch.cat([kept_VC, added_VC]), requires_grad=old_VC.requires_grad)
-        self.embedding.weight = self.head.weight = weight_VC
+        kept_XD = old_XD[:vocab_size]
+        added_XD = old_XD.float().mean(0).to(old_XD.dtype).expand(vocab_size - len(kept_XD), -1)
+        weight_XD = nn.Parameter(torch.cat([kept_XD, added_XD]), requires_grad=old_XD.requires_grad)
+        self.embedding.weight = self.head.weight = weight_XD
         self.embedding.num_embeddings = self.head.out_features = vocab_size
         self.config = config
         return self.embedding
@@ -231,39 +231,39 @@ class MemoryLM(nn.Module):
                                  "cannot fill a cache")
             window = window._replace(piece_BT=piece_BT, seen_BTT=same_piece(piece_BT))
         if window.past_length_B is not None:
-            window = window._replace(seen_past_BTL=visible(window.past_length_B, self.config.cache_tokens, piece_BT))
+            window = window._replace(seen_past_BTX=visible(window.past_length_B, self.config.cache_tokens, piece_BT))
         if cache is not None:
             self._begin(cache, input_ids_BT, valid_BT)
-        x_BTC = self.embedding(input_ids_BT)
+        x_BTD = self.embedding(input_ids_BT)
         if self.config.reads_embeddings:
-            window = window._replace(token_BTC=unit(x_BTC.detach()))
+            window = window._replace(token_BTD=unit(x_BTD.detach()))
         if self.positions is not None:
-            x_BTC = x_BTC + self.positions(places(input_ids_BT, piece_BT))
-        x_BTC, tapes = self._run_layers(self.dropout(x_BTC), window, state, cache)
-        logits_BTV = self.head(self.norm(x_BTC))
+            x_BTD = x_BTD + self.positions(places(input_ids_BT, piece_BT))
+        x_BTD, tapes = self._run_layers(self.dropout(x_BTD), window, state, cache)
+        logits_BTX = self.head(self.norm(x_BTD))
 
         loss = token_loss_BT = None
         target_BT = aligned_targets(labels_BT, targets_BT, valid_BT)
         if target_BT is not None:
-            loss, token_loss_BT = next_token_loss(logits_BTV, target_BT)
+            loss, token_loss_BT = next_token_loss(logits_BTX, target_BT)
         known_BT = (torch.zeros_like(input_ids_BT, dtype=torch.float32) if token_loss_BT is None
                     else token_loss_BT.detach())
         surprise_BT, pending_surprise_B = surprises(known_BT, window, state)
         memory = {index: layer_memory(tapes[index], surprise_BT) for index in self.config.memory_layer_indices}
-        return LMCODEOutput(logits_BTV, loss, token_loss_BT,
+        return LMCODEOutput(logits_BTX, loss, token_loss_BT,
                             self._next_state(tapes, window, pending_surprise_B, input_ids_BT.shape[1]), memory)
 
     def blank_state(self, num_streams: int, *, device: torch.device | None = None) -> StreamState:
         """The state of streams that are yet to start: zeros with nothing pending, to be passed with `reset_B` all True."""
         config, B = self.config, num_streams
-        slots_BSE = torch.zeros(B, config.short_term_memory_size, config.short_term_dim, device=device)
+        slots_BMD = torch.zeros(B, config.short_term_memory_size, config.short_term_dim, device=device)
         key_BHD = torch.zeros(B, config.memory_heads, config.memory_head_dim, device=device)
-        past_BLC = torch.zeros(B, config.cache_tokens, config.hidden_size, device=device)
+        past_BXD = torch.zeros(B, config.cache_tokens, config.hidden_size, device=device)
         cached = config.cache_tokens > 0
-        return StreamState((slots_BSE,) * (config.num_layers if config.short_term_memory_size else 0),
+        return StreamState((slots_BMD,) * (config.num_layers if config.short_term_memory_size else 0),
                            (key_BHD,) * len(config.memory_layer_indices),
                            torch.zeros(B, dtype=torch.bool, device=device), torch.zeros(B, device=device),
-                           (past_BLC,) * config.num_layers * cached,
+                           (past_BXD,) * config.num_layers * cached,
                            (torch.zeros(B, dtype=torch.int64, device=device),) * cached)
 
     def _begin(self, cache: Cache, input_ids_BT: Tensor, valid_BT: Tensor | None) -> None:
@@ -299,12 +299,12 @@ class MemoryLM(nn.Module):
         return Window(namespace_B, pending_valid_B, reset_B, valid_BT, rotation, document_B=document_B,
                       past_length_B=past_length_B)
 
-    def _run_layers(self, x_BTC: Tensor, window: Window, state: StreamState | None,
+    def _run_layers(self, x_BTD: Tensor, window: Window, state: StreamState | None,
                     cache: Cache | None) -> tuple[Tensor, list[ReadTape]]:
         """All layers in turn, each with its own tape; recomputed in the backward pass if so wished."""
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
-        if recompute and not x_BTC.requires_grad:
-            x_BTC.requires_grad_()  # a frozen embedding: reentrant checkpoints need an input with a gradient
+        if recompute and not x_BTD.requires_grad:
+            x_BTD.requires_grad_()  # a frozen embedding: reentrant checkpoints need an input with a gradient
         tapes = [ReadTape() for _ in self.layers]
         for index, (layer, tape) in enumerate(zip(self.layers, tapes, strict=True)):
             layer_window = self._layer_window(index, window, state)
@@ -312,8 +312,8 @@ class MemoryLM(nn.Module):
                 layer_window = layer_window._replace(cache=cache.layers[index])
             run = functools.partial(layer, window=layer_window, tape=tape)
             # Reentrant, since only this kind runs the hooks with which ZeRO-3 gathers parameters in the recomputation.
-            x_BTC = checkpoint(run, x_BTC, use_reentrant=True) if recompute else run(x_BTC)
-        return x_BTC, tapes
+            x_BTD = checkpoint(run, x_BTD, use_reentrant=True) if recompute else run(x_BTD)
+        return x_BTD, tapes
 
     def _next_state(self, tapes: list[ReadTape], window: Window, pending_surprise_B: Tensor, num_tokens: int) -> StreamState:
         """What the streams carry to their next window; a stream that had only padding here carries what it came with."""
@@ -324,10 +324,10 @@ class MemoryLM(nn.Module):
             before_B = (torch.zeros_like(pending_valid_B, dtype=torch.int64) if window.past_length_B is None
                         else window.past_length_B)
             past_length = (length_after(before_B, num_tokens, window.valid_BT, window.piece_BT, size),)
-        return StreamState(tuple(tape.slots_BSE for tape in tapes if tape.slots_BSE is not None),
+        return StreamState(tuple(tape.slots_BMD for tape in tapes if tape.slots_BMD is not None),
                            tuple(tape.pending_key_BHD for tape in tapes if tape.pending_key_BHD is not None),
                            pending_valid_B, pending_surprise_B,
-                           tuple(tape.past_BLC for tape in tapes if tape.past_BLC is not None), past_length)
+                           tuple(tape.past_BXD for tape in tapes if tape.past_BXD is not None), past_length)
 
     def _layer_window(self, index: int, window: Window, state: StreamState | None) -> Window:
         """`window` with the state that layer `index` carried over."""
@@ -335,15 +335,15 @@ class MemoryLM(nn.Module):
             return window
         memory_layers = self.config.memory_layer_indices
         return window._replace(
-            slots_BSE=state.slots[index] if state.slots else None,
-            past_BLC=state.past[index] if state.past else None,
+            slots_BMD=state.slots[index] if state.slots else None,
+            past_BXD=state.past[index] if state.past else None,
             pending_key_BHD=state.pending_key[memory_layers.index(index)] if index in memory_layers else None)
 
     def _check(self, input_ids_BT: Tensor, labels_BT: Tensor | None, targets_BT: Tensor | None,
                state: StreamState | None, reset_B: Tensor | None, namespace_B: Tensor | None,
                document_B: Tensor | None, valid_BT: Tensor | None, piece_BT: Tensor | None) -> None:
         """Refuses what `forward` cannot run, before anything is computed."""
-        V, longest = self.config.vocab_size, self.config.context_length
+        longest = self.config.context_length
         if not isinstance(input_ids_BT, Tensor):
             raise ValueError(f"input_ids must be an integer tensor [B, T]: got {type(input_ids_BT).__name__}")
         if input_ids_BT.dim() != 2 or 0 in input_ids_BT.shape or input_ids_BT.dtype not in (torch.int64, torch.int32):
@@ -364,10 +364,10 @@ class MemoryLM(nn.Module):
                                            ("valid_BT", valid_BT, torch.bool, (B, T))):
             if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape):
                 raise ValueError(f"{name} must be {dtype} {list(shape)}: got {tensor.dtype} {list(tensor.shape)}")
-        _check_ids("input_ids", input_ids_BT, V)
+        _check_ids("input_ids", input_ids_BT, self.config.vocab_size)
         for name, tensor in (("labels", labels_BT), ("targets", targets_BT)):
             if tensor is not None:
-                _check_ids(name, tensor.masked_fill(tensor == IGNORED, 0), V)
+                _check_ids(name, tensor.masked_fill(tensor == IGNORED, 0), self.config.vocab_size)
         if valid_BT is not None and bool((valid_BT[:, 1:] & ~valid_BT[:, :-1]).any()):
             raise ValueError("padding must trail: valid_BT has a True after a False")
         if piece_BT is not None and namespace_B is not None:
@@ -378,8 +378,8 @@ class MemoryLM(nn.Module):
     def check_state(self, state: StreamState, num_streams: int) -> None:
         """Refuses the state of another number of streams or of a model of another shape."""
         config = self.config
-        B, S = num_streams, config.short_term_memory_size
-        slots = [(B, S, config.short_term_dim)] * (config.num_layers if S else 0)
+        B, M = num_streams, config.short_term_memory_size
+        slots = [(B, M, config.short_term_dim)] * (config.num_layers if M else 0)
         keys = [(B, config.memory_heads, config.memory_head_dim)] * len(config.memory_layer_indices)
         cached = config.cache_tokens > 0
         past = [(B, config.cache_tokens, config.hidden_size)] * config.num_layers * cached
@@ -410,9 +410,9 @@ def _check_pieces(piece_BT: Tensor, namespace_BP: Tensor) -> None:
                          f"{int(piece_BT.max())}, namespaces {list(namespace_BP.shape)}")
 
 
-def unit(x_BTC: Tensor) -> Tensor:
+def unit(x_BTD: Tensor) -> Tensor:
     """Vectors of mean square 1, as the norms make them: embeddings of rare and of frequent tokens differ a lot in length."""
-    return F.rms_norm(x_BTC, x_BTC.shape[-1:], eps=NORM_EPSILON)
+    return F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=NORM_EPSILON)
 
 
 def same_piece(piece_BT: Tensor) -> Tensor:
@@ -441,9 +441,9 @@ def aligned_targets(labels_BT: Tensor | None, targets_BT: Tensor | None, valid_B
     return given_BT if labels_BT is None else F.pad(given_BT[:, 1:], (0, 1), value=IGNORED)
 
 
-def next_token_loss(logits_BTV: Tensor, target_BT: Tensor) -> tuple[Tensor, Tensor]:
+def next_token_loss(logits_BTX: Tensor, target_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy in nats: the mean over counted targets, and per token [B, T], 0 where ignored; both fp32."""
-    flat_N = F.cross_entropy(logits_BTV.flatten(0, 1).float(), target_BT.flatten(), ignore_index=IGNORED,
+    flat_N = F.cross_entropy(logits_BTX.flatten(0, 1).float(), target_BT.flatten(), ignore_index=IGNORED,
                              reduction="none")
     counted = (target_BT != IGNORED).sum().clamp(min=1)
     return flat_N.sum() / counted, flat_N.view_as(target_BT)

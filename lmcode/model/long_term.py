@@ -2,7 +2,8 @@
 
 The module asks a `Retriever` exactly once per forward pass, whatever the data, since collectives hide behind it. Stored
 entries are constants; the local part is what trains the key and value projections. All scores, softmaxes, log-sum-exps
-and mixed values are fp32, under autocast, too. Letters here: P partial softmaxes.
+and mixed values are fp32, under autocast, too. Letters here: X tokens before the
+window; partial softmaxes; queries of one stream, and then its tokens.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ class Window(NamedTuple):
     reset_B: bool or None, streams that start a document here (`pending_valid_B` is already False there).
     valid_BT: bool or None, False at (trailing) padding.
     rotation: rotary tables, or None where positions are learned.
-    slots_BSE: this layer's carried short-term slots; None starts afresh.
+    slots_BMD: this layer's carried short-term slots; None starts afresh.
     pending_key_BHD: this layer's key of each stream's last token; None where there is none.
     cache: what this layer is to keep for later tokens of the window; None outside generation.
     document_B: int64, the text that each stream reads, negative where unknown; None: unknown everywhere.
     piece_BT: int64, the document within the window that each token belongs to, ascending from 0; None: there is one, and
         else `namespace_B` and `document_B` are [B, P], of each such document.
     seen_BTT: bool, which tokens (last dim) each token may attend to; None: itself and all before it.
-    token_BTC: the tokens' embeddings, of mean square 1; None where no layer makes keys or values from them.
+    token_BTD: the tokens' embeddings, of mean square 1; None where no layer makes keys or values from them.
     with_past: puts keys and values [H, B, N, D] of the window's tokens that were read before in front of these ones, where a
         window is read in parts; `seen_BTT` then has a column for each of them.
-    past_BLC: this layer's cache of the tokens before the window; None where there is none. See `past.py`.
+    past_BXD: this layer's cache of the tokens before the window; None where there is none. See `past.py`.
     past_length_B: int64, how many of its last tokens are of the document that each stream is in.
-    seen_past_BTL: bool, which of them (last dim) each token may attend to, [B, T or 1, L].
+    seen_past_BTX: bool, which of them (last dim) each token may attend to, [B, T or 1, X].
     """
 
     namespace_B: Tensor
@@ -55,17 +56,17 @@ class Window(NamedTuple):
     reset_B: Tensor | None = None
     valid_BT: Tensor | None = None
     rotation: Rotation | None = None
-    slots_BSE: Tensor | None = None
+    slots_BMD: Tensor | None = None
     pending_key_BHD: Tensor | None = None
     cache: LayerCache | None = None
     document_B: Tensor | None = None
     piece_BT: Tensor | None = None
     seen_BTT: Tensor | None = None
-    token_BTC: Tensor | None = None
+    token_BTD: Tensor | None = None
     with_past: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    past_BLC: Tensor | None = None
+    past_BXD: Tensor | None = None
     past_length_B: Tensor | None = None
-    seen_past_BTL: Tensor | None = None
+    seen_past_BTX: Tensor | None = None
 
     def of_tokens(self, of_B: Tensor, length: int) -> Tensor:
         """A property of streams, or of their documents, for each token: [B, length]."""
@@ -87,8 +88,8 @@ class ReadTape:
     null_share_HN: Tensor | None = None
     credit_HN: Tensor | None = None
     pending_key_BHD: Tensor | None = None
-    slots_BSE: Tensor | None = None
-    past_BLC: Tensor | None = None
+    slots_BMD: Tensor | None = None
+    past_BXD: Tensor | None = None
 
     def record(self, **products: Any) -> None:
         """Stores what was not recorded before; the first execution wins."""
@@ -108,30 +109,30 @@ def merge_partials(values_HND: Sequence[Tensor], lses_HN: Sequence[Tensor]) -> t
         lses_HN: fp32 log-sum-exps; more than there are values: the last ones belong to sets whose value is 0.
 
     Returns:
-        The joint value [..., D], and the share of the joint softmax of each set, [P, ...].
+        The joint value [..., D], and the share of the joint softmax of each set, [X, ...].
     """
-    share_PHN = torch.stack(tuple(lses_HN)).softmax(dim=0)
+    share_XHN = torch.stack(tuple(lses_HN)).softmax(dim=0)
     parts = [share_HN.unsqueeze(-1) * value_HND
-             for share_HN, value_HND in zip(share_PHN, values_HND, strict=False)]
-    return torch.stack(parts).sum(dim=0), share_PHN
+             for share_HN, value_HND in zip(share_XHN, values_HND, strict=False)]
+    return torch.stack(parts).sum(dim=0), share_XHN
 
 
 def embeddings(window: Window) -> Tensor:
     """The embeddings of a window's tokens; ValueError where whoever made the window has left them out."""
-    if window.token_BTC is None:
-        raise ValueError("a layer that makes keys or values from embeddings needs them in its window: got token_BTC = None")
-    return window.token_BTC
+    if window.token_BTD is None:
+        raise ValueError("a layer that makes keys or values from embeddings needs them in its window: got token_BTD = None")
+    return window.token_BTD
 
 
-def last_tokens(token_BTC: Tensor, count: int, piece_BT: Tensor | None) -> list[Tensor]:
+def last_tokens(token_BTD: Tensor, count: int, piece_BT: Tensor | None) -> list[Tensor]:
     """For each token itself, the one before it and so on, `count` in all; 0 where the window or its document has begun."""
-    before = [token_BTC]
+    before = [token_BTD]
     for back in range(1, count):
-        shifted_BTC = F.pad(token_BTC, (0, 0, back, 0))[:, :token_BTC.shape[1]]
+        shifted_BTD = F.pad(token_BTD, (0, 0, back, 0))[:, :token_BTD.shape[1]]
         if piece_BT is not None:
             same_BT = piece_BT == F.pad(piece_BT, (back, 0), value=-1)[:, :piece_BT.shape[1]]
-            shifted_BTC = shifted_BTC.where(same_BT[..., None], 0.0)
-        before.append(shifted_BTC)
+            shifted_BTD = shifted_BTD.where(same_BT[..., None], 0.0)
+        before.append(shifted_BTD)
     return before
 
 
@@ -256,50 +257,50 @@ class LongTermRead(nn.Module):
 
     def __init__(self, config: LMCODEConfig) -> None:
         super().__init__()
-        C, H, D = config.hidden_size, config.memory_heads, config.memory_head_dim
+        width, H, D = config.hidden_size, config.memory_heads, config.memory_head_dim
         self.num_heads, self.head_dim = H, D
         self.successor_values = config.successor_values
         self.stride = config.retrieval_stride
         self.key_tokens, from_token = config.memory_key_tokens, config.memory_values == "token"
-        self.query_key_value = nn.Linear((1 + self.key_tokens) * C, (2 if from_token else 3) * H * D, bias=False)
-        self.value = nn.Linear(C, H * D, bias=False) if from_token else None
-        self.output = nn.Linear(H * D, C, bias=False)
-        self.gate = nn.Linear(C, 1)
+        self.query_key_value = nn.Linear((1 + self.key_tokens) * width, (2 if from_token else 3) * H * D, bias=False)
+        self.value = nn.Linear(width, H * D, bias=False) if from_token else None
+        self.output = nn.Linear(H * D, width, bias=False)
+        self.gate = nn.Linear(width, 1)
         self.log_temperature_H = nn.Parameter(torch.empty(H))
         self.retrieved_bias_H = nn.Parameter(torch.empty(H))
         self.null_logit_H = nn.Parameter(torch.empty(H))
 
-    def forward(self, x_BTC: Tensor, *, window: Window, retriever: Retriever, tape: ReadTape) -> Tensor:
-        """What each token recalls, gated: [B, T, C] in the dtype of x. Everything else goes on the tape."""
-        B, T, _ = x_BTC.shape
-        query_HBTD, key_HBTD, value_HBTD = self._project(x_BTC, window)
+    def forward(self, x_BTD: Tensor, *, window: Window, retriever: Retriever, tape: ReadTape) -> Tensor:
+        """What each token recalls, gated: [B, T, D] in the dtype of x. Everything else goes on the tape."""
+        B, T, _ = x_BTD.shape
+        query_HBTD, key_HBTD, value_HBTD = self._project(x_BTD, window)
         if window.cache is not None:
             fill_cache(window.cache, query_HBTD, key_HBTD, value_HBTD, successor_values=self.successor_values)
             if self.key_tokens > 1:
                 window.cache.fill("token", embeddings(window).unsqueeze(1))
         own = (key_HBTD, value_HBTD) if window.with_past is None else window.with_past(key_HBTD, value_HBTD)
-        merged_HBTD, share_PHBT = self._read(query_HBTD, *own, window, retriever, tape)
-        gate_BT1, share_HBT = torch.sigmoid(self.gate(x_BTC)), share_PHBT[1].detach()
+        merged_HBTD, share_XHBT = self._read(query_HBTD, *own, window, retriever, tape)
+        gate_BT1, share_HBT = torch.sigmoid(self.gate(x_BTD)), share_XHBT[1].detach()
         tape.record(pending_key_BHD=last_keys(key_HBTD, window),
                     candidates=make_candidates(key_HBTD, value_HBTD, window, successor_values=self.successor_values),
                     gate_BT=gate_BT1.detach().squeeze(-1).float(),
                     share_HN=share_per_query(share_HBT, self.stride),
                     credit_HN=attention_paid(share_HBT, window.valid_BT, self.stride),
-                    null_share_HN=share_per_query(share_PHBT[2].detach(), self.stride))
-        merged_BTP = merged_HBTD.permute(1, 2, 0, 3).reshape(B, T, -1)
-        recalled_BTC: Tensor = gate_BT1 * self.output(merged_BTP.to(x_BTC.dtype))
-        return recalled_BTC
+                    null_share_HN=share_per_query(share_XHBT[2].detach(), self.stride))
+        merged_BTX = merged_HBTD.permute(1, 2, 0, 3).reshape(B, T, -1)
+        recalled_BTD: Tensor = gate_BT1 * self.output(merged_BTX.to(x_BTD.dtype))
+        return recalled_BTD
 
-    def _project(self, x_BTC: Tensor, window: Window) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x_BTD: Tensor, window: Window) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of length temperature, unit keys and values, each fp32 [H, B, T, D]: a score is then q . k."""
-        B, T, _ = x_BTC.shape
+        B, T, _ = x_BTD.shape
         if self.key_tokens:
-            x_BTC = torch.cat([x_BTC, *last_tokens(embeddings(window), self.key_tokens, window.piece_BT)], dim=-1)
-        qkv_BTX = self.query_key_value(x_BTC)
+            x_BTD = torch.cat([x_BTD, *last_tokens(embeddings(window), self.key_tokens, window.piece_BT)], dim=-1)
+        qkv_BTX = self.query_key_value(x_BTD)
         if self.value is not None:
             qkv_BTX = torch.cat([qkv_BTX, self.value(embeddings(window))], dim=-1)
-        qkv_BTPHD = qkv_BTX.float().view(B, T, 3, self.num_heads, self.head_dim)
-        query_HBTD, key_HBTD, value_HBTD = qkv_BTPHD.permute(2, 3, 0, 1, 4).contiguous()
+        qkv_BT3HD = qkv_BTX.float().view(B, T, 3, self.num_heads, self.head_dim)
+        query_HBTD, key_HBTD, value_HBTD = qkv_BT3HD.permute(2, 3, 0, 1, 4).contiguous()
         temperature_H = self.log_temperature_H.float().exp()
         query_HBTD = F.normalize(query_HBTD, dim=-1) * temperature_H[:, None, None, None]
         return query_HBTD, F.normalize(key_HBTD, dim=-1), value_HBTD
@@ -334,13 +335,13 @@ class LongTermRead(nn.Module):
             hits = retriever.search(query_HND.detach(), namespace_N, document_N)
             tape.record(hits=hits)
         value_HND, lse_HN = retriever.attend(query_HND, hits)
-        value_HBGD = value_HND.float().view(H, B, -1, D)
-        lse_HBG = lse_HN.float().view(H, B, -1) + self.retrieved_bias_H.float()[:, None, None]
+        value_HBXD = value_HND.float().view(H, B, -1, D)
+        lse_HBX = lse_HN.float().view(H, B, -1) + self.retrieved_bias_H.float()[:, None, None]
         if self.stride > 1:
-            value_HBGD = value_HBGD.repeat_interleave(self.stride, dim=2)[:, :, :T]
-            lse_HBG = lse_HBG.repeat_interleave(self.stride, dim=2)[:, :, :T]
+            value_HBXD = value_HBXD.repeat_interleave(self.stride, dim=2)[:, :, :T]
+            lse_HBX = lse_HBX.repeat_interleave(self.stride, dim=2)[:, :, :T]
             if window.piece_BT is not None:  # a document must not see what another one asked for
                 asked_BT = per_query(window.piece_BT, self.stride).repeat_interleave(self.stride, dim=1)[:, :T]
                 own_BT = window.piece_BT == asked_BT
-                value_HBGD, lse_HBG = value_HBGD.where(own_BT[..., None], 0.0), lse_HBG.where(own_BT, NO_SCORE)
-        return value_HBGD, lse_HBG
+                value_HBXD, lse_HBX = value_HBXD.where(own_BT[..., None], 0.0), lse_HBX.where(own_BT, NO_SCORE)
+        return value_HBXD, lse_HBX

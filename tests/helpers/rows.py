@@ -35,17 +35,17 @@ def with_twins(seed: int, N: int, M: int, *, H: int = 2, D: int = 64) -> tuple[T
 
 def taken(rows: Rows, index: Tensor) -> Rows:
     """Some rows in this order."""
-    return Rows(rows.key_HPD[:, index], rows.addend_P[index], rows.id_P[index])
+    return Rows(rows.key_HMD[:, index], rows.addend_M[index], rows.id_M[index])
 
 
 def in_bf16(rows: Rows) -> Rows:
     """With keys of bf16."""
-    return replace(rows, key_HPD=rows.key_HPD.bfloat16())
+    return replace(rows, key_HMD=rows.key_HMD.bfloat16())
 
 
 def in_fp32(rows: Rows) -> Rows:
     """With keys of fp32."""
-    return replace(rows, key_HPD=rows.key_HPD.float())
+    return replace(rows, key_HMD=rows.key_HMD.float())
 
 
 def assert_same(found: Found, wanted: Found) -> None:

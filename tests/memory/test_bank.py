@@ -96,7 +96,7 @@ def count_bytes(group: Group, size: int) -> dict[tuple[str, str], dict[str, int]
         candidates = Candidates(*twins(7, 3), torch.zeros(7).long(), torch.ones(7), torch.ones(7).bool())
         bank.commit([candidates], [hits], step=1)
         counted[exchange, fetch] = group.take()[1]
-    counted["hit"] = len(np.unique(hits.ticket.row_W.numpy() % bank.shard.num_slots))
+    counted["hit"] = len(np.unique(hits.ticket.row_E.numpy() % bank.shard.num_slots))
     return counted
 
 

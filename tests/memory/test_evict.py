@@ -46,8 +46,8 @@ class Rings:
         columns = columns_of(batch)
         placement = self.policy(self.ledger.ring(shard), columns)
         taken, hand, spent, stored = place_slowly(self.eviction, self.ledger.hand[shard], entries, batch)
-        assert (placement.slot_m.tolist(), placement.hand) == (taken, hand)
-        assert (range(len(batch)) if placement.stored_m is None else placement.stored_m.tolist()) == stored
+        assert (placement.slot_E.tolist(), placement.hand) == (taken, hand)
+        assert (range(len(batch)) if placement.stored_E is None else placement.stored_E.tolist()) == stored
         assert {*placement.spent.tolist()} - {*taken} == spent - {*taken}
         for slot in spent:
             entries[slot]["chance"] = False
@@ -55,7 +55,7 @@ class Rings:
             entries[slot] = batch[at]
         self.ledger.hand[shard] = hand
         self.ledger.update(placement.spent + place.start, {"chance": False})
-        self.ledger.put(placement.slot_m + place.start, {name: column[stored] for name, column in columns.items()})
+        self.ledger.put(placement.slot_E + place.start, {name: column[stored] for name, column in columns.items()})
 
     def some(self, shard: int, share: float) -> tuple[np.ndarray, list[dict]]:
         """Slots of the ledger, and the entries in them."""
@@ -125,7 +125,7 @@ def test_without_chances_a_full_ring_is_first_in_first_out() -> None:
         hand, order = 0, []
         for n in (3, 2, 7, 4):
             result = policy(ring_of([True] * 7, hand=hand), newcomers(n))
-            order += result.slot_m.tolist()
+            order += result.slot_E.tolist()
             hand = result.hand
         assert order == [position % 7 for position in range(16)]
 
@@ -133,10 +133,10 @@ def test_without_chances_a_full_ring_is_first_in_first_out() -> None:
 def test_a_chance_works_once_and_for_the_clock_alone() -> None:
     chance = [True, False, False, False]
     first = policy_of("clock")(ring_of([True] * 4, chance=chance), newcomers(1))
-    assert (first.slot_m.tolist(), first.spent.tolist()) == ([1], [0])
-    assert policy_of("clock")(ring_of([True] * 4, hand=first.hand), newcomers(3)).slot_m.tolist() == [2, 3, 0]
+    assert (first.slot_E.tolist(), first.spent.tolist()) == ([1], [0])
+    assert policy_of("clock")(ring_of([True] * 4, hand=first.hand), newcomers(3)).slot_E.tolist() == [2, 3, 0]
     plain = policy_of("fifo")(ring_of([True] * 4, chance=chance), newcomers(1))
-    assert (plain.slot_m.tolist(), plain.spent.tolist()) == ([0], [])
+    assert (plain.slot_E.tolist(), plain.spent.tolist()) == ([0], [])
 
 
 def test_random_spreads_over_the_ring_and_knows_nothing_but_ids() -> None:
@@ -144,8 +144,8 @@ def test_random_spreads_over_the_ring_and_knows_nothing_but_ids() -> None:
     for first in range(0, 4000, 8):
         batch = {**newcomers(8), "id": np.arange(first, first + 8)}
         placed = policy_of("random")(ring_of([True] * 16, hand=first % 16), batch)
-        assert placed.slot_m.tolist() == policy_of("random")(ring_of([True] * 16), batch).slot_m.tolist()
-        counts[placed.slot_m] += 1
+        assert placed.slot_E.tolist() == policy_of("random")(ring_of([True] * 16), batch).slot_E.tolist()
+        counts[placed.slot_E] += 1
     assert counts.sum() == 4000 and counts.min() > 150
 
 
@@ -154,11 +154,11 @@ def test_random_spreads_over_the_ring_and_knows_nothing_but_ids() -> None:
 
 def keep_the_loudest(ring: Ring, newcomers: Mapping[str, np.ndarray]) -> Placement:
     """A full ring gives up its least important entries, only for newcomers that are more important; the rest is refused."""
-    held_C = np.where(ring.live_C, ring.columns["importance"], 0.0)
-    order_N = np.argsort(-np.concatenate([held_C, newcomers["importance"]]), kind="stable")
-    best = order_N[:len(held_C)]
-    stored = np.sort(best[best >= len(held_C)] - len(held_C))
-    return Placement(np.setdiff1d(np.arange(len(held_C)), best)[:len(stored)], ring.hand, stored_m=stored)
+    held_M = np.where(ring.live_M, ring.columns["importance"], 0.0)
+    order_N = np.argsort(-np.concatenate([held_M, newcomers["importance"]]), kind="stable")
+    best = order_N[:len(held_M)]
+    stored = np.sort(best[best >= len(held_M)] - len(held_M))
+    return Placement(np.setdiff1d(np.arange(len(held_M)), best)[:len(stored)], ring.hand, stored_E=stored)
 
 
 @pytest.mark.parametrize("eviction", ["importance", "loudest"])

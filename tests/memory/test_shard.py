@@ -56,8 +56,8 @@ def make_ticket(shard: Shard, bags: list[list[tuple[int, int]]]) -> Ticket:
     """Bags of (head, slot) with random weights."""
     rows = [head * shard.num_slots + slot for bag in bags for head, slot in bag]
     count = torch.tensor([len(bag) for bag in bags])
-    bag_W = torch.arange(len(bags)).repeat_interleave(count)
-    return Ticket(torch.tensor(rows, dtype=torch.int64), bag_W, count.cumsum(0) - count, torch.rand(len(rows)),
+    bag_E = torch.arange(len(bags)).repeat_interleave(count)
+    return Ticket(torch.tensor(rows, dtype=torch.int64), bag_E, count.cumsum(0) - count, torch.rand(len(rows)),
                   torch.zeros(len(rows), dtype=torch.int64), len(bags), 0)
 
 
@@ -208,7 +208,7 @@ def test_mass_is_weight_times_credit_counted_in_integers_over_all_heads() -> Non
     ticket, credit = make_ticket(shard, [[(0, 3), (0, 5)], [(1, 3)], [], [(0, 3)]]), torch.tensor([0.3, 2.5, 0.7, 0.0])
     slots, mass = shard.count_hits([ticket], [credit])
     units = [round(weight * share * MASS_UNIT) for weight, share in
-             zip(ticket.weight_W.tolist(), credit[[0, 0, 1, 3]].tolist(), strict=True)]
+             zip(ticket.weight_E.tolist(), credit[[0, 0, 1, 3]].tolist(), strict=True)]
     assert mass.dtype == np.int64
     assert slots.tolist() == [3, 5] and mass.tolist() == [units[0] + units[2] + units[3], units[1]]
     twice = shard.count_hits([ticket, ticket], [credit, credit])
@@ -239,7 +239,7 @@ def test_sums_and_their_gradient_against_autograd(dtype: str) -> None:
         weights.append(score.softmax(0))
         values.append(weights[-1] @ value)
         total = total + values[-1] @ grad[at] + score.logsumexp(0) * grad_lse[at]
-    ticket = ticket._replace(weight_W=torch.cat(weights).detach())
+    ticket = ticket._replace(weight_E=torch.cat(weights).detach())
     value_QD = torch.stack(values).detach()
     assert torch.allclose(value_sums(shard.value_HMD, ticket), value_QD, atol=1e-5)
     wanted = torch.autograd.grad(total, query)[0]

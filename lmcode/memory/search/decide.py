@@ -3,7 +3,7 @@
 A pair's score is the inner product of query and key, by a routine that sees one pair at a time, plus the row's addend, in
 which importance and validity are. So it has the same bits whatever else is in the batch, wherever the row sits and whoever
 proposed it, and nothing that an index keeps can be stale.
-Letters: N queries, P rows, L candidates of a query.
+Letters: N queries, M rows, X candidates of a query.
 """
 
 from __future__ import annotations
@@ -21,50 +21,50 @@ REAL = NO_SCORE / 2  # scores below come from empty slots
 PAIRS_AT_ONCE = 65536  # whose keys are gathered at once
 
 
-def decide(query_ND: Tensor, rows: HeadRows, row_NL: Tensor, k: int) -> Found:
+def decide(query_ND: Tensor, rows: HeadRows, row_NX: Tensor, k: int) -> Found:
     """The k best of each query's candidates, in total order: (score_NK, id_NK, row_NK).
 
     Args:
         query_ND: fp32.
-        row_NL: int64, positions of rows, none twice for a query; -1: no candidate.
+        row_NX: int64, positions of rows, none twice for a query; -1: no candidate.
     """
-    id_NL = rows.id_P[row_NL.clamp(min=0)].where(row_NL >= 0, -1)
-    return in_order(score_pairs(query_ND, rows, row_NL), id_NL, row_NL, k)
+    id_NX = rows.id_M[row_NX.clamp(min=0)].where(row_NX >= 0, -1)
+    return in_order(score_pairs(query_ND, rows, row_NX), id_NX, row_NX, k)
 
 
-def score_pairs(query_ND: Tensor, rows: HeadRows, row_NL: Tensor) -> Tensor:
-    """Scores of given pairs, fp32 [N, L]; of a row -1 some number."""
-    key_PD, row_NL = rows.key_PD, row_NL.clamp(min=0)
-    if key_PD.dtype == torch.float32 and faiss_index.on_cpu(key_PD.device):
-        dot_NL = faiss_index.inner_products(query_ND, key_PD, row_NL)
+def score_pairs(query_ND: Tensor, rows: HeadRows, row_NX: Tensor) -> Tensor:
+    """Scores of given pairs, fp32 [N, X]; of a row -1 some number."""
+    key_MD, row_NX = rows.key_MD, row_NX.clamp(min=0)
+    if key_MD.dtype == torch.float32 and faiss_index.on_cpu(key_MD.device):
+        dot_NX = faiss_index.inner_products(query_ND, key_MD, row_NX)
     else:
-        step = max(1, PAIRS_AT_ONCE // max(1, row_NL.shape[1]))
-        parts = [_products(query_ND[start:start + step], key_PD, row_NL[start:start + step])
+        step = max(1, PAIRS_AT_ONCE // max(1, row_NX.shape[1]))
+        parts = [_products(query_ND[start:start + step], key_MD, row_NX[start:start + step])
                  for start in range(0, len(query_ND), step)]
-        dot_NL = torch.cat(parts) if parts else torch.zeros_like(row_NL, dtype=torch.float32)
-    return dot_NL + rows.addend_P[row_NL]
+        dot_NX = torch.cat(parts) if parts else torch.zeros_like(row_NX, dtype=torch.float32)
+    return dot_NX + rows.addend_M[row_NX]
 
 
-def _products(query_QD: Tensor, key_PD: Tensor, row_QL: Tensor) -> Tensor:
+def _products(query_ND: Tensor, key_MD: Tensor, row_NX: Tensor) -> Tensor:
     """The same from copies of the keys in fp32; without FAISS on a CPU in fp64, which hides how the sum was split."""
-    key_WD = key_PD.index_select(0, row_QL.flatten())
-    if faiss_index.on_cpu(key_PD.device):
-        at_QL = torch.arange(len(key_WD), device=key_WD.device).view(row_QL.shape)
-        return faiss_index.inner_products(query_QD, key_WD.float(), at_QL)
-    return torch.einsum("qld,qd->ql", key_WD.view(*row_QL.shape, -1).double(), query_QD.double()).float()
+    copy_XD = key_MD.index_select(0, row_NX.flatten())
+    if faiss_index.on_cpu(key_MD.device):
+        at_NX = torch.arange(len(copy_XD), device=copy_XD.device).view(row_NX.shape)
+        return faiss_index.inner_products(query_ND, copy_XD.float(), at_NX)
+    return torch.einsum("qld,qd->ql", copy_XD.view(*row_NX.shape, -1).double(), query_ND.double()).float()
 
 
-def in_order(score_L: Tensor, id_L: Tensor, slot_L: Tensor, k: int) -> Found:
+def in_order(score_X: Tensor, id_X: Tensor, slot_X: Tensor, k: int) -> Found:
     """The first k hits of the total order with their slots."""
-    order_K = order_hits(score_L, id_L)[..., :k]
-    return finish(score_L.gather(-1, order_K), id_L.gather(-1, order_K), slot_L.gather(-1, order_K), k)
+    order_K = order_hits(score_X, id_X)[..., :k]
+    return finish(score_X.gather(-1, order_K), id_X.gather(-1, order_K), slot_X.gather(-1, order_K), k)
 
 
-def finish(score_L: Tensor, id_L: Tensor, slot_L: Tensor, k: int) -> Found:
+def finish(score_X: Tensor, id_X: Tensor, slot_X: Tensor, k: int) -> Found:
     """Marks hits on empty slots as invalid and makes lists k long; the order stays as it is."""
-    real_L = (score_L > REAL) & (id_L >= 0)
-    found = score_L.where(real_L, NO_SCORE), id_L.where(real_L, -1), slot_L.where(real_L, -1)
-    short = k - score_L.shape[-1]
+    real_X = (score_X > REAL) & (id_X >= 0)
+    found = score_X.where(real_X, NO_SCORE), id_X.where(real_X, -1), slot_X.where(real_X, -1)
+    short = k - score_X.shape[-1]
     if short <= 0:
         return found[0][..., :k], found[1][..., :k], found[2][..., :k]
     return (F.pad(found[0], (0, short), value=NO_SCORE), F.pad(found[1], (0, short), value=-1),

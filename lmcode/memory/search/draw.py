@@ -2,6 +2,7 @@
 
 A row's score is a number in [0, 1) made of its id and of the first component of the query, which holds the query's lot
 number; so the draw is the same wherever an entry lies, on any number of ranks. Who reads the hits must weigh them anew.
+Letters: N queries, M rows, X = H * N lot numbers.
 """
 
 from __future__ import annotations
@@ -23,31 +24,31 @@ PAIRS = 2**22  # of query and row whose scores are held at once
 class DrawTier(Tier):
     """K rows by lot for each query; it keeps nothing."""
 
-    def search(self, query_HQD: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
-        H, Q, _ = query_HQD.shape
-        id_P, width, device = rows.id_P.cpu(), max(1, PAIRS // len(rows.id_P)), query_HQD.device
-        lot_Q = query_HQD[..., 0].cpu().numpy().ravel().astype(np.int64)
-        unseen_QP = np.zeros((Q, len(id_P)), bool)
-        for query_q, row_p in hidden:
-            unseen_QP[np.ix_(query_q.cpu().numpy(), row_p.cpu().numpy())] = True
+    def search(self, query_HND: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
+        H, N, _ = query_HND.shape
+        id_M, width, device = rows.id_M.cpu(), max(1, PAIRS // len(rows.id_M)), query_HND.device
+        lot_X = query_HND[..., 0].cpu().numpy().ravel().astype(np.int64)
+        unseen_NM = np.zeros((N, len(id_M)), bool)
+        for queries, unseen in hidden:
+            unseen_NM[np.ix_(queries.cpu().numpy(), unseen.cpu().numpy())] = True
         found = []
-        for start in range(0, H * Q, width):
-            drawn_qP = drawn(lot_Q[start:start + width], id_P.numpy())
-            drawn_qP[unseen_QP[np.arange(start, start + len(drawn_qP)) % Q]] = NO_SCORE
-            score_qP = torch.from_numpy(drawn_qP)
-            place_qL = best_places(score_qP, k)
-            row_qL = place_qL.clamp(min=0)
-            found.append(in_order(score_qP.gather(1, row_qL), id_P[row_qL].where(place_qL >= 0, -1), place_qL, k))
-        score_HQK, id_HQK, row_HQK = (torch.cat(parts).view(H, Q, k).to(device) for parts in zip(*found, strict=True))
-        return score_HQK, id_HQK, row_HQK
+        for start in range(0, H * N, width):
+            drawn_XM = drawn(lot_X[start:start + width], id_M.numpy())
+            drawn_XM[unseen_NM[np.arange(start, start + len(drawn_XM)) % N]] = NO_SCORE
+            score_XM = torch.from_numpy(drawn_XM)
+            place_XK = best_places(score_XM, k)
+            row_XK = place_XK.clamp(min=0)
+            found.append(in_order(score_XM.gather(1, row_XK), id_M[row_XK].where(place_XK >= 0, -1), place_XK, k))
+        score_HNK, id_HNK, row_HNK = (torch.cat(parts).view(H, N, k).to(device) for parts in zip(*found, strict=True))
+        return score_HNK, id_HNK, row_HNK
 
 
-def drawn(lot_Q: np.ndarray, id_P: np.ndarray) -> np.ndarray:
-    """Scores of rows under lot numbers, fp32 [Q, P]; `NO_SCORE` for empty rows (id -1)."""
-    mixed_QP = splitmix64(splitmix64(lot_Q)[:, None] ^ id_P.astype(np.uint64))
-    score_QP: np.ndarray = (mixed_QP >> np.uint64(40)).astype(np.float32) / np.float32(LOTS)
-    score_QP[:, id_P < 0] = NO_SCORE
-    return score_QP
+def drawn(lot_X: np.ndarray, id_M: np.ndarray) -> np.ndarray:
+    """Scores of rows under lot numbers, fp32 [X, M]; `NO_SCORE` for empty rows (id -1)."""
+    mixed_XM = splitmix64(splitmix64(lot_X)[:, None] ^ id_M.astype(np.uint64))
+    score_XM: np.ndarray = (mixed_XM >> np.uint64(40)).astype(np.float32) / np.float32(LOTS)
+    score_XM[:, id_M < 0] = NO_SCORE
+    return score_XM
 
 
 def lots(namespace_N: np.ndarray, heads: int, turn: int) -> np.ndarray:

@@ -4,8 +4,7 @@ Scores come chunk by chunk from fp32 matrix products. Of each group of rows only
 best of those is a bound that K rows reach, and only groups that reach it are looked into. What is left, little more than K
 rows a query, goes to `decide`. The rounding of the products is allowed for, so hits, and every bit of their scores, are the
 same wherever a row lies, whatever is in the batch and however many ranks share the bank.
-Letters: Q queries and P rows of a block; G rows of a group, g groups; Z = D + 1, the width of a stacked key with its addend;
-W pairs of a query and a group, V of a query and a row.
+Letters: N queries; M rows; X pairs of a query and a row, or, in a `Stack`, heads x groups of queries.
 
 What is hidden is taken away pair by pair from scores that were computed all the same.
 """
@@ -34,8 +33,8 @@ ROUNDING = 4e-6  # more than fp32 products over a few hundred components are off
 class ExactTier(Tier):
     """`search_exact`; it keeps nothing."""
 
-    def search(self, query_HQD: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
-        return search_exact(query_HQD, rows, k, hidden=hidden)
+    def search(self, query_HND: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
+        return search_exact(query_HND, rows, k, hidden=hidden)
 
 
 def search_exact(query_HND: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
@@ -54,8 +53,8 @@ def search_exact(query_HND: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) 
 
 def search_by_sorting(query_HND: Tensor, rows: Rows, k: int) -> Found:
     """What `search_exact` returns, by scoring and sorting everything in fp64: slow and obvious, for tests."""
-    id_M = rows.id_P
-    score_HNM = (query_HND.double() @ rows.key_HPD.double().transpose(1, 2) + rows.addend_P).float().numpy()
+    id_M = rows.id_M
+    score_HNM = (query_HND.double() @ rows.key_HMD.double().transpose(1, 2) + rows.addend_M).float().numpy()
     order_HNM = np.lexsort((np.broadcast_to(id_M.numpy(), score_HNM.shape), -score_HNM), axis=-1)[..., :k]
     score_HNK = torch.from_numpy(np.take_along_axis(score_HNM, order_HNM, -1))
     return finish(score_HNK, id_M[torch.from_numpy(order_HNM)], torch.from_numpy(order_HNM), k)
@@ -63,46 +62,46 @@ def search_by_sorting(query_HND: Tensor, rows: Rows, k: int) -> Found:
 
 def search_head(query_ND: Tensor, rows: HeadRows, k: int, *, hidden: Hidden = ()) -> Found:
     """`search_exact` of one head."""
-    N, P = len(query_ND), len(rows.id_P)
-    if N == 0 or P == 0:
+    N, M = len(query_ND), len(rows.id_M)
+    if N == 0 or M == 0:
         return no_hits((N, k), query_ND.device)
     slack_N = rounding(query_ND, rows)
     blocks = []
     for start in range(0, N, QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)
-        row_QC = _candidates(query_ND[block], rows, k, hidden_from(hidden, start, QUERY_BLOCK), slack_N[block])
-        blocks.append(decide(query_ND[block], rows, row_QC, k))
+        row_NX = _candidates(query_ND[block], rows, k, hidden_from(hidden, start, QUERY_BLOCK), slack_N[block])
+        blocks.append(decide(query_ND[block], rows, row_NX, k))
     score_NK, id_NK, row_NK = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     return score_NK, id_NK, row_NK
 
 
 def rounding(query_ND: Tensor, rows: HeadRows) -> Tensor:
     """How far from exact, at most, the score of each query and any of these rows is in fp32: [N]."""
-    longest = max(float(part_PD.norm(dim=1, dtype=torch.float32).max()) for part_PD in rows.key_PD.split(CHUNK))
-    addend = float(rows.addend_P.where(rows.id_P >= 0, 0.0).abs().max())
+    longest = max(float(part_MD.norm(dim=1, dtype=torch.float32).max()) for part_MD in rows.key_MD.split(CHUNK))
+    addend = float(rows.addend_M.where(rows.id_M >= 0, 0.0).abs().max())
     slack_N: Tensor = ROUNDING * (query_ND.norm(dim=1) * longest + addend)
     return slack_N
 
 
-def _candidates(query_QD: Tensor, rows: HeadRows, k: int, hidden: Hidden, slack_Q: Tensor) -> Tensor:
-    """Rows that can be among the k best of each query, int64 [Q, C], -1 where there are fewer; not many more than k."""
-    P, best_QX = len(rows.id_P), query_QD.new_empty(len(query_QD), 0)
-    size, found = group_size(P, k), []
-    for start in range(0, P, CHUNK):
+def _candidates(query_ND: Tensor, rows: HeadRows, k: int, hidden: Hidden, slack_N: Tensor) -> Tensor:
+    """Rows that can be among the k best of each query, int64 [N, K], -1 where there are fewer; not many more than k."""
+    M, best_NK = len(rows.id_M), query_ND.new_empty(len(query_ND), 0)
+    size, found = group_size(M, k), []
+    for start in range(0, M, CHUNK):
         chunk = slice(start, start + CHUNK)
-        score_QP = torch.mm(query_QD, rows.key_PD[chunk].float().T).add_(rows.addend_P[chunk])
-        _hide(score_QP, hidden, start)
-        if short := -score_QP.shape[1] % size:
-            score_QP = F.pad(score_QP, (0, short), value=NO_SCORE)
-        score_QGg = score_QP.view(len(query_QD), size, -1)
-        top_Qg = score_QGg.amax(dim=1)
-        best_QX = largest(torch.cat([best_QX, top_Qg], dim=1), k)
-        bound_Q = kth_largest(best_QX, k) - 2 * slack_Q
-        query_W, row_W, score_W = _reaching(score_QGg, top_Qg, bound_Q)
-        found.append((query_W, row_W + start, score_W))
-    query_W, row_W, score_W = (torch.cat(parts) for parts in zip(*found, strict=True))
-    keep_W = (score_W >= bound_Q[query_W]) & (score_W > REAL)
-    return as_lists(query_W[keep_W], row_W[keep_W], len(query_QD))
+        score_NM = torch.mm(query_ND, rows.key_MD[chunk].float().T).add_(rows.addend_M[chunk])
+        _hide(score_NM, hidden, start)
+        if short := -score_NM.shape[1] % size:
+            score_NM = F.pad(score_NM, (0, short), value=NO_SCORE)
+        grouped = score_NM.view(len(query_ND), size, -1)  # [N, rows of a group, groups]
+        tops = grouped.amax(dim=1)
+        best_NK = largest(torch.cat([best_NK, tops], dim=1), k)
+        bound_N = kth_largest(best_NK, k) - 2 * slack_N
+        query_X, row_X, score_X = _reaching(grouped, tops, bound_N)
+        found.append((query_X, row_X + start, score_X))
+    query_X, row_X, score_X = (torch.cat(parts) for parts in zip(*found, strict=True))
+    keep_X = (score_X >= bound_N[query_X]) & (score_X > REAL)
+    return as_lists(query_X[keep_X], row_X[keep_X], len(query_ND))
 
 
 def group_size(rows: int, k: int) -> int:
@@ -110,52 +109,52 @@ def group_size(rows: int, k: int) -> int:
     return 1 << max(0, min(GROUP, rows // (8 * k)).bit_length() - 1)
 
 
-def _reaching(score_QGg: Tensor, top_Qg: Tensor, bound_Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs of a query and a row whose score reaches the query's bound: query_W, row_W and score_W.
+def _reaching(grouped: Tensor, tops: Tensor, bound_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of a query and a row whose score reaches the query's bound: query_X, row_X and score_X.
 
     Args:
-        score_QGg: row i * g + j is the i-th of group j.
-        top_Qg: the best score of each group.
+        grouped: scores [N, rows of a group, groups]; row i * groups + j of the chunk is the i-th of group j.
+        tops: the best score of each group, [N, groups].
     """
-    _, size, groups = score_QGg.shape
-    at_W = where(top_Qg >= bound_Q[:, None])
-    query_W, group_W = at_W // groups, at_W % groups
-    member_WG = score_QGg[query_W, :, group_W]
-    at_V = where(member_WG >= bound_Q[query_W, None])
-    from_V = at_V // size
-    return query_W[from_V], at_V % size * groups + group_W[from_V], member_WG.flatten()[at_V]
+    _, size, groups = grouped.shape
+    reached = where(tops >= bound_N[:, None])  # pairs of a query and a group
+    query, group = reached // groups, reached % groups
+    members = grouped[query, :, group]  # [pairs, rows of a group]
+    at_X = where(members >= bound_N[query, None])
+    pair_X = at_X // size
+    return query[pair_X], at_X % size * groups + group[pair_X], members.flatten()[at_X]
 
 
 def hidden_from(hidden: Hidden, start: int, length: int) -> Hidden:
     """What is hidden from the `length` queries beyond `start`, with their positions among these."""
-    inside = [(query_Q[(query_Q >= start) & (query_Q < start + length)] - start, row_P) for query_Q, row_P in hidden]
-    return [(query_Q, row_P) for query_Q, row_P in inside if len(query_Q)]
+    inside = [(queries[(queries >= start) & (queries < start + length)] - start, unseen) for queries, unseen in hidden]
+    return [(queries, unseen) for queries, unseen in inside if len(queries)]
 
 
-def _hide(score_QP: Tensor, hidden: Hidden, start: int) -> None:
+def _hide(score_NM: Tensor, hidden: Hidden, start: int) -> None:
     """Takes away, in place, the scores of hidden pairs in a chunk of rows that begins at `start`."""
-    for query_Q, row_P in hidden:
-        first, last = torch.searchsorted(row_P, row_P.new_tensor([start, start + score_QP.shape[-1]])).tolist()
+    for queries, unseen in hidden:
+        first, last = torch.searchsorted(unseen, unseen.new_tensor([start, start + score_NM.shape[-1]])).tolist()
         if first < last:
-            score_QP[query_Q[:, None], row_P[first:last] - start] = NO_SCORE
+            score_NM[queries[:, None], unseen[first:last] - start] = NO_SCORE
 
 
 @dataclass
 class Stack:
-    """The rows that G groups of queries see, side by side for `attend_best`; X = heads x groups.
+    """The rows that each of some groups of queries sees, side by side for `attend_best`; X = heads x groups.
 
-    key_XZP: fp32, keys in columns, the addend last; a column where a group has no more rows scores below every entry,
-        and each unlike the next.
-    row_XP: int64, where the row's value is among those of all heads, one after the other.
-    empty_G: bool, groups without a row.
+    key_XDM: fp32, keys in columns, and their addends below them, so D is the width of a key plus one. Columns beyond a
+        group's last row have addends so low that they lose against every entry, and all different, so that none are equal.
+    row_XM: int64, where the row's value is among those of all heads, one after the other.
+    empty: bool, of each group, whether it has no row.
     has_empty: whether there are any.
     num_columns: over all groups.
     longest: length of the longest key. largest_addend: the largest size of one.
     """
 
-    key_XZP: Tensor
-    row_XP: Tensor
-    empty_G: Tensor
+    key_XDM: Tensor
+    row_XM: Tensor
+    empty: Tensor
     has_empty: bool
     num_columns: int
     longest: float
@@ -163,52 +162,52 @@ class Stack:
 
 
 def stack_rows(key_HMD: Tensor, addend_M: Tensor, slots: Sequence[Tensor]) -> Stack:
-    """The rows in each group's slots, int64 [P] each."""
-    (H, M, _), P, device = key_HMD.shape, max(1, *map(len, slots)), key_HMD.device
-    slot_GP = torch.stack([F.pad(slot_P, (0, P - len(slot_P)), value=-1) for slot_P in slots])
-    key_HGPD = key_HMD[:, slot_GP.clamp(min=0)].float()
-    filler_P = NO_SCORE * (1 + torch.arange(P, device=device) / 8)
-    addend_GP = addend_M[slot_GP.clamp(min=0)].where(slot_GP >= 0, filler_P)
-    longest = float(key_HGPD.norm(dim=-1).where(slot_GP >= 0, 0.0).max())
-    largest_addend = float(addend_GP.abs().where(slot_GP >= 0, 0.0).max())
-    key_HGPZ = torch.cat([key_HGPD, addend_GP.expand(H, -1, -1).unsqueeze(-1)], dim=-1)
-    row_HGP = slot_GP.clamp(min=0) + torch.arange(H, device=device).view(-1, 1, 1) * M
-    empty_G = (slot_GP < 0).all(dim=1)
-    return Stack(key_HGPZ.flatten(0, 1).transpose(1, 2).contiguous(), row_HGP.flatten(0, 1), empty_G,
-                 has_empty=bool(empty_G.any()), num_columns=slot_GP.numel(), longest=longest, largest_addend=largest_addend)
+    """The rows in each group's slots, int64 [M] each."""
+    (H, M, _), columns, device = key_HMD.shape, max(1, *map(len, slots)), key_HMD.device
+    padded = torch.stack([F.pad(some, (0, columns - len(some)), value=-1) for some in slots])  # [groups, columns]
+    keys = key_HMD[:, padded.clamp(min=0)].float()  # [H, groups, columns, D]
+    filler = NO_SCORE * (1 + torch.arange(columns, device=device) / 8)
+    addends = addend_M[padded.clamp(min=0)].where(padded >= 0, filler)
+    longest = float(keys.norm(dim=-1).where(padded >= 0, 0.0).max())
+    largest_addend = float(addends.abs().where(padded >= 0, 0.0).max())
+    stacked = torch.cat([keys, addends.expand(H, -1, -1).unsqueeze(-1)], dim=-1)
+    row = padded.clamp(min=0) + torch.arange(H, device=device).view(-1, 1, 1) * M
+    empty = (padded < 0).all(dim=1)
+    return Stack(stacked.flatten(0, 1).transpose(1, 2).contiguous(), row.flatten(0, 1), empty,
+                 has_empty=bool(empty.any()), num_columns=padded.numel(), longest=longest, largest_addend=largest_addend)
 
 
-def attend_best(query_XQD: Tensor, stack: Stack, value_RD: Tensor, k: int, longest: float) -> tuple[Tensor, ...]:
-    """Softmax attention of each query over its k best rows: fp32 value_XQD and logsumexp_XQ, any numbers for empty groups;
-    and bool doubtful_XQ, where rounding, or an id, could decide which rows those are.
+def attend_best(query_XND: Tensor, stack: Stack, values: Tensor, k: int, longest: float) -> tuple[Tensor, ...]:
+    """Softmax attention of each query over its k best rows: fp32 value_XND and logsumexp_XN, any numbers for empty groups;
+    and bool doubtful_XN, where rounding, or an id, could decide which rows those are.
 
     Args:
-        value_RD: the values of all heads, one after the other.
+        values: those of all heads, one after the other, [H * slots, D].
         longest: length of the longest query.
     """
-    Q, k = query_XQD.shape[1], min(k, stack.row_XP.shape[1])
-    score_XQL, column_XQL, gap_XQ = best_columns(torch.bmm(F.pad(query_XQD, (0, 1), value=1.0), stack.key_XZP), k)
-    row_XQL = stack.row_XP.unsqueeze(1).expand(-1, Q, -1).gather(-1, column_XQL)
-    share_XQL = score_XQL.softmax(dim=-1)
+    N, k = query_XND.shape[1], min(k, stack.row_XM.shape[1])
+    score_XNK, column_XNK, gap_XN = best_columns(torch.bmm(F.pad(query_XND, (0, 1), value=1.0), stack.key_XDM), k)
+    row_XNK = stack.row_XM.unsqueeze(1).expand(-1, N, -1).gather(-1, column_XNK)
+    share_XNK = score_XNK.softmax(dim=-1)
     # Indexing by a tensor would take ten times as long.
-    value_XQLD = value_RD.index_select(0, row_XQL.flatten()).float().view(*row_XQL.shape, -1)
-    mixed_XQD = (share_XQL.unsqueeze(-2) @ value_XQLD).squeeze(-2)
-    lse_XQ = score_XQL.amax(dim=-1) - share_XQL.amax(dim=-1).log()  # the largest share is at least 1/k
-    return mixed_XQD, lse_XQ, gap_XQ <= 2 * ROUNDING * (longest * stack.longest + stack.largest_addend)
+    value_XNKD = values.index_select(0, row_XNK.flatten()).float().view(*row_XNK.shape, -1)
+    mixed_XND = (share_XNK.unsqueeze(-2) @ value_XNKD).squeeze(-2)
+    lse_XN = score_XNK.amax(dim=-1) - share_XNK.amax(dim=-1).log()  # the largest share is at least 1/k
+    return mixed_XND, lse_XN, gap_XN <= 2 * ROUNDING * (longest * stack.longest + stack.largest_addend)
 
 
-def best_columns(score_XQP: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k <= P best columns of each row, in no order: (score_XQK, column_XQK) and by how much the next one is worse."""
-    X, Q, P = score_XQP.shape
-    if P == k:
-        return score_XQP, torch.arange(P, device=score_XQP.device).expand(X, Q, P), score_XQP.new_full((X, Q), torch.inf)
-    if score_XQP.device.type == "cpu":  # numpy's partition, which is vectorised, takes a sixth of the time of topk
-        score_LP = score_XQP.view(-1, P).numpy()
-        parted_LP = np.partition(score_LP, P - k, axis=1)
-        bound_L1, next_L1 = parted_LP[:, P - k, None], parted_LP[:, :P - k].max(axis=1, keepdims=True)
-        flat = np.flatnonzero(score_LP >= bound_L1)
-        if len(flat) == k * X * Q:  # no equals at the bound
-            flat_XQK = torch.from_numpy(flat).view(X, Q, k)
-            return score_XQP.take(flat_XQK), flat_XQK % P, torch.from_numpy(bound_L1 - next_L1).view(X, Q)
-    score_XQL, column_XQL = score_XQP.topk(k + 1, dim=-1)
-    return score_XQL[..., :-1], column_XQL[..., :-1], score_XQL[..., -2] - score_XQL[..., -1]
+def best_columns(score_XNM: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k <= M best columns of each row, in no order: (score_XNK, column_XNK) and by how much the next one is worse."""
+    X, N, M = score_XNM.shape
+    if M == k:
+        return score_XNM, torch.arange(M, device=score_XNM.device).expand(X, N, M), score_XNM.new_full((X, N), torch.inf)
+    if score_XNM.device.type == "cpu":  # numpy's partition, which is vectorised, takes a sixth of the time of topk
+        flat_scores = score_XNM.view(-1, M).numpy()
+        parted = np.partition(flat_scores, M - k, axis=1)
+        bound, next_best = parted[:, M - k, None], parted[:, :M - k].max(axis=1, keepdims=True)
+        flat = np.flatnonzero(flat_scores >= bound)
+        if len(flat) == k * X * N:  # no equals at the bound
+            flat_XNK = torch.from_numpy(flat).view(X, N, k)
+            return score_XNM.take(flat_XNK), flat_XNK % M, torch.from_numpy(bound - next_best).view(X, N)
+    score_XNK, column_XNK = score_XNM.topk(k + 1, dim=-1)
+    return score_XNK[..., :-1], column_XNK[..., :-1], score_XNK[..., -2] - score_XNK[..., -1]

@@ -2,7 +2,7 @@
 
 FAISS scores depend on the batch by an ulp or so, and its order among equals is arbitrary: whatever comes from here is a
 proposal, and `decide` makes hits of it. Raw FAISS ids stay here: its -1 becomes an invalid candidate.
-Letters: N queries, P rows, L proposals.
+Letters: N queries, M rows, K proposals, X rows of a query or vectors of a sample.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def check_top_k(k: int) -> None:
         raise ConfigError(f"top_k must lie in 1..{FAISS_GPU_MAX_K}: got {k}")
 
 
-def knn(query_NE: Tensor, key_PE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """What FAISS proposes, best first by its own inner products: fp32 [N, L] and rows int64 [N, L]."""
+def knn(query_ND: Tensor, key_MD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What FAISS proposes, best first by its own inner products: fp32 [N, K] and rows int64 [N, K]."""
     import faiss
 
-    if query_NE.device.type == "cpu":
+    if query_ND.device.type == "cpu":
         faiss.omp_set_num_threads(torch.get_num_threads())
-        score_NL, row_NL = faiss.knn(query_NE.numpy(), key_PE.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
-        return torch.from_numpy(score_NL), torch.from_numpy(row_NL)
+        score_NK, row_NK = faiss.knn(query_ND.numpy(), key_MD.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+        return torch.from_numpy(score_NK), torch.from_numpy(row_NK)
     import faiss.contrib.torch_utils  # noqa: F401  (lets knn_gpu take tensors)
 
-    return faiss.knn_gpu(_gpu_resources(), query_NE, key_PE, k, metric=faiss.METRIC_INNER_PRODUCT)
+    return faiss.knn_gpu(_gpu_resources(), query_ND, key_MD, k, metric=faiss.METRIC_INNER_PRODUCT)
 
 
 def on_cpu(device: torch.device) -> bool:
@@ -51,32 +51,32 @@ def on_cpu(device: torch.device) -> bool:
     return device.type == "cpu" and available(device)
 
 
-def inner_products(query_ND: Tensor, key_PD: Tensor, row_NL: Tensor) -> Tensor:
-    """Of given pairs, by a routine that sees one pair at a time: fp32 [N, L], whatever else is in the batch."""
+def inner_products(query_ND: Tensor, key_MD: Tensor, row_NX: Tensor) -> Tensor:
+    """Of given pairs, by a routine that sees one pair at a time: fp32 [N, X], whatever else is in the batch."""
     import faiss
 
-    (N, L), query_ND, key_PD = row_NL.shape, query_ND.contiguous(), key_PD.contiguous()
+    (N, X), query_ND, key_MD = row_NX.shape, query_ND.contiguous(), key_MD.contiguous()
     faiss.omp_set_num_threads(torch.get_num_threads())
-    dot_NL = np.empty((N, L), dtype=np.float32)
-    arrays = dot_NL, query_ND.numpy(), key_PD.numpy(), np.ascontiguousarray(row_NL.numpy())
+    dot_NX = np.empty((N, X), dtype=np.float32)
+    arrays = dot_NX, query_ND.numpy(), key_MD.numpy(), np.ascontiguousarray(row_NX.numpy())
     faiss.fvec_inner_products_by_idx(*(  # type: ignore[attr-defined]  # faiss adds it when it is loaded
-        faiss.swig_ptr(array) for array in arrays), key_PD.shape[1], N, L)
-    return torch.from_numpy(dot_NL)
+        faiss.swig_ptr(array) for array in arrays), key_MD.shape[1], N, X)
+    return torch.from_numpy(dot_NX)
 
 
-def centroids(vector_SD: Tensor, count: int, *, seed: int) -> Tensor:
+def centroids(vector_XD: Tensor, count: int, *, seed: int) -> Tensor:
     """Centroids of unit length by k-means over directions, fp32 [count, D] on the CPU.
 
     Args:
-        vector_SD: fp32 on the CPU, of unit length; at least as many as centroids.
+        vector_XD: fp32 on the CPU, of unit length; at least as many as centroids.
     """
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())
-    S, D = vector_SD.shape
+    X, D = vector_XD.shape
     means = faiss.Kmeans(D, count, niter=KMEANS_ROUNDS, seed=seed, spherical=True, min_points_per_centroid=1,
-                         max_points_per_centroid=S)
-    means.train(vector_SD.numpy())
+                         max_points_per_centroid=X)
+    means.train(vector_XD.numpy())
     return torch.from_numpy(means.centroids)
 
 

@@ -4,7 +4,7 @@ FAISS is asked, block by block of rows, for one hit more than wanted; each propo
 the k-th is not clear of everything that was not proposed, the query is redone over all rows. So hits are exact and do not
 depend on how rows are spread. The addends lie beside the keys; a block with both side by side is made for FAISS, so that
 importance, empty slots and what is hidden take part in its ranking.
-Letters: E = D + 1, the width of a key with its addend; N queries, P rows of a head, L proposals.
+Letters: N queries, M rows, K proposals, X = D + 1, the width of a key with its addend.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class FlatTier(Tier):
         if not faiss_index.available(device):
             raise ConfigError(f"memory.tier = faiss-flat needs a FAISS build for {device.type}: found none")
 
-    def search(self, query_HQD: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
-        return search_flat(query_HQD, rows, k, hidden=hidden)
+    def search(self, query_HND: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
+        return search_flat(query_HND, rows, k, hidden=hidden)
 
 
 def search_flat(query_HND: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
@@ -56,44 +56,44 @@ def _search_groups(query_ND: Tensor, rows: HeadRows, k: int, hidden: Hidden) -> 
         return _search_head(query_ND, rows, k)
     found = no_hits((len(query_ND), k), query_ND.device)
     sees_all_N = torch.ones(len(query_ND), dtype=torch.bool, device=query_ND.device)
-    sees_all_N[torch.cat([query_Q for query_Q, _ in hidden])] = False
-    for query_Q, row_P in [(sees_all_N.nonzero().squeeze(1), rows.id_P.new_empty(0)), *hidden]:
-        seen = rows._replace(addend_P=rows.addend_P.index_fill(0, row_P, NO_SCORE))
-        for whole, part in zip(found, _search_head(query_ND[query_Q], seen, k), strict=True):
-            whole[query_Q] = part
+    sees_all_N[torch.cat([queries for queries, _ in hidden])] = False
+    for queries, unseen in [(sees_all_N.nonzero().squeeze(1), rows.id_M.new_empty(0)), *hidden]:
+        seen = rows._replace(addend_M=rows.addend_M.index_fill(0, unseen, NO_SCORE))
+        for whole, part in zip(found, _search_head(query_ND[queries], seen, k), strict=True):
+            whole[queries] = part
     return found
 
 
 def _search_head(query_ND: Tensor, rows: HeadRows, k: int) -> Found:
-    N, P = len(query_ND), len(rows.id_P)
-    if N == 0 or P == 0:
+    N, M = len(query_ND), len(rows.id_M)
+    if N == 0 or M == 0:
         return no_hits((N, k), query_ND.device)
-    wanted = min(k + 1, P, FAISS_GPU_MAX_K)
-    row_NL, bound_N, longest = _proposals(query_ND, rows, wanted)
-    found = decide(query_ND, rows, row_NL, k)
-    if wanted == P:
+    wanted = min(k + 1, M, FAISS_GPU_MAX_K)
+    row_NK, bound_N, longest = _proposals(query_ND, rows, wanted)
+    found = decide(query_ND, rows, row_NK, k)
+    if wanted == M:
         return found
     # Everything that FAISS left out scored at most its last proposal, give or take the rounding of both.
     slack_N = ROUNDING * (query_ND.norm(dim=1) * longest + 10.0)
     unclear_N = (found[0][:, -1] <= bound_N + 2 * slack_N) & (bound_N > -1e29)
-    unclear_Q = unclear_N.nonzero().squeeze(1)
-    for whole, part in zip(found, search_head(query_ND[unclear_Q], rows, k), strict=True):
-        whole[unclear_Q] = part
+    unclear = unclear_N.nonzero().squeeze(1)
+    for whole, part in zip(found, search_head(query_ND[unclear], rows, k), strict=True):
+        whole[unclear] = part
     return found
 
 
 def _proposals(query_ND: Tensor, rows: HeadRows, wanted: int) -> tuple[Tensor, Tensor, float]:
-    """Of all blocks of rows: candidates int64 [N, L], what a row that is none can score at most, fp32 [N], and the length of
+    """Of all blocks of rows: candidates int64 [N, K], what a row that is none can score at most, fp32 [N], and the length of
     the longest key."""
-    query_NE = F.pad(query_ND, (0, 1), value=1.0)
+    query_NX = F.pad(query_ND, (0, 1), value=1.0)
     bound_N, longest, proposed = query_ND.new_full((len(query_ND),), -torch.inf), 0.0, []
-    for start in range(0, len(rows.id_P), ROW_BLOCK):
+    for start in range(0, len(rows.id_M), ROW_BLOCK):
         block = slice(start, start + ROW_BLOCK)
-        key_BE = torch.cat([rows.key_PD[block].float(), rows.addend_P[block, None]], dim=1)
-        L = min(wanted, len(key_BE))
-        raw_NL, row_NL = faiss_index.knn(query_NE, key_BE, L)
-        proposed.append(torch.where(row_NL >= 0, row_NL + start, -1))
-        if L < len(key_BE):
-            bound_N = torch.maximum(bound_N, raw_NL[:, -1])
-        longest = max(longest, float(key_BE[:, :-1].norm(dim=1).max()))
+        key_MX = torch.cat([rows.key_MD[block].float(), rows.addend_M[block, None]], dim=1)
+        proposals = min(wanted, len(key_MX))
+        raw_NK, row_NK = faiss_index.knn(query_NX, key_MX, proposals)
+        proposed.append(torch.where(row_NK >= 0, row_NK + start, -1))
+        if proposals < len(key_MX):
+            bound_N = torch.maximum(bound_N, raw_NK[:, -1])
+        longest = max(longest, float(key_MX[:, :-1].norm(dim=1).max()))
     return torch.cat(proposed, dim=1), bound_N, longest

@@ -3,7 +3,7 @@
 A plan is the same on every rank, and only `LongTermMemory.review` changes it, on all at once. Centroids are truth that a
 checkpoint keeps, since hits hang on them; which list an entry is in follows from its key, and lists are a cache. `revise`
 decides by numbers of the whole bank only, never by a rank's, so that every number of ranks decides alike.
-Letters: L lists, S entries of a sample.
+Letters: X lists, E entries.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Plan:
     probing: by lists, so approximately; otherwise by a tier that misses nothing.
     probes: lists that a query looks into.
     trained_on: live entries when the centroids were trained; 0: there are none yet.
-    centroid_HLD: fp32 on the CPU; None: there are none, and a search is exact.
+    centroid_HXD: fp32 on the CPU; None: there are none, and a search is exact.
     """
 
     probing: bool = False
     probes: int = FIRST_PROBES
     trained_on: int = 0
-    centroid_HLD: Tensor | None = None
+    centroid_HXD: Tensor | None = None
 
 
 class Facts(NamedTuple):
@@ -87,13 +87,13 @@ def revise(plan: Plan, facts: Facts, config: MemoryConfig) -> Change | None:
     if grown >= GROWN:
         return Change(replace(plan, probing=True, probes=FIRST_PROBES), True,
                       f"{facts.live:,} entries, and centroids of {plan.trained_on:,}")
-    if not plan.probing or plan.centroid_HLD is None:
+    if not plan.probing or plan.centroid_HXD is None:
         return None
     if facts.balance > UNBALANCED and grown >= CHANGED:
         return Change(plan, True, f"uneven lists, {facts.balance:.1f} times the work of even ones")
     if facts.recall is None or facts.recall >= config.recall_target:
         return None
-    lists, missed = plan.centroid_HLD.shape[1], f"recall {facts.recall:.4f} is below {config.recall_target}"
+    lists, missed = plan.centroid_HXD.shape[1], f"recall {facts.recall:.4f} is below {config.recall_target}"
     if 2 * plan.probes * MOST_SHARE <= lists:
         return Change(replace(plan, probes=2 * plan.probes), False, missed)
     if grown >= CHANGED:
@@ -101,22 +101,22 @@ def revise(plan: Plan, facts: Facts, config: MemoryConfig) -> Change | None:
     return Change(replace(plan, probing=False), False, f"{missed} with {plan.probes} of {lists} lists", alarming=True)
 
 
-def sampled(id_P: np.ndarray, live: int, count: int) -> np.ndarray:
-    """Which of these entries are in a sample of about `count` of `live`, bool [P]: chosen by id, so by nothing else."""
+def sampled(id_E: np.ndarray, live: int, count: int) -> np.ndarray:
+    """Which of these entries are in a sample of about `count` of `live`, bool [E]: chosen by id, so by nothing else."""
     share = min(1.0, count / max(1, live))
     # Mixed once more, as the first mix chooses the virtual shard.
-    mixed_P = splitmix64(splitmix64(id_P) ^ np.uint64(0x5851F42D4C957F2D))
-    chosen_P: np.ndarray = (mixed_P >> np.uint64(11)) < share * 2.0**53
-    return chosen_P
+    mixed_E = splitmix64(splitmix64(id_E) ^ np.uint64(0x5851F42D4C957F2D))
+    chosen_E: np.ndarray = (mixed_E >> np.uint64(11)) < share * 2.0**53
+    return chosen_E
 
 
 def save_plan(path: Path | str, plan: Plan) -> None:
     """Writes a plan with centroids as safetensors. Not atomic: a commit of several files is the caller's."""
     from safetensors.torch import save_file
 
-    assert plan.centroid_HLD is not None
+    assert plan.centroid_HXD is not None
     header = {"format": FORMAT, "probing": int(plan.probing), "probes": plan.probes, "trained_on": plan.trained_on}
-    save_file({"centroids": plan.centroid_HLD.contiguous()}, path, metadata={"lmcode": json.dumps(header)})
+    save_file({"centroids": plan.centroid_HXD.contiguous()}, path, metadata={"lmcode": json.dumps(header)})
 
 
 def load_plan(path: Path | str, *, heads: int, head_dim: int) -> Plan:
@@ -130,7 +130,7 @@ def load_plan(path: Path | str, *, heads: int, head_dim: int) -> Plan:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("lmcode", "null"))
-            centroid_HLD = file.get_tensor("centroids")
+            centroid_HXD = file.get_tensor("centroids")
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a readable search plan: {error}") from None
     whole = isinstance(header, dict) and {*header} == {"format", "probing", "probes", "trained_on"} and all(
@@ -138,8 +138,8 @@ def load_plan(path: Path | str, *, heads: int, head_dim: int) -> Plan:
     if not whole or header["format"] != FORMAT or min(header["probes"], header["trained_on"]) < 1:
         raise ValueError(f"{path}: the header entry 'lmcode' must be that of a search plan of format {FORMAT}, with at "
                          f"least 1 for probes and trained_on: got {header}")
-    H, L, D = centroid_HLD.shape if centroid_HLD.ndim == 3 else (0, 0, 0)
-    if (H, D) != (heads, head_dim) or L < 1 or centroid_HLD.dtype != torch.float32 or not centroid_HLD.isfinite().all():
+    H, X, D = centroid_HXD.shape if centroid_HXD.ndim == 3 else (0, 0, 0)
+    if (H, D) != (heads, head_dim) or X < 1 or centroid_HXD.dtype != torch.float32 or not centroid_HXD.isfinite().all():
         raise ValueError(f"{path}: centroids must be finite and fp32 [{heads}, L, {head_dim}]: got "
-                         f"{tuple(centroid_HLD.shape)} {centroid_HLD.dtype}")
-    return Plan(header["probing"] != 0, header["probes"], header["trained_on"], centroid_HLD)
+                         f"{tuple(centroid_HXD.shape)} {centroid_HXD.dtype}")
+    return Plan(header["probing"] != 0, header["probes"], header["trained_on"], centroid_HXD)

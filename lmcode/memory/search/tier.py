@@ -6,7 +6,7 @@ no part of a key but an addend to its score, which changes whenever an entry is 
 
 What a search must not show is hidden pair by pair. `Hidden` says which queries do not see which rows: positions of queries,
 each in at most one item, and of rows, both int64 and ascending.
-Letters: Q queries and P rows.
+Letters: N queries, M rows.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ Hidden = Sequence[tuple[Tensor, Tensor]]
 class HeadRows(NamedTuple):
     """The rows of one head: see `Rows`."""
 
-    key_PD: Tensor
-    addend_P: Tensor
-    id_P: Tensor
+    key_MD: Tensor
+    addend_M: Tensor
+    id_M: Tensor
 
 
 @dataclass
 class Rows:
     """What a group of queries sees.
 
-    key_HPD: fp32 or bf16.
-    addend_P: fp32, added to the scores of a row in every head; `NO_SCORE` in an empty slot.
-    id_P: int64; -1 in an empty slot.
-    slot_P: int64; None: row p is slot p.
+    key_HMD: fp32 or bf16.
+    addend_M: fp32, added to the scores of a row in every head; `NO_SCORE` in an empty slot.
+    id_M: int64; -1 in an empty slot.
+    slot_M: int64; None: row p is slot p.
     """
 
-    key_HPD: Tensor
-    addend_P: Tensor
-    id_P: Tensor
-    slot_P: Tensor | None = None
+    key_HMD: Tensor
+    addend_M: Tensor
+    id_M: Tensor
+    slot_M: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.id_P)
+        return len(self.id_M)
 
     def of_head(self, head: int) -> HeadRows:
         """What one head sees."""
-        return HeadRows(self.key_HPD[head], self.addend_P, self.id_P)
+        return HeadRows(self.key_HMD[head], self.addend_M, self.id_M)
 
 
 class Tier:
@@ -77,13 +77,13 @@ class Tier:
     def check(device: torch.device) -> None:
         """Raises ConfigError where this tier cannot search on `device`."""
 
-    def search(self, query_HQD: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
+    def search(self, query_HND: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
         """The k best rows for each head and query, in total order: (score_HQK, id_HQK, row_HQK), rows by position.
 
         Args:
-            query_HQD: fp32, finite.
+            query_HND: fp32, finite.
             rows: at least one.
-            k: may exceed P.
+            k: may exceed M.
             hidden: rows that some queries do not see.
         """
         raise NotImplementedError

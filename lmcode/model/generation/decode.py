@@ -7,7 +7,7 @@ product, residual sums are part of products, and own past, hits and null slot sh
 
 A `Decoder` takes weights from where they lie and calls no module, so it is for models of which nobody expects that
 (`steppable`); its weights are those of the moment it was made. Scores and what they mix are fp32. Autocast does not reach in
-here: it would cast every weight anew for every token. Letters here: X = streams x heads; O outputs of a product.
+here: it would cast every weight anew for every token. Letters here: X streams x heads, or outputs of a linear map.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Decoder:
     @torch.inference_mode()  # 15 % of a small model's step goes into what autograd notes of every operation
     @without_autocast()
     def __call__(self, token_B: Tensor, cache: Cache, *, namespace_B: Tensor, valid: list[bool]) -> Tensor:
-        """Logits [B, V] after each stream's new token; any numbers for streams that have none (`valid` False).
+        """Logits of each id after each stream's new token, [B, X]; any numbers for streams that have none (`valid` False).
 
         Args:
             token_B: int64 ids in the vocabulary.
@@ -85,26 +85,26 @@ class Decoder:
         step = cache.step(valid, segment=model.config.short_term_segment, device=token_B.device)
         if step.valid_B is not None:
             namespace_B = namespace_B.where(step.valid_B, -1)
-        x_BC = model.embedding(token_B)
-        token_BC = unit(x_BC) if model.config.reads_embeddings else x_BC
+        x_BD = model.embedding(token_B)
+        token_BD = unit(x_BD) if model.config.reads_embeddings else x_BD
         rotation = None
         if self._rotation is not None:
             (cos, sin), at = self._rotation, step.index_B if step.place is None else step.place
             rotation = cos[at], sin[at]
         elif model.positions is not None:
-            x_BC = x_BC + model.positions(step.index_B)
+            x_BD = x_BD + model.positions(step.index_B)
         for decoder, layer_cache in zip(self._layers, cache.layers, strict=True):
-            x_BC = decoder.attend(x_BC, layer_cache, step, rotation)
-            x_BC = decoder.use_short_term(x_BC, layer_cache, step)
-            x_BC = decoder.use_long_term(x_BC, layer_cache, step, namespace_B, token_BC)
-            x_BC = decoder.feed_forward(x_BC)
+            x_BD = decoder.attend(x_BD, layer_cache, step, rotation)
+            x_BD = decoder.use_short_term(x_BD, layer_cache, step)
+            x_BD = decoder.use_long_term(x_BD, layer_cache, step, namespace_B, token_BD)
+            x_BD = decoder.feed_forward(x_BD)
         if self._shortlist is not None and self._best is not None:
-            return self._shortlist(self._head.normed(x_BC), self._best)
-        return self._head(x_BC)
+            return self._shortlist(self._head.normed(x_BD), self._best)
+        return self._head(x_BD)
 
 
 class LayerDecoder:
-    """What one layer does with a token; each method takes the residual stream [B, C] and adds its branch to it."""
+    """What one layer does with a token; each method takes the residual stream [B, D] and adds its branch to it."""
 
     def __init__(self, layer: MemoryAugmentedLayer, model: MemoryLM, rows: int, copies: bool) -> None:
         def product(linear: nn.Linear, norm: nn.RMSNorm | None = None) -> Product:
@@ -117,80 +117,80 @@ class LayerDecoder:
         self._feed_forward_in = product(layer.feed_forward.input, layer.feed_forward_norm)
         self._feed_forward_out = product(layer.feed_forward.output)
         if layer.short_term is not None:
-            weight_OC, bias_O = short_term_map(layer.short_term)
-            self._short_term_in = Product(weight_OC, bias_O, norm=layer.short_term_norm, rows=rows, copy=copies)
+            weight_XD, bias_X = short_term_map(layer.short_term)
+            self._short_term_in = Product(weight_XD, bias_X, norm=layer.short_term_norm, rows=rows, copy=copies)
             self._short_term_out = product(layer.short_term.output)
         if layer.long_term_read is not None:
             read = layer.long_term_read
-            state_OC, tokens_OX = long_term_maps(read)
-            self._long_term_in = Product(torch.cat([state_OC, read.gate.weight]),
-                                         F.pad(read.gate.bias, (len(state_OC), 0)),
+            state_XD, tokens = long_term_maps(read)
+            self._long_term_in = Product(torch.cat([state_XD, read.gate.weight]),
+                                         F.pad(read.gate.bias, (len(state_XD), 0)),
                                          norm=layer.long_term_norm, rows=rows, copy=copies)
-            self._long_term_tokens = None if tokens_OX is None else Product(tokens_OX, rows=rows, copy=copies)
+            self._long_term_tokens = None if tokens is None else Product(tokens, rows=rows, copy=copies)
             self._long_term_out = product(read.output)
-            self._key_length_G1 = torch.cat([(-read.log_temperature_H.float()).exp(),
-                                             torch.ones_like(read.log_temperature_H).float()])[:, None]
+            self._key_length = torch.cat([(-read.log_temperature_H.float()).exp(),
+                                          torch.ones_like(read.log_temperature_H).float()])[:, None]  # [2 H, 1]
             self._bias_X1, self._null_X1 = (values_H.float().repeat_interleave(rows)[:, None]
                                             for values_H in (read.retrieved_bias_H, read.null_logit_H))
 
-    def attend(self, x_BC: Tensor, cache: LayerCache, step: Step, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+    def attend(self, x_BD: Tensor, cache: LayerCache, step: Step, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         """Self-attention; the token's key and value go into the cache."""
-        B, A, D, n = len(x_BC), self._num_heads, self._head_dim, step.num_seen
-        qkv_BPAD = self._attention_in(x_BC).view(B, 3, A, D)
+        B, H, D, n = len(x_BD), self._num_heads, self._head_dim, step.num_seen
+        qkv_B3HD = self._attention_in(x_BD).view(B, 3, H, D)
         scale = D**-0.5
         if rotation is not None:
-            qkv_BPAD, scale = turned(qkv_BPAD, rotation), 1.0
-        key_value_PBATD = cache.put("attention", qkv_BPAD[:, 1:].transpose(0, 1), step.index_B, step.place)
-        key_XTD, value_XTD = (part.flatten(0, 1)[:, :n] for part in key_value_PBATD)
-        query_X1D = qkv_BPAD[:, 0].reshape(B * A, 1, D).float()
+            qkv_B3HD, scale = turned(qkv_B3HD, rotation), 1.0
+        key_value_2BHTD = cache.put("attention", qkv_B3HD[:, 1:].transpose(0, 1), step.index_B, step.place)
+        key_XTD, value_XTD = (part.flatten(0, 1)[:, :n] for part in key_value_2BHTD)
+        query_X1D = qkv_B3HD[:, 0].reshape(B * H, 1, D).float()
         score_X1T = torch.bmm(query_X1D, key_XTD.float().transpose(1, 2))
         if scale != 1.0:
             score_X1T = score_X1T * scale
         if step.unseen_BT is not None:
-            score_X1T = score_X1T.view(B, A, n).masked_fill(step.unseen_BT[:, None], NO_SCORE).view(B * A, 1, n)
+            score_X1T = score_X1T.view(B, H, n).masked_fill(step.unseen_BT[:, None], NO_SCORE).view(B * H, 1, n)
         mixed_X1D = torch.bmm(score_X1T.softmax(dim=-1), value_XTD.float())
-        return self._attention_out.added(x_BC, mixed_X1D.view(B, A * D).to(x_BC.dtype))
+        return self._attention_out.added(x_BD, mixed_X1D.view(B, H * D).to(x_BD.dtype))
 
-    def use_short_term(self, x_BC: Tensor, cache: LayerCache, step: Step) -> Tensor:
+    def use_short_term(self, x_BD: Tensor, cache: LayerCache, step: Step) -> Tensor:
         """Reads the slots, and writes those whose segment ends with this token."""
         module = self._layer.short_term
         if module is None:
-            return x_BC
-        E, place = module.address_SE.shape[1], None if step.place is None else step.place % module.segment
-        token_BO = self._short_term_in(x_BC)
-        segment_B1LP = cache.put("segment", token_BO[:, None, E:], step.index_B % module.segment, place)
+            return x_BD
+        D, place = module.address_SE.shape[1], None if step.place is None else step.place % module.segment
+        mapped = self._short_term_in(x_BD)  # [B, 4 D]: the read's query, and what a write takes of the token
+        segment = cache.put("segment", mapped[:, None, D:], step.index_B % module.segment, place)
         if cache.slots_read is None:
-            key_BSE, value_BSE = module.slots_to_read(cache.slots_BSE)
-            cache.slots_read = key_BSE.float(), value_BSE.float()
-        key_BSE, value_BSE = cache.slots_read
-        score_B1S = torch.bmm(token_BO[:, None, :E].float(), key_BSE.transpose(1, 2))
-        read_B1E = torch.bmm(score_B1S.softmax(dim=-1), value_BSE)
+            key_BMD, value_BMD = module.slots_to_read(cache.slots_BMD)
+            cache.slots_read = key_BMD.float(), value_BMD.float()
+        key_BMD, value_BMD = cache.slots_read
+        score_B1M = torch.bmm(mapped[:, None, :D].float(), key_BMD.transpose(1, 2))
+        read_B1D = torch.bmm(score_B1M.softmax(dim=-1), value_BMD)
         if step.ends_B is not None:
-            key_BLE, written_BLQ = segment_B1LP[:, 0].split([E, 2 * E], dim=-1)
-            written_BSE = module.write(cache.slots_BSE, key_BLE, written_BLQ)
-            cache.slots_BSE = written_BSE.where(step.ends_B[:, None, None], cache.slots_BSE)
+            key_BTD, written = segment[:, 0].split([D, 2 * D], dim=-1)
+            written_BMD = module.write(cache.slots_BMD, key_BTD, written)
+            cache.slots_BMD = written_BMD.where(step.ends_B[:, None, None], cache.slots_BMD)
             cache.slots_read = None
-        return self._short_term_out.added(x_BC, read_B1E[:, 0].to(x_BC.dtype))
+        return self._short_term_out.added(x_BD, read_B1D[:, 0].to(x_BD.dtype))
 
-    def use_long_term(self, x_BC: Tensor, cache: LayerCache, step: Step, namespace_B: Tensor, token_BC: Tensor) -> Tensor:
-        """Reads own past, bank and null slot in one softmax, behind the gate; `token_BC` is what the tokens' values are made
+    def use_long_term(self, x_BD: Tensor, cache: LayerCache, step: Step, namespace_B: Tensor, token_BD: Tensor) -> Tensor:
+        """Reads own past, bank and null slot in one softmax, behind the gate; `token_BD` is what the tokens' values are made
         from, where that is not the state.
 
         A bank's answer (value, log-sum-exp) takes part in it like one more token of that value and logit.
         """
         read = self._layer.long_term_read
         if read is None:
-            return x_BC
-        B, H, D = len(x_BC), read.num_heads, read.head_dim
-        token_BO = self._long_term_in(x_BC)
-        qkv_BO = token_BO[:, :-1]
+            return x_BD
+        B, H, D = len(x_BD), read.num_heads, read.head_dim
+        mapped = self._long_term_in(x_BD)  # [B, 3 H D + 1]: query, key and value of each head, and the gate
+        qkv = mapped[:, :-1]
         if self._long_term_tokens is not None:
-            qkv_BO = qkv_BO + self._long_term_tokens(self._last_tokens(token_BC, read.key_tokens, cache, step))
-        qkv_BGD = qkv_BO.float().view(B, 3 * H, D)
-        query_key_BGD = qkv_BGD[:, :2 * H]
-        length_BG1 = torch.linalg.vector_norm(query_key_BGD, dim=-1, keepdim=True).clamp_(min=LEAST_LENGTH)
-        query_key_GBD = (query_key_BGD / length_BG1.mul_(self._key_length_G1)).transpose(0, 1)
-        query_HBD, key_HBD, value_HBD = query_key_GBD[:H], query_key_GBD[H:], qkv_BGD[:, 2 * H:].transpose(0, 1)
+            qkv = qkv + self._long_term_tokens(self._last_tokens(token_BD, read.key_tokens, cache, step))
+        vectors = qkv.float().view(B, 3 * H, D)  # queries, keys, values
+        query_key = vectors[:, :2 * H]
+        length = torch.linalg.vector_norm(query_key, dim=-1, keepdim=True).clamp_(min=LEAST_LENGTH)
+        directed = (query_key / length.mul_(self._key_length)).transpose(0, 1)
+        query_HBD, key_HBD, value_HBD = directed[:H], directed[H:], vectors[:, 2 * H:].transpose(0, 1)
 
         key_XTD = cache.put("own_key", key_HBD.unsqueeze(2), step.index_B, step.place).view(H * B, -1, D)
         value_row = BEFORE_OWN - read.successor_values
@@ -206,17 +206,17 @@ class LayerDecoder:
         found_X1 = found_lse_HB.reshape(-1, 1) + self._bias_X1
         share_XT = torch.cat([self._null_X1, found_X1, own_X1T[:, 0]], dim=1).softmax(dim=-1)
         mixed_X1D = torch.bmm(share_XT[:, None], value_HB1TD.view(H * B, -1, D)[:, :n + BEFORE_OWN])
-        recalled_BP = mixed_X1D.view(H, B, D).transpose(0, 1).reshape(B, H * D).to(x_BC.dtype)
-        return self._long_term_out.added(x_BC, recalled_BP * torch.sigmoid(token_BO[:, -1:]))
+        recalled = mixed_X1D.view(H, B, D).transpose(0, 1).reshape(B, H * D).to(x_BD.dtype)
+        return self._long_term_out.added(x_BD, recalled * torch.sigmoid(mapped[:, -1:]))
 
-    def _last_tokens(self, token_BC: Tensor, count: int, cache: LayerCache, step: Step) -> Tensor:
-        """The tokens that keys and values are made from, [B, max(count, 1) * C]: see `long_term.last_tokens`."""
+    def _last_tokens(self, token_BD: Tensor, count: int, cache: LayerCache, step: Step) -> Tensor:
+        """The tokens that keys and values are made from, [B, max(count, 1) * D]: see `long_term.last_tokens`."""
         if count < 2:
-            return token_BC
-        cache.put("token", token_BC.unsqueeze(1), step.index_B, step.place)
+            return token_BD
+        cache.put("token", token_BD.unsqueeze(1), step.index_B, step.place)
         before = [cache.get("token", (step.index_B - back).clamp(min=0))[:, 0].where((step.index_B >= back)[:, None], 0.0)
                   for back in range(1, count)]
-        return torch.cat([token_BC, *before], dim=1)
+        return torch.cat([token_BD, *before], dim=1)
 
     def _found(self, stride: int, query_HBD: Tensor, cache: LayerCache, step: Step,
                namespace_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,24 +232,24 @@ class LayerDecoder:
         query_HB1D = cache.get("own_query", asks_B.clamp(min=0))
         return bank.look_up(query_HB1D[:, :, 0], namespace_B.where(asks_B >= 0, -1))
 
-    def feed_forward(self, x_BC: Tensor) -> Tensor:
+    def feed_forward(self, x_BD: Tensor) -> Tensor:
         """The feed-forward part."""
-        return self._feed_forward_out.added(x_BC, F.gelu(self._feed_forward_in(x_BC)))
+        return self._feed_forward_out.added(x_BD, F.gelu(self._feed_forward_in(x_BD)))
 
 
 def long_term_maps(read: LongTermRead) -> tuple[Tensor, Tensor | None]:
-    """A long-term read's query, key and value as the sum of two linear maps, weights [3P, C] and [3P, I]: of the layer's
+    """A long-term read's query, key and value as the sum of two linear maps, weights [3 H D, X]: of the layer's
     normed state, and of the last tokens side by side; None where tokens give nothing."""
-    C, weight_OX = read.gate.in_features, read.query_key_value.weight
+    width, weight = read.gate.in_features, read.query_key_value.weight
     if read.value is None and not read.key_tokens:
-        return weight_OX, None
-    state_OC, tokens_OX = weight_OX.split([C, weight_OX.shape[1] - C], dim=1)
+        return weight, None
+    state_XD, tokens = weight.split([width, weight.shape[1] - width], dim=1)
     if read.value is None:
-        return state_OC, tokens_OX
-    value_PC = read.value.weight
-    tokens_OX = torch.cat([F.pad(tokens_OX, (0, max(0, C - tokens_OX.shape[1]))),
-                           F.pad(value_PC, (0, max(0, tokens_OX.shape[1] - C)))])
-    return F.pad(state_OC, (0, 0, 0, len(value_PC))), tokens_OX
+        return state_XD, tokens
+    value_XD = read.value.weight
+    tokens = torch.cat([F.pad(tokens, (0, max(0, width - tokens.shape[1]))),
+                        F.pad(value_XD, (0, max(0, tokens.shape[1] - width)))])
+    return F.pad(state_XD, (0, 0, 0, len(value_XD))), tokens
 
 
 def rotation_table(num_tokens: int, head_dim: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -258,24 +258,24 @@ def rotation_table(num_tokens: int, head_dim: int, *, device: torch.device) -> t
     Returns:
         fp32 [T, 3, 1, 1, D/2] and [T, 3, 1, 2, D/2], see `turned`.
     """
-    cos_T1F, sin_T2F = rotary_table(num_tokens, head_dim, device=device)
+    cos, sin = rotary_table(num_tokens, head_dim, device=device)
     scale = head_dim**-0.5
-    cos_T3F = torch.stack([cos_T1F * scale, cos_T1F, torch.ones_like(cos_T1F)], dim=1)
-    sin_T3F = torch.stack([sin_T2F * scale, sin_T2F, torch.zeros_like(sin_T2F)], dim=1)
-    return cos_T3F.unsqueeze(2), sin_T3F.unsqueeze(2)
+    cos = torch.stack([cos * scale, cos, torch.ones_like(cos)], dim=1)
+    sin = torch.stack([sin * scale, sin, torch.zeros_like(sin)], dim=1)
+    return cos.unsqueeze(2), sin.unsqueeze(2)
 
 
-def turned(qkv_BPAD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """`rotary.rotate` of queries, keys and values [B, 3, A, D] by one place's, or each stream's own, rows of the tables."""
-    pair_BPA2F = qkv_BPAD.float().unflatten(-1, (2, -1))
+def turned(qkv_B3HD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """`rotary.rotate` of queries, keys and values [B, 3, H, D] by one place's, or each stream's own, rows of the tables."""
+    pair = qkv_B3HD.float().unflatten(-1, (2, -1))
     cos, sin = rotation
-    return torch.addcmul(pair_BPA2F * cos, pair_BPA2F.flip(-2), sin).flatten(-2)
+    return torch.addcmul(pair * cos, pair.flip(-2), sin).flatten(-2)
 
 
 def short_term_map(module: ShortTermMemory) -> tuple[Tensor, Tensor]:
-    """All that a token is to its slots as one linear map, weight [4E, C] and bias [4E]: the read's query, the write's key,
-    value and the value's part of the gate. Both attentions' scales are in it."""
-    query_EC, key_EC, value_EC = module.tokens.weight.chunk(3)
-    gate, scale = module.candidate_gate, query_EC.shape[0] ** -0.5
-    weight_OC = torch.cat([query_EC * scale, key_EC * scale, value_EC, gate.weight @ value_EC])
-    return weight_OC, F.pad(gate.bias, (weight_OC.shape[0] - len(gate.bias), 0))
+    """All that a token is to its slots as one linear map, its weight and its bias: the read's query, the write's key, value
+    and the value's part of the gate, each as wide as a slot. Both attentions' scales are in it."""
+    query_XD, key_XD, value_XD = module.tokens.weight.chunk(3)
+    gate, scale = module.candidate_gate, query_XD.shape[0] ** -0.5
+    weight_XD = torch.cat([query_XD * scale, key_XD * scale, value_XD, gate.weight @ value_XD])
+    return weight_XD, F.pad(gate.bias, (weight_XD.shape[0] - len(gate.bias), 0))

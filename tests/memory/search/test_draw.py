@@ -50,10 +50,10 @@ def test_only_what_a_query_may_see_is_drawn(scope: str) -> None:
 
 
 def test_a_draw_is_even_and_differs_from_query_to_query() -> None:
-    score_QP = drawn(np.arange(4000), np.arange(20))
-    firsts = np.bincount(score_QP.argmax(axis=1), minlength=20)
+    score_XM = drawn(np.arange(4000), np.arange(20))
+    firsts = np.bincount(score_XM.argmax(axis=1), minlength=20)
     assert firsts.min() > 130 and firsts.max() < 280, "200 each"
-    assert abs(np.corrcoef(score_QP[:, 3], score_QP[:, 4])[0, 1]) < 0.1
+    assert abs(np.corrcoef(score_XM[:, 3], score_XM[:, 4])[0, 1]) < 0.1
     lot_HN = lots(np.array([7, 7, 9, 7]), 2, 0)
     assert len(np.unique(lot_HN)) == 8 and not np.isin(lots(np.array([7, 7, 9, 7]), 2, 1), lot_HN).any()
     assert np.array_equal(lots(np.array([9]), 2, 0)[:, 0], lot_HN[:, 2]), "what else is read beside it does not matter"

@@ -34,7 +34,7 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_may_be_anywhere() -> None:
     query, rows = with_twins(0, 70, 1300)
     score, found, slot = search_exact(query, rows, 20)
-    assert torch.equal(rows.id_P[slot], found)
+    assert torch.equal(rows.id_M[slot], found)
     order = torch.randperm(1300, generator=torch.Generator().manual_seed(1))
     assert_same(search_exact(query, taken(rows, order), 20)[:2], (score, found))
     for ranks in (2, 3, 4):
@@ -61,7 +61,7 @@ def test_nothing_to_search(N: int, M: int) -> None:
 def test_empty_slots_are_never_hits() -> None:
     query, rows = whole_numbers(2, 30, 200)
     score, found, slot = search_exact(query, rows, 200)
-    live = int((rows.id_P >= 0).sum())
+    live = int((rows.id_M >= 0).sum())
     assert (found[..., :live] >= 0).all() and found[..., live:].eq(-1).all() and slot[..., live:].eq(-1).all()
     assert score[..., live:].eq(NO_SCORE).all()
 
@@ -71,30 +71,30 @@ def test_empty_slots_are_never_hits() -> None:
 def test_attending_to_the_best_of_stacked_rows_is_searching_unless_it_says_so(make: object, k: int) -> None:
     """Groups of different lengths, one of them empty and one of fewer rows than k, with one query each and with several."""
     query_HND, rows = make(7, 12, 90)
-    key_HMD, id_M = rows.key_HPD, rows.id_P
+    key_HMD, id_M = rows.key_HMD, rows.id_M
     slots, doubts = [torch.arange(31), torch.arange(0), torch.arange(31, 34), torch.arange(34, 90)], 0
-    slots = [slot_P[id_M[slot_P] >= 0] for slot_P in slots]
+    slots = [slot_M[id_M[slot_M] >= 0] for slot_M in slots]
     value_HMD = torch.randn(len(key_HMD), 90, 5, generator=torch.Generator().manual_seed(1))
     longest = float(query_HND.norm(dim=-1).max())
     for groups, Q in ((slots, 1), (slots[3:], 12), (slots[:1], 3)):
-        stack = exact.stack_rows(key_HMD, rows.addend_P, groups)
-        query_HQD = query_HND[:, :len(groups) * Q]
-        value_XQD, lse_XQ, doubtful_XQ = exact.attend_best(query_HQD.reshape(-1, Q, query_HND.shape[-1]), stack,
+        stack = exact.stack_rows(key_HMD, rows.addend_M, groups)
+        asked_HND = query_HND[:, :len(groups) * Q]
+        value_XND, lse_XN, doubtful_XN = exact.attend_best(asked_HND.reshape(-1, Q, query_HND.shape[-1]), stack,
                                                            value_HMD.flatten(0, 1), k, longest)
-        assert stack.empty_G.tolist() == [len(slot_P) == 0 for slot_P in groups] and stack.has_empty == (Q == 1)
+        assert stack.empty.tolist() == [len(slot_M) == 0 for slot_M in groups] and stack.has_empty == (Q == 1)
         for x, (head, group) in enumerate((h, g) for h in range(len(key_HMD)) for g in groups):
             if not len(group):
                 continue
-            part = Rows(key_HMD[head:head + 1, group], rows.addend_P[group], id_M[group])
-            queries = query_HQD[head:head + 1, x % len(groups) * Q:][:, :Q]
+            part = Rows(key_HMD[head:head + 1, group], rows.addend_M[group], id_M[group])
+            queries = asked_HND[head:head + 1, x % len(groups) * Q:][:, :Q]
             score_1QK, _, slot_1QK = search_by_sorting(queries, part, k)
-            sure_Q = ~doubtful_XQ[x]
+            sure_Q = ~doubtful_XN[x]
             value_QKD = value_HMD[head, group][slot_1QK[0].clamp(min=0)]
             expected_QD = (score_1QK[0].softmax(-1).unsqueeze(1) @ value_QKD).squeeze(1)
-            assert torch.allclose(value_XQD[x][sure_Q], expected_QD[sure_Q], atol=1e-5)
-            assert torch.allclose(lse_XQ[x], score_1QK[0].logsumexp(-1), atol=1e-5)
-            doubts += int(doubtful_XQ[x].sum())
+            assert torch.allclose(value_XND[x][sure_Q], expected_QD[sure_Q], atol=1e-5)
+            assert torch.allclose(lse_XN[x], score_1QK[0].logsumexp(-1), atol=1e-5)
+            doubts += int(doubtful_XN[x].sum())
             ranked_QK = search_by_sorting(queries, part, k + 1)[0][0]
             equals_Q = (ranked_QK[:, k - 1] == ranked_QK[:, k]) & (len(group) > k)
-            assert bool((doubtful_XQ[x] | ~equals_Q).all())
+            assert bool((doubtful_XN[x] | ~equals_Q).all())
     assert doubts or make is with_twins

@@ -38,7 +38,7 @@ def test_agrees_with_exact_on_real_numbers() -> None:
 def test_the_same_bits_however_rows_and_queries_are_batched() -> None:
     query, rows = with_twins(1, 70, 1300)
     score, found, slot = search_flat(query, rows, 20)
-    assert torch.equal(rows.id_P[slot], found)
+    assert torch.equal(rows.id_M[slot], found)
     order = torch.randperm(1300, generator=torch.Generator().manual_seed(1))
     for ranks in (2, 3, 4):
         parts = [search_flat(query, taken(rows, part), 20) for part in
@@ -83,8 +83,8 @@ def test_what_rounding_may_hide_from_faiss_is_found(monkeypatch: pytest.MonkeyPa
     def unfair(query_NE: torch.Tensor, key_ME: torch.Tensor, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
         score_NM = query_NE.double() @ key_ME.double().T - slack_N1
         score_NM[:, favoured[:k]] += slack_N1
-        score_NL, slot_NL = score_NM.topk(wanted)
-        return score_NL.float(), slot_NL
+        score_NK, slot_NK = score_NM.topk(wanted)
+        return score_NK.float(), slot_NK
 
     wanted = exact.search_head(query[0], rows.of_head(0), k)
     monkeypatch.setattr(faiss_index, "knn", unfair)
@@ -96,11 +96,11 @@ def test_unclear_cuts_are_redone_and_clear_ones_are_not(monkeypatch: pytest.Monk
     redo = flat.search_head
     monkeypatch.setattr(flat, "search_head", lambda query, *rest: redone.append(len(query)) or redo(query, *rest))
     query, rows = with_twins(2, 100, 800)
-    rows.key_HPD[:, 1:], rows.addend_P[1:] = rows.key_HPD[:, :1], rows.addend_P[0]  # every row is a twin
+    rows.key_HMD[:, 1:], rows.addend_M[1:] = rows.key_HMD[:, :1], rows.addend_M[0]  # every row is a twin
     search_flat(query, rows, 8)
     assert sum(redone) == 200
     redone.clear()
-    search_flat(query, Rows(torch.randn_like(rows.key_HPD), rows.addend_P, rows.id_P), 8)
+    search_flat(query, Rows(torch.randn_like(rows.key_HMD), rows.addend_M, rows.id_M), 8)
     assert sum(redone) < 10
 
 

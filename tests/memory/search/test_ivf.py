@@ -28,14 +28,14 @@ pytest.importorskip("faiss")
 H, D, K = 2, 8, 5
 
 
-def searching(rows: Rows, centroid_HLD: Tensor, probes: int) -> IvfTier:
+def searching(rows: Rows, centroid_HXD: Tensor, probes: int) -> IvfTier:
     tier = IvfTier()
-    tier.use(Plan(True, probes, 1, centroid_HLD))
+    tier.use(Plan(True, probes, 1, centroid_HXD))
     return tier
 
 
 def some_centroids(rows: Rows, lists: int) -> Tensor:
-    return F.normalize(rows.key_HPD[:, :lists] + 1e-3, dim=-1)
+    return F.normalize(rows.key_HMD[:, :lists] + 1e-3, dim=-1)
 
 
 HIDDEN = ([], [(torch.tensor([0, 2, 5]), torch.arange(20, 90)), (torch.tensor([7]), torch.arange(60, 200))])
@@ -50,9 +50,9 @@ def test_equals_the_oracle_that_probes_the_same_lists(make: object, hidden: list
         tier = searching(rows, centroid, probes)
         found = tier.search(query, rows, 33, hidden=hidden)
         for head in range(len(query)):
-            list_P = nearest_centroids(rows.key_HPD[head], centroid[head], 1)[:, 0].numpy()
-            wanted = search_by_probing(query[head], rows.of_head(head), 33, list_P=list_P, hidden=hidden,
-                                       probe_NP=nearest_centroids(query[head], centroid[head], probes))
+            list_M = nearest_centroids(rows.key_HMD[head], centroid[head], 1)[:, 0].numpy()
+            wanted = search_by_probing(query[head], rows.of_head(head), 33, list_M=list_M, hidden=hidden,
+                                       probe_NX=nearest_centroids(query[head], centroid[head], probes))
             assert_same([part[head] for part in found], wanted)
     assert_same(found, search_flat(query, rows, 33, hidden=hidden))  # all lists: nothing is missed
 
@@ -94,7 +94,7 @@ def ask(bank: LongTermMemory, seed: int) -> tuple[Tensor, Tensor]:
     mine = slice(group.rank * 24 // group.size, (group.rank + 1) * 24 // group.size)
     names, documents = torch.arange(24)[mine] % 3, torch.arange(24)[mine] % 4
     hits = bank.search(query[:, mine], names, documents)
-    if group.size == 1 and bank.plan.centroid_HLD is not None and bank.plan.probing:
+    if group.size == 1 and bank.plan.centroid_HXD is not None and bank.plan.probing:
         check_against_oracle(bank, query, names.numpy(), documents.numpy(), hits)
     parts = group.all_gather_object((hits.score_HNK, hits.id_HNK))
     return torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1)
@@ -107,11 +107,11 @@ def check_against_oracle(bank: LongTermMemory, query: Tensor, names: np.ndarray,
     hidden = [(torch.tensor([number]), torch.from_numpy(np.flatnonzero(
         (columns["document"] == document) & (columns["namespace"] != name))))
         for number, (name, document) in enumerate(zip(names, documents, strict=True))]
-    for head, centroid_LD in enumerate(bank.plan.centroid_HLD):
-        list_P = nearest_centroids(shard.key_HMD[head], centroid_LD, 1)[:, 0].numpy().copy()
-        list_P[columns["id"] < 0] = -1
-        wanted = search_by_probing(query[head], rows.of_head(head), K, list_P=list_P, hidden=hidden,
-                                   probe_NP=nearest_centroids(query[head], centroid_LD, bank.plan.probes))
+    for head, centroid_XD in enumerate(bank.plan.centroid_HXD):
+        list_M = nearest_centroids(shard.key_HMD[head], centroid_XD, 1)[:, 0].numpy().copy()
+        list_M[columns["id"] < 0] = -1
+        wanted = search_by_probing(query[head], rows.of_head(head), K, list_M=list_M, hidden=hidden,
+                                   probe_NX=nearest_centroids(query[head], centroid_XD, bank.plan.probes))
         assert torch.equal(hits.id_HNK[head], wanted[1]) and torch.equal(hits.score_HNK[head], wanted[0])
 
 
@@ -125,13 +125,13 @@ def life(folder: str, dtype: str) -> list[Tensor]:
         bank.write(key, key, texts % 3, importance, step, texts % 5)
         seen += ask(bank, step)  # the newest writes are found at once
         recall = bank.review()
-        assert bank.plan.centroid_HLD is not None and recall is not None
+        assert bank.plan.centroid_HXD is not None and recall is not None
         bank.use(replace(bank.plan, probes=2))
         seen += ask(bank, step)
         if step == 2:
             found = ask(bank, step)[1]
             gone = [int(found[0, 0, 0]), int(found[1, 3, 1])]
-            assert bank.delete(ids=gone) == len({*gone}) and bank.plan.centroid_HLD is None
+            assert bank.delete(ids=gone) == len({*gone}) and bank.plan.centroid_HXD is None
             bank.review()
             assert not np.isin(ask(bank, step)[1], gone).any()
         if step == 4:
@@ -215,10 +215,10 @@ def test_centroids_are_of_entries_chosen_by_id_and_deleting_takes_them_away(monk
     assert np.array_equal(plan.sampled(ids[order], 10_000, 2_000), chosen[order])
     bank = filled()
     bank.prepare()
-    assert bank.plan.trained_on == 400 and bank.plan.centroid_HLD.shape == (H, plan.lists_for(400), D)
+    assert bank.plan.trained_on == 400 and bank.plan.centroid_HXD.shape == (H, plan.lists_for(400), D)
     again = planning.train(bank.shard, bank.group, bank.inside, 400)
-    assert torch.equal(again, bank.plan.centroid_HLD)
-    assert bank.delete(ids=[10**6]) == 0 and bank.plan.centroid_HLD is not None
+    assert torch.equal(again, bank.plan.centroid_HXD)
+    assert bank.delete(ids=[10**6]) == 0 and bank.plan.centroid_HXD is not None
     assert bank.delete(ids=[3]) == 1 and bank.plan == Plan(True)
 
 
@@ -256,11 +256,11 @@ def test_a_plan_comes_back_from_its_file_or_is_refused(tmp_path: Path) -> None:
     made, path = Plan(True, 3, 77, torch.randn(H, 5, D)), tmp_path / "search.safetensors"
     save_plan(path, made)
     came = load_plan(path, heads=H, head_dim=D)
-    assert came.centroid_HLD.equal(made.centroid_HLD)
-    assert replace(came, centroid_HLD=None) == replace(made, centroid_HLD=None)
+    assert came.centroid_HXD.equal(made.centroid_HXD)
+    assert replace(came, centroid_HXD=None) == replace(made, centroid_HXD=None)
     with pytest.raises(ValueError, match=r"fp32 \[2, L, 9\]: got \(2, 5, 8\)"):
         load_plan(path, heads=H, head_dim=9)
-    save_plan(path, replace(made, centroid_HLD=made.centroid_HLD * torch.inf))
+    save_plan(path, replace(made, centroid_HXD=made.centroid_HXD * torch.inf))
     with pytest.raises(ValueError, match="must be finite"):
         load_plan(path, heads=H, head_dim=D)
     save_plan(path, replace(made, probes=0))

@@ -20,7 +20,7 @@ def test_members_follow_every_change(lists: int, slots: int) -> None:
         assert np.array_equal(made.list_M, wanted_M)
         for number in range(lists):
             assert sorted(made.members(number)) == np.flatnonzero(wanted_M == number).tolist()
-        assert np.array_equal(made.length_L, np.bincount(wanted_M[wanted_M >= 0], minlength=lists))
+        assert np.array_equal(made.length_X, np.bincount(wanted_M[wanted_M >= 0], minlength=lists))
 
 
 def test_the_pool_stays_in_proportion() -> None:

@@ -24,16 +24,16 @@ class Doubles(Tier):
         self.changes: list[np.ndarray] = []
         self.searches = 0
 
-    def search(self, query_HQD: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
+    def search(self, query_HND: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
         self.searches += 1
-        whole = rows.slot_P is None
-        key_HPD = self.kept if whole and self.kept is not None else rows.key_HPD.double()
-        self.kept = key_HPD if whole else self.kept
-        score_HQP = (query_HQD.double() @ key_HPD.transpose(1, 2) + rows.addend_P).float()
-        for query_Q, row_P in hidden:
-            score_HQP[:, query_Q[:, None], row_P] = -1e30
-        row_HQP = torch.arange(len(rows.id_P)).expand_as(score_HQP).contiguous()
-        return in_order(score_HQP, rows.id_P[row_HQP], row_HQP, k)
+        whole = rows.slot_M is None
+        key_HMD = self.kept if whole and self.kept is not None else rows.key_HMD.double()
+        self.kept = key_HMD if whole else self.kept
+        score_HNM = (query_HND.double() @ key_HMD.transpose(1, 2) + rows.addend_M).float()
+        for queries, unseen in hidden:
+            score_HNM[:, queries[:, None], unseen] = -1e30
+        row_HNM = torch.arange(len(rows.id_M)).expand_as(score_HNM).contiguous()
+        return in_order(score_HNM, rows.id_M[row_HNM], row_HNM, k)
 
     def changed(self, slot_E: np.ndarray) -> None:
         self.kept = None
