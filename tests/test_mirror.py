@@ -52,7 +52,7 @@ TESTED_IN = {
     "memories/remembering": "memories/test_experiences",
     "memory/entry": "memory/test_shard",
     "memory/ledger": "memory/test_shard",
-    "memory/lists": "memory/test_shard",
+    "memory/directory": "memory/test_shard",
     "memory/measure": "memory/test_bank",
     "memory/planning": "memory/search/test_ivf",
     "memory/read": "memory/test_bank",

@@ -28,7 +28,7 @@ SHAPE = {"vocab_size": 768, "hidden_size": 64, "num_layers": 2, "num_heads": 4, 
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Training:
     """A small model and how it is trained.
 
     model, memory: settings that differ from `SHAPE` and from the defaults.
@@ -44,7 +44,7 @@ class Recipe:
     memory: dict[str, Any] = field(default_factory=dict)
 
     def changed(self, *, model: dict[str, Any] | None = None, memory: dict[str, Any] | None = None,
-                **changes: Any) -> Recipe:
+                **changes: Any) -> Training:
         """The same with other settings."""
         return replace(self, model={**self.model, **(model or {})}, memory={**self.memory, **(memory or {})}, **changes)
 
@@ -71,7 +71,7 @@ class Learned:
     loss: float
 
 
-def learn(recipe: Recipe, stages: Stages, *, seed: int,
+def learn(training: Training, stages: Stages, *, seed: int,
           watch: Callable[[int, Backbone], None] = lambda step, model: None) -> Learned:
     """Trains a model on documents, stage by stage; what is read stays in its banks.
 
@@ -80,14 +80,14 @@ def learn(recipe: Recipe, stages: Stages, *, seed: int,
         watch: called before each step with its number and the model, which it must leave as it is.
     """
     torch.manual_seed(seed)
-    shape, model = recipe.configs()[0], recipe.model_of().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    shape, model = training.configs()[0], training.model_of().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     started, step, losses, namespace, state = time.process_time(), 0, [], 0, None
-    ends = [round(recipe.steps * sum(share for _, share in stages[:number + 1])) for number in range(len(stages))]
+    ends = [round(training.steps * sum(share for _, share in stages[:number + 1])) for number in range(len(stages))]
     for (documents, _), end in zip(stages, ends, strict=True):
-        sampler = StreamSampler(documents, streams=recipe.streams, sequence_length=shape.context_length, seed=seed,
+        sampler = StreamSampler(documents, streams=training.streams, sequence_length=shape.context_length, seed=seed,
                                 first_step=step, first_namespace=namespace)
-        while step < end and not over(recipe, started):
+        while step < end and not over(training, started):
             watch(step, model)
             batch = sampler.batch(step)
             output = forward_batch(model, batch, state)
@@ -97,7 +97,7 @@ def learn(recipe: Recipe, stages: Stages, *, seed: int,
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 for group in optimizer.param_groups:
-                    group["lr"] = recipe.learning_rate * rate(step, recipe)
+                    group["lr"] = training.learning_rate * rate(step, training)
                 optimizer.step()
                 losses.append(loss.item())
             model.memories.commit({layer: [read] for layer, read in output.memory.items()}, step=step)
@@ -107,14 +107,14 @@ def learn(recipe: Recipe, stages: Stages, *, seed: int,
     return Learned(model.eval(), step, time.process_time() - started, sum(tail) / max(1, len(tail)))
 
 
-def rate(step: int, recipe: Recipe) -> float:
+def rate(step: int, training: Training) -> float:
     """The learning rate's share of its peak: a warm-up, then half a cosine down to a tenth."""
-    if step < recipe.warmup:
-        return (step + 1) / recipe.warmup
-    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    if step < training.warmup:
+        return (step + 1) / training.warmup
+    done = (step - training.warmup) / max(1, training.steps - training.warmup)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def over(recipe: Recipe, started: float) -> bool:
+def over(training: Training, started: float) -> bool:
     """Whether the time is up."""
-    return recipe.seconds is not None and time.process_time() - started > recipe.seconds
+    return training.seconds is not None and time.process_time() - started > training.seconds

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lmcode.backbone import Backbone
-from lmcode.eval.learning import Learned, Recipe, Stages, learn
+from lmcode.eval.learning import Learned, Stages, Training, learn
 from lmcode.model.reading import read_texts
 
 
@@ -27,7 +27,7 @@ class Staleness(NamedTuple):
     found: float
 
 
-def learn_and_compare(recipe: Recipe, stages: Stages, texts: Sequence[Sequence[int]], *, seed: int,
+def learn_and_compare(training: Training, stages: Stages, texts: Sequence[Sequence[int]], *, seed: int,
                       moments: int = 8) -> tuple[Learned, dict[int, list[Staleness]]]:
     """Trains a model, takes the keys of the texts at so many moments, evenly spread, and compares each with the end.
 
@@ -35,13 +35,13 @@ def learn_and_compare(recipe: Recipe, stages: Stages, texts: Sequence[Sequence[i
         What was learned, and by memory layer a comparison for each moment, the oldest first; the last one is of the end.
     """
     taken: dict[int, dict[int, Tensor]] = {}
-    every = max(1, recipe.steps // moments)
+    every = max(1, training.steps // moments)
 
     def watch(step: int, model: Backbone) -> None:
         if step % every == 0:
             taken[step] = keys_of(model, texts)
 
-    learned = learn(recipe, stages, seed=seed, watch=watch)
+    learned = learn(training, stages, seed=seed, watch=watch)
     taken[learned.steps] = keys_of(learned.model, texts)
     fresh = taken[learned.steps]
     return learned, {layer: [compare(keys[layer], fresh[layer], learned.steps - step)

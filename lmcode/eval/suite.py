@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lmcode.config import EVICTIONS, ConfigError, near_match
-from lmcode.eval.learning import Recipe
+from lmcode.eval.learning import Training
 from lmcode.eval.tasks.needles import Needles
 from lmcode.eval.tasks.recall import KeyValueRecall
 from lmcode.eval.tasks.shared import SharedFacts
@@ -37,12 +37,12 @@ RETENTION_SLOTS = 1024  # of 8 streams with 16 facts each, which are 512 entries
 
 def smoke(_: Path | None) -> dict[str, Trial | TextTrial]:
     """Two trials that are learned in seconds, to see that all works."""
-    recipe = Recipe(steps=150, model=SMALL_BANK)
+    training = Training(steps=150, model=SMALL_BANK)
     lessons = ((NEAR, 0.5), (FAR, 0.5))
     return {
-        "recall": Trial("values by their keys, a window and more back", "pairs", recipe, lessons,
+        "recall": Trial("values by their keys, a window and more back", "pairs", training, lessons,
                         {n: KeyValueRecall(count=8, pairs=n, between=128, questions=n) for n in (4, 32)}, target=0.99),
-        "shared": Trial("facts that other documents state", "facts", recipe, lessons,
+        "shared": Trial("facts that other documents state", "facts", training, lessons,
                         {256: SharedFacts(facts=256, questions=64)}, asked_memory=GLOBAL, parts=(2,), target=0.99,
                         modes=READ_BY_ALL, rivals=()),
     }
@@ -50,27 +50,27 @@ def smoke(_: Path | None) -> dict[str, Trial | TextTrial]:
 
 def small(books: Path | None) -> dict[str, Trial | TextTrial]:
     """What is learned in a minute each, at several points; on books where there are some."""
-    recipe, lessons = Recipe(steps=800, model=LARGE_BANK), ((NEAR, 0.4), (FAR, 0.6))
-    text, cache = Recipe(steps=400, learning_rate=2e-3, warmup=40, model=TEXT_SHAPE), Path("runs/suite-corpora")
+    training, lessons = Training(steps=800, model=LARGE_BANK), ((NEAR, 0.4), (FAR, 0.6))
+    text, cache = Training(steps=400, learning_rate=2e-3, warmup=40, model=TEXT_SHAPE), Path("runs/suite-corpora")
     trials: dict[str, Trial | TextTrial] = {
-        "recall": Trial("values by their keys, two windows and more back", "pairs", recipe, lessons,
+        "recall": Trial("values by their keys, two windows and more back", "pairs", training, lessons,
                         {n: KeyValueRecall(count=8, pairs=n, between=128, questions=min(n, 64))
                          for n in (4, 16, 64, 256, 512)}, target=0.99),
-        "shared": Trial("facts that other documents state", "facts", recipe, lessons,
+        "shared": Trial("facts that other documents state", "facts", training, lessons,
                         {n: SharedFacts(facts=n) for n in (256, 1024)}, asked_memory=GLOBAL, parts=(2, 4), target=0.99,
                         modes=READ_BY_ALL, rivals=()),
         "retention": Trial("facts that were read twice, after other writes, by policy of eviction", "tokens read since",
-                           recipe, lessons, {n: KeyValueRecall(count=8, pairs=16, between=n, questions=16, rehearsed=16)
+                           training, lessons, {n: KeyValueRecall(count=8, pairs=16, between=n, questions=16, rehearsed=16)
                                      for n in (0, 64, 128, 256, 1024)}, slots=RETENTION_SLOTS, modes=(), rivals=(),
                            policies={f"eviction {name}": {"eviction": name} for name in EVICTIONS},
                            expected={"(1 - 8/N)^t": lambda t: (1 - 8 / RETENTION_SLOTS)**t}),
-        "last value": Trial("the second value of keys that have two", "pairs", recipe,
+        "last value": Trial("the second value of keys that have two", "pairs", training,
                             ((NEAR, 0.3), (replace(NEAR, pairs=6, again=6, questions=6), 0.2),
                              (replace(FAR, pairs=16, again=16, questions=16), 0.5)),
                             {n: KeyValueRecall(count=8, pairs=n, between=128, questions=n, again=n) for n in (16, 64)},
                             target=0.95, rivals=("no bank",)),
         "needles": Trial("names of two tokens and what they stand for, in long texts", "tokens of text",
-                         Recipe(steps=1000, model={**LARGE_BANK, "vocab_size": 512}),
+                         Training(steps=1000, model={**LARGE_BANK, "vocab_size": 512}),
                          ((Needles(count=400, needles=8, length=0, width=2), 0.6),
                           (Needles(count=200, needles=8, length=160, width=2), 0.4)),
                          {n: Needles(count=8, needles=8, length=n, width=2) for n in (256, 1024, 4096)}, target=0.99,

@@ -16,7 +16,7 @@ from lmcode.backbone import Backbone
 from lmcode.config import DataConfig
 from lmcode.data.corpus import Corpus, prepare_corpus
 from lmcode.eval.language import EDGES, Profile, profile, words_of
-from lmcode.eval.learning import Recipe, learn
+from lmcode.eval.learning import Training, learn
 from lmcode.eval.reading import MODES
 from lmcode.eval.trial import Measured, Say, rivals
 
@@ -37,9 +37,9 @@ class TextTrial:
     title: str
     path: str | None
     cache: Path
-    recipe: Recipe
+    training: Training
     sizes: Sequence[int] = ()
-    variants: Mapping[str, Recipe] = field(default_factory=dict)
+    variants: Mapping[str, Training] = field(default_factory=dict)
     windows: int = 24
     streams: int = 8
     modes: Sequence[str] = tuple(MODES)
@@ -50,20 +50,20 @@ class TextTrial:
 
 def run_text(name: str, trial: TextTrial, *, seeds: Iterable[int], say: Say = lambda _: None) -> list[Measured]:
     """Trains and measures, with every control."""
-    vocab_size = trial.recipe.configs()[0].vocab_size
+    vocab_size = trial.training.configs()[0].vocab_size
     corpus = prepare_corpus(DataConfig(path=trial.path, tokenizer="bpe"), vocab_size=vocab_size, folder=trial.cache)
     words = words_of([corpus.tokenizer.decode([token]) for token in range(vocab_size)])
     found: list[Measured] = []
     for seed in seeds:
-        with_bank = learn(trial.recipe, [(corpus.train, 1.0)], seed=seed)
+        with_bank = learn(trial.training, [(corpus.train, 1.0)], seed=seed)
         say(f"{name}, seed {seed}: {with_bank.steps} steps, {with_bank.seconds:.0f} s, loss {with_bank.loss:.4f}")
         for mode in trial.modes:
             found += measured(name, trial, with_bank.model, corpus, words, mode, seed, mode=mode)
         for slots in trial.sizes:
             found += measured(name, trial, with_bank.model, corpus, words, f"bank of {slots} slots", seed, slots=slots)
         seconds: dict[str, float] = {}
-        for control, recipe in itertools.chain(trial.variants.items(), rivals(trial, with_bank, seconds)):
-            rival = learn(recipe, [(corpus.train, 1.0)], seed=seed)
+        for control, training in itertools.chain(trial.variants.items(), rivals(trial, with_bank, seconds)):
+            rival = learn(training, [(corpus.train, 1.0)], seed=seed)
             seconds[control] = rival.seconds
             say(f"{name}, seed {seed}, {control}: {rival.steps} steps, {rival.seconds:.0f} s, loss {rival.loss:.4f}")
             found += measured(name, trial, rival.model, corpus, words, control, seed)

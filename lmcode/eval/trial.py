@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from lmcode.backbone import Backbone
 from lmcode.eval.equal_bytes import bank_bytes, cache_bytes
-from lmcode.eval.learning import Learned, Recipe, learn
+from lmcode.eval.learning import Learned, Training, learn
 from lmcode.eval.reading import MODES
 from lmcode.eval.tasks.task import Case, Task, documents_of, run_task
 
@@ -38,7 +38,7 @@ class Trial:
     """What is learned and what is asked.
 
     title: what is shown, in one line. varied: what the points are.
-    recipe: the model with a bank. lessons: tasks to learn from with their share of the steps, in turn.
+    training: the model with a bank. lessons: tasks to learn from with their share of the steps, in turn.
     asked: by point. asked_memory: settings of the memory that differ from those of training when it is asked.
     slots: of the memory when it is asked; those of training when None.
     policies: further settings of the memory to ask with, by name, in place of the modes.
@@ -48,7 +48,7 @@ class Trial:
 
     title: str
     varied: str
-    recipe: Recipe
+    training: Training
     lessons: Sequence[tuple[Task, float]]
     asked: Mapping[float, Task]
     asked_memory: Mapping[str, Any] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Trial:
     rivals: Sequence[str] = ("no bank", "no bank, same time", "cache of equal bytes")
 
 
-Taught = dict[str, Learned]  # by recipe, lessons and seed
+Taught = dict[str, Learned]  # by training, lessons and seed
 
 
 def run_trial(name: str, trial: Trial, *, seeds: Iterable[int], say: Say = lambda _: None,
@@ -71,7 +71,7 @@ def run_trial(name: str, trial: Trial, *, seeds: Iterable[int], say: Say = lambd
     known = {} if known is None else known
     found: list[Measured] = []
     for seed in seeds:
-        with_bank = taught(trial, trial.recipe, seed, known)
+        with_bank = taught(trial, trial.training, seed, known)
         say(f"{name}, seed {seed}: {with_bank.steps} steps, {with_bank.seconds:.0f} s, loss {with_bank.loss:.4f}")
         model = asked_with(trial, with_bank.model, trial.asked_memory)
         found += [one for mode in trial.modes for one in answers(name, trial, model, mode, seed, mode=mode)]
@@ -83,22 +83,22 @@ def run_trial(name: str, trial: Trial, *, seeds: Iterable[int], say: Say = lambd
         for parts in trial.parts:
             found += answers(name, trial, model, f"{parts} private banks", seed, parts=parts)
         seconds: dict[str, float] = {}
-        for control, recipe in rivals(trial, with_bank, seconds):
-            rival = taught(trial, recipe, seed, known)
+        for control, training in rivals(trial, with_bank, seconds):
+            rival = taught(trial, training, seed, known)
             seconds[control] = rival.seconds
             say(f"{name}, seed {seed}, {control}: {rival.steps} steps, {rival.seconds:.0f} s, loss {rival.loss:.4f}")
             found += answers(name, trial, rival.model, control, seed)
     return found
 
 
-def taught(trial: Trial, recipe: Recipe, seed: int, known: Taught) -> Learned:
+def taught(trial: Trial, training: Training, seed: int, known: Taught) -> Learned:
     """A model that has had the lessons."""
-    key = repr((recipe, trial.lessons, seed))
+    key = repr((training, trial.lessons, seed))
     if key not in known:
-        vocab_size = recipe.configs()[0].vocab_size
+        vocab_size = training.configs()[0].vocab_size
         stages = [(documents_of(cases_of(task, seed * 100 + number, vocab_size)), share)
                   for number, (task, share) in enumerate(trial.lessons)]
-        known[key] = learn(recipe, stages, seed=seed)
+        known[key] = learn(training, stages, seed=seed)
     return known[key]
 
 
@@ -110,10 +110,10 @@ def cases_of(task: Task, seed: int, vocab_size: int) -> list[Case]:
 
 
 class Rivalled(Protocol):
-    """What has a recipe with a bank, and names its rivals."""
+    """What trains a model with a bank and compares it with rivals."""
 
     @property
-    def recipe(self) -> Recipe: ...
+    def training(self) -> Training: ...
 
     @property
     def rivals(self) -> Sequence[str]: ...
@@ -122,16 +122,16 @@ class Rivalled(Protocol):
     def streams(self) -> int: ...
 
 
-def rivals(trial: Rivalled, with_bank: Learned, seconds: Mapping[str, float]) -> Iterable[tuple[str, Recipe]]:
+def rivals(trial: Rivalled, with_bank: Learned, seconds: Mapping[str, float]) -> Iterable[tuple[str, Training]]:
     """The models that the one with a bank must beat, by name; each is made when the one before it has been trained."""
-    recipe, (shape, memory) = trial.recipe, trial.recipe.configs()
-    without = recipe.changed(model={"long_term_memory_slots": 0})
+    training, (shape, memory) = trial.training, trial.training.configs()
+    without = training.changed(model={"long_term_memory_slots": 0})
     for name in trial.rivals:
         if name == "no bank":
             yield name, without
         elif name == "no bank, same time":
             faster = with_bank.seconds / max(seconds["no bank"], 1e-9)
-            yield name, without.changed(steps=max(recipe.steps, round(faster * recipe.steps)))
+            yield name, without.changed(steps=max(training.steps, round(faster * training.steps)))
         elif name == "cache of equal bytes":
             bank = bank_bytes(shape, memory, trial.streams)
             windows = -(-bank // cache_bytes(shape.model_copy(update={"cache_windows": 1})))
@@ -144,7 +144,7 @@ def asked_with(trial: Trial, model: Backbone, settings: Mapping[str, Any]) -> Ba
     """The model as it is asked: with other settings of its memory, and nothing of the lessons in it."""
     if not settings:
         return model
-    other = trial.recipe.changed(memory=dict(settings)).model_of()
+    other = trial.training.changed(memory=dict(settings)).model_of()
     other.load_state_dict(model.state_dict())
     return other.eval()
 

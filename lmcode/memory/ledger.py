@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lmcode.memory.directory import Directory
 from lmcode.memory.entry import EMPTY, METADATA
-from lmcode.memory.lists import Lists
 from lmcode.memory.ring import Blocks, Ring
 
 LINE = 64  # bytes of a slot's row
@@ -60,7 +60,7 @@ class Ledger:
         self.hand, self.evicted = dict.fromkeys(owned, 0), dict.fromkeys(owned, 0)
         self._favoured_from, self._owned = favoured_from, owned
         self._blocks = Blocks(self.columns, capacities)
-        self._lists = Lists(self.columns["id"], self.columns["namespace"])
+        self._directory = Directory(self.columns["id"], self.columns["namespace"])
         self._tally: Tally | None = Tally()
 
     @property
@@ -80,7 +80,7 @@ class Ledger:
         self._change(slot_E, columns)
         self._blocks.freed(slot_E, -1)
         self._blocks.changed(slot_E, columns)
-        self._lists.added(slot_E, self.tally.live)
+        self._directory.added(slot_E, self.tally.live)
 
     def clear(self, slot_E: np.ndarray) -> None:
         """Leaves nothing of the entries in these slots."""
@@ -95,7 +95,7 @@ class Ledger:
     def _leave(self, slot_E: np.ndarray) -> None:
         """Before the entries in these slots, where there are any, go."""
         gone_E = slot_E[self.columns["id"][slot_E] >= 0]
-        self._lists.removed(self.columns["namespace"][gone_E])
+        self._directory.removed(self.columns["namespace"][gone_E])
         self._blocks.freed(gone_E)
 
     def _change(self, slot_E: np.ndarray, columns: Mapping[str, np.ndarray | int]) -> None:
@@ -110,7 +110,7 @@ class Ledger:
     def forget(self) -> None:
         """The columns have changed in a way that nobody told."""
         self._blocks.forget()
-        self._lists.forget()
+        self._directory.forget()
         self._tally = None
 
     def _tally_of(self, row_E: np.ndarray) -> Tally:
@@ -123,11 +123,11 @@ class Ledger:
 
     def slots_of_namespaces(self, names: np.ndarray) -> np.ndarray:
         """Live slots of these namespaces, by (namespace, id)."""
-        return self._lists.slots_of_namespaces(names)
+        return self._directory.slots_of_namespaces(names)
 
     def slots_of_ids(self, id_E: np.ndarray) -> np.ndarray:
         """The slot of each entry, -1 where it is not here."""
-        return self._lists.slots_of_ids(id_E)
+        return self._directory.slots_of_ids(id_E)
 
     def add_up(self, slot_X: np.ndarray, mass_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The slots among these, ascending, and the sum of the masses of each: int64 both."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lmcode.eval.learning import Recipe
+from lmcode.eval.learning import Training
 from lmcode.eval.staleness import compare, learn_and_compare
 from lmcode.eval.tasks.recall import KeyValueRecall
 from lmcode.eval.tasks.task import documents_of
@@ -27,11 +27,11 @@ def test_a_comparison_is_a_slow_count() -> None:
 
 def test_keys_grow_stale_as_the_weights_move() -> None:
     lesson = KeyValueRecall(count=20, pairs=3, between=0, questions=3)
-    recipe = Recipe(steps=12, streams=2, warmup=1, learning_rate=2e-2, model={
+    training = Training(steps=12, streams=2, warmup=1, learning_rate=2e-2, model={
         "vocab_size": 60, "hidden_size": 16, "num_heads": 2, "context_length": 16, "memory_head_dim": 8, "memory_top_k": 4,
         "long_term_memory_slots": 64})
     texts = [case.tokens() for case in lesson.cases(9, vocab_size=60)[:4]]
-    learned, by_layer = learn_and_compare(recipe, [(documents_of(lesson.cases(0, vocab_size=60)), 1.0)], texts, seed=0,
+    learned, by_layer = learn_and_compare(training, [(documents_of(lesson.cases(0, vocab_size=60)), 1.0)], texts, seed=0,
                                           moments=3)
     ages = [one.age for one in by_layer[1]]
     assert learned.steps == 12 and list(by_layer) == [1] and ages == [12, 8, 4, 0]

@@ -10,7 +10,7 @@ import pytest
 from lmcode.cli import command
 from lmcode.config import ConfigError
 from lmcode.eval import suite
-from lmcode.eval.learning import Recipe, learn
+from lmcode.eval.learning import Training, learn
 from lmcode.eval.suite import missed, run_suite, to_markdown
 from lmcode.eval.tasks.recall import KeyValueRecall
 from lmcode.eval.tasks.shared import SharedFacts
@@ -20,24 +20,24 @@ from lmcode.eval.trial import Measured, Trial, cases_of, rivals, summarised
 from lmcode.report.suite import render_suite
 
 NEAR = KeyValueRecall(count=20, pairs=3, between=0, questions=3)
-TINY = Recipe(steps=4, streams=2, model={"vocab_size": 60, "hidden_size": 16, "num_heads": 2, "context_length": 8,
+TINY = Training(steps=4, streams=2, model={"vocab_size": 60, "hidden_size": 16, "num_heads": 2, "context_length": 8,
                                          "memory_head_dim": 8, "memory_top_k": 4, "long_term_memory_slots": 64})
 
 
 def trial(**changes: object) -> Trial:
-    settings = {"title": "toy", "varied": "pairs", "recipe": TINY, "lessons": ((NEAR, 0.5), (NEAR, 0.5)),
+    settings = {"title": "toy", "varied": "pairs", "training": TINY, "lessons": ((NEAR, 0.5), (NEAR, 0.5)),
                 "asked": {2: KeyValueRecall(count=3, pairs=2, between=4, questions=2)}, "target": 0.9, "streams": 2}
     return Trial(**{**settings, **changes})
 
 
 def test_a_lesson_is_learned_alike_each_time_and_what_it_teaches_shows() -> None:
     lessons = [(documents_of(NEAR.cases(0, vocab_size=60)), 1.0)]
-    recipe = TINY.changed(steps=60, learning_rate=1e-2, warmup=2, model={"context_length": 16})
-    one, other = (learn(recipe, lessons, seed=3) for _ in range(2))
+    training = TINY.changed(steps=60, learning_rate=1e-2, warmup=2, model={"context_length": 16})
+    one, other = (learn(training, lessons, seed=3) for _ in range(2))
     assert one.loss == other.loss and one.steps == 60 and not one.model.training
-    assert one.loss < learn(recipe.changed(steps=5), lessons, seed=3).loss < 4.2
+    assert one.loss < learn(training.changed(steps=5), lessons, seed=3).loss < 4.2
     assert all(bank.next_id > 0 for bank in one.model.banks.values())
-    assert learn(recipe.changed(seconds=0.0), lessons, seed=3).steps == 0
+    assert learn(training.changed(seconds=0.0), lessons, seed=3).steps == 0
 
 
 def test_every_control_stands_beside_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
@@ -122,10 +122,10 @@ def test_policies_of_eviction_stand_beside_what_is_expected(monkeypatch: pytest.
 def test_text_is_measured_beside_its_controls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for number in range(6):
         (tmp_path / f"{number}.txt").write_text(f"word number{number} comes {number * number} again; " * 9)
-    recipe = TINY.changed(model={"vocab_size": 300, "context_length": 16})
-    text = TextTrial("toy", str(tmp_path), tmp_path / "cache", recipe, sizes=(16,), windows=4, streams=2,
+    training = TINY.changed(model={"vocab_size": 300, "context_length": 16})
+    text = TextTrial("toy", str(tmp_path), tmp_path / "cache", training, sizes=(16,), windows=4, streams=2,
                      modes=("on", "off"), rivals=("no bank",),
-                     variants={"one head": recipe.changed(model={"memory_heads": 1})})
+                     variants={"one head": training.changed(model={"memory_heads": 1})})
     monkeypatch.setitem(suite.SUITES, "toys", (lambda _: {"words": text}, (0,)))
     result = run_suite("toys")
     controls = list(dict.fromkeys(one["control"] for one in result["measured"]))

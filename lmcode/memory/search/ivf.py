@@ -24,7 +24,7 @@ from lmcode.config import ConfigError
 from lmcode.memory.search import faiss_index
 from lmcode.memory.search.decide import decide, in_order, no_hits, score_pairs
 from lmcode.memory.search.exact import best_columns, search_exact
-from lmcode.memory.search.lists import Lists
+from lmcode.memory.search.inverted_lists import InvertedLists
 from lmcode.memory.search.pairs import best_places
 from lmcode.memory.search.plan import Plan
 from lmcode.memory.search.tier import Found, HeadRows, Hidden, Rows, Tier
@@ -55,7 +55,7 @@ class IvfTier(Tier):
 
     def __init__(self) -> None:
         self._plan: Plan | None = None
-        self._lists: list[Lists] = []
+        self._lists: list[InvertedLists] = []
         self._changed: list[np.ndarray] | None = None  # None: everything
 
     @staticmethod
@@ -98,7 +98,7 @@ class IvfTier(Tier):
         assert self._plan is not None and self._plan.centroid_HXD is not None
         H, X, _ = self._plan.centroid_HXD.shape
         if self._changed is None:
-            self._lists, slot_E = [Lists(X, len(rows)) for _ in range(H)], np.arange(len(rows))
+            self._lists, slot_E = [InvertedLists(X, len(rows)) for _ in range(H)], np.arange(len(rows))
         else:
             slot_E = np.unique(np.concatenate([np.zeros(0, np.int64), *self._changed]))
         self._changed = []
@@ -162,7 +162,8 @@ def as_table(hidden: Hidden, num_queries: int, num_rows: int) -> Hide | None:
     return Hide(kind_N, kind_M, hides)
 
 
-def search_lists(query_ND: Tensor, rows: HeadRows, k: int, *, probe_NX: Tensor, lists: Lists, hide: Hide | None) -> Found:
+def search_lists(query_ND: Tensor, rows: HeadRows, k: int, *, probe_NX: Tensor, lists: InvertedLists,
+                 hide: Hide | None) -> Found:
     """The k best of the rows in each query's lists, in total order: (score_NK, id_NK, row_NK).
 
     Args:

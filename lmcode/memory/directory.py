@@ -58,8 +58,8 @@ class SlotList:
             self._item_2X, self._length = np.stack([id_M[slot_X], slot_X]), len(slot_X)
 
 
-class Lists:
-    """The lists of one rank: of each namespace, and of all ids; each made when it is first asked for.
+class Directory:
+    """Where the entries of one rank are: a list of slots for each namespace, and one of all ids, made when first asked for.
 
     Args:
         id_M, namespace_M: the columns, which change under these lists; `put` and `removed` say how.

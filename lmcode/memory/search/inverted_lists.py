@@ -13,7 +13,7 @@ import numpy as np
 ROOM = 8  # beyond a quarter more, what a list that moves gets
 
 
-class Lists:
+class InvertedLists:
     """The members of X lists among M slots; a slot is in one list at most.
 
     Attributes:

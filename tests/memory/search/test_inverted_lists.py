@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lmcode.memory.search.lists import Lists
+from lmcode.memory.search.inverted_lists import InvertedLists
 
 
 @pytest.mark.parametrize(("lists", "slots"), [(1, 5), (7, 200), (64, 3000)])
 def test_members_follow_every_change(lists: int, slots: int) -> None:
-    chance, made, wanted_M = np.random.default_rng(lists), Lists(lists, slots), np.full(slots, -1)
+    chance, made, wanted_M = np.random.default_rng(lists), InvertedLists(lists, slots), np.full(slots, -1)
     for round_ in range(150):
         most = slots if round_ % 5 == 0 else min(slots, 9)
         slot_E = chance.choice(slots, chance.integers(0, most + 1), replace=False)
@@ -24,14 +24,14 @@ def test_members_follow_every_change(lists: int, slots: int) -> None:
 
 
 def test_the_pool_stays_in_proportion() -> None:
-    chance, made = np.random.default_rng(0), Lists(16, 2000)
+    chance, made = np.random.default_rng(0), InvertedLists(16, 2000)
     for _ in range(300):
         made.move(chance.choice(2000, 500, replace=False), chance.integers(-1, 16, 500))
     assert len(made._pool) < 4 * 2000
 
 
 def test_members_of_several_lists_side_by_side() -> None:
-    made = Lists(5, 40)
+    made = InvertedLists(5, 40)
     made.move(np.arange(40), np.arange(40) % 4)  # list 4 is empty
     rows = made.members_of(np.array([[0, 3], [4, 1], [4, 4]]).reshape(3, 2)[:2])
     assert rows.shape == (2, 20) and set(rows[0]) == {slot for slot in range(40) if slot % 4 in (0, 3)}
