@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from lmcode.memories.experiences import Retrieved
     from lmcode.memory.bank import LongTermMemory
     from lmcode.model.layer import MemoryAugmentedLayer
-    from lmcode.model.lm import LMCODEOutput, StreamState
+    from lmcode.model.lm import LMCODEOutput
     from lmcode.model.short_term import ShortTermMemory
+    from lmcode.model.state import StreamState
     from lmcode.presets import load_run_config
     from lmcode.recipes.attach import attach
     from lmcode.report.analysis import analyze_memory_capacity, compute_memory_efficiency
@@ -40,7 +41,8 @@ _MODULES = {
     "lmcode.language_model": ("LMCODE",),
     "lmcode.memory.bank": ("LongTermMemory",),
     "lmcode.model.layer": ("MemoryAugmentedLayer",),
-    "lmcode.model.lm": ("LMCODEOutput", "StreamState"),
+    "lmcode.model.lm": ("LMCODEOutput",),
+    "lmcode.model.state": ("StreamState",),
     "lmcode.model.short_term": ("ShortTermMemory",),
     "lmcode.presets": ("load_run_config",),
     "lmcode.recipes.attach": ("attach",),

@@ -21,7 +21,8 @@ from lmcode.dist import Group, check_same, on_rank_0
 from lmcode.memories.experiences import Namespace, is_number_of_a_name, namespace_number
 from lmcode.model.generation.generate import Generation, Prompts, generate
 from lmcode.model.generation.sampling import Decoding
-from lmcode.model.lm import LMCODEOutput, MemoryLM, StreamState, memory_shapes
+from lmcode.model.lm import LMCODEOutput, MemoryLM, memory_shapes
+from lmcode.model.state import StreamState
 from lmcode.presets import load_run_config
 from lmcode.protocol import EntryShape
 from lmcode.saved import checkpoint, pretrained

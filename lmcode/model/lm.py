@@ -20,35 +20,18 @@ from torch.utils.checkpoint import checkpoint
 
 from lmcode.config import LMCODEConfig, build
 from lmcode.model.cache import Cache
+from lmcode.model.inputs import Inputs, aligned_targets, check_inputs, places, same_piece
 from lmcode.model.layer import NORM_EPSILON, MemoryAugmentedLayer, norm
 from lmcode.model.long_term import LongTermRead, ReadTape, Window
+from lmcode.model.loss import next_token_loss, surprises
 from lmcode.model.past import length_after, visible
 from lmcode.model.rotary import rotary_table
 from lmcode.model.short_term import ShortTermMemory
+from lmcode.model.state import StreamState, check_state
 from lmcode.protocol import EntryShape, LayerMemory, NullRetriever, Retriever
 
-IGNORED = -100  # the target that is not counted, as in torch and Hugging Face
 INITIAL_STD = 0.02  # of every matrix (Radford et al. 2019)
 COPY_SCALE = 0.5  # how much of a token's embedding a read that finds nothing else adds to the residual stream at first
-
-
-class StreamState(NamedTuple):
-    """What a batch of streams carries from one window to the next; all detached. M slots, a cache of X tokens.
-
-    slots: fp32 [B, M, D] for each layer; empty without short-term memory.
-    pending_key: fp32 [B, H, D] for each memory layer, ascending: the key of the last token, whose successor is to come.
-    pending_valid_B: bool, False until a stream has seen a token.
-    pending_surprise_B: fp32, the loss of predicting the token to come, in nats; 0 where unknown.
-    past: [B, X, D] for each layer, the cache of `cache_windows` (`past.py`); empty without one.
-    past_length: int64 [B], alone: how many of its last tokens are of the document that the stream is in; empty without one.
-    """
-
-    slots: tuple[Tensor, ...]
-    pending_key: tuple[Tensor, ...]
-    pending_valid_B: Tensor
-    pending_surprise_B: Tensor
-    past: tuple[Tensor, ...] = ()
-    past_length: tuple[Tensor, ...] = ()
 
 
 class LMCODEOutput(NamedTuple):
@@ -222,9 +205,11 @@ class MemoryLM(nn.Module):
             ValueError: wrong shape, dtype or range of an argument; a state of other streams or another model; both
                 labels and targets; padding that does not trail; a cache that is not empty.
         """
-        self._check(input_ids, labels, targets_BT, state, reset_B, namespace_B, document_B, valid_BT, piece_BT)
-        input_ids_BT, labels_BT = input_ids, labels
-        window = self._window(input_ids_BT, state, reset_B, namespace_B, document_B, valid_BT)
+        inputs = Inputs(input_ids, labels, targets_BT, reset_B, namespace_B, document_B, valid_BT, piece_BT)
+        check_inputs(inputs, self.config)
+        if state is not None:
+            check_state(state, self.config, len(input_ids))
+        window = self._window(inputs, state)
         if piece_BT is not None:
             if cache is not None or labels is not None or namespace_B is None:
                 raise ValueError("documents that share a window need their namespaces, and targets instead of labels; they "
@@ -233,25 +218,25 @@ class MemoryLM(nn.Module):
         if window.past_length_B is not None:
             window = window._replace(seen_past_BTX=visible(window.past_length_B, self.config.cache_tokens, piece_BT))
         if cache is not None:
-            self._begin(cache, input_ids_BT, valid_BT)
-        x_BTD = self.embedding(input_ids_BT)
+            self._begin(cache, input_ids, valid_BT)
+        x_BTD = self.embedding(input_ids)
         if self.config.reads_embeddings:
             window = window._replace(token_BTD=unit(x_BTD.detach()))
         if self.positions is not None:
-            x_BTD = x_BTD + self.positions(places(input_ids_BT, piece_BT))
+            x_BTD = x_BTD + self.positions(places(input_ids, piece_BT))
         x_BTD, tapes = self._run_layers(self.dropout(x_BTD), window, state, cache)
         logits_BTX = self.head(self.norm(x_BTD))
 
         loss = token_loss_BT = None
-        target_BT = aligned_targets(labels_BT, targets_BT, valid_BT)
+        target_BT = aligned_targets(labels, targets_BT, valid_BT)
         if target_BT is not None:
             loss, token_loss_BT = next_token_loss(logits_BTX, target_BT)
-        known_BT = (torch.zeros_like(input_ids_BT, dtype=torch.float32) if token_loss_BT is None
+        known_BT = (torch.zeros_like(input_ids, dtype=torch.float32) if token_loss_BT is None
                     else token_loss_BT.detach())
         surprise_BT, pending_surprise_B = surprises(known_BT, window, state)
         memory = {index: layer_memory(tapes[index], surprise_BT) for index in self.config.memory_layer_indices}
         return LMCODEOutput(logits_BTX, loss, token_loss_BT,
-                            self._next_state(tapes, window, pending_surprise_B, input_ids_BT.shape[1]), memory)
+                            self._next_state(tapes, window, pending_surprise_B, input_ids.shape[1]), memory)
 
     def blank_state(self, num_streams: int, *, device: torch.device | None = None) -> StreamState:
         """The state of streams that are yet to start: zeros with nothing pending, to be passed with `reset_B` all True."""
@@ -279,10 +264,10 @@ class MemoryLM(nn.Module):
                              f"{config.context_length}: got {cache.window}")
         cache.begin(config.num_layers, [T] * B if valid_BT is None else valid_BT.sum(dim=1).tolist())
 
-    def _window(self, input_ids_BT: Tensor, state: StreamState | None, reset_B: Tensor | None,
-                namespace_B: Tensor | None, document_B: Tensor | None, valid_BT: Tensor | None) -> Window:
+    def _window(self, inputs: Inputs, state: StreamState | None) -> Window:
         """What all layers share about this window; the carried state of each layer is added by `_run_layers`."""
-        (B, T), device = input_ids_BT.shape, input_ids_BT.device
+        (B, T), device = inputs.input_ids_BT.shape, inputs.input_ids_BT.device
+        reset_B, namespace_B = inputs.reset_B, inputs.namespace_B
         rotation, past_length_B = None, None
         if state is not None and state.past_length:
             past_length_B = state.past_length[0]
@@ -296,7 +281,7 @@ class MemoryLM(nn.Module):
                            else state.pending_valid_B)
         if reset_B is not None:
             pending_valid_B = pending_valid_B & ~reset_B
-        return Window(namespace_B, pending_valid_B, reset_B, valid_BT, rotation, document_B=document_B,
+        return Window(namespace_B, pending_valid_B, reset_B, inputs.valid_BT, rotation, document_B=inputs.document_B,
                       past_length_B=past_length_B)
 
     def _run_layers(self, x_BTD: Tensor, window: Window, state: StreamState | None,
@@ -339,129 +324,9 @@ class MemoryLM(nn.Module):
             past_BXD=state.past[index] if state.past else None,
             pending_key_BHD=state.pending_key[memory_layers.index(index)] if index in memory_layers else None)
 
-    def _check(self, input_ids_BT: Tensor, labels_BT: Tensor | None, targets_BT: Tensor | None,
-               state: StreamState | None, reset_B: Tensor | None, namespace_B: Tensor | None,
-               document_B: Tensor | None, valid_BT: Tensor | None, piece_BT: Tensor | None) -> None:
-        """Refuses what `forward` cannot run, before anything is computed."""
-        longest = self.config.context_length
-        if not isinstance(input_ids_BT, Tensor):
-            raise ValueError(f"input_ids must be an integer tensor [B, T]: got {type(input_ids_BT).__name__}")
-        if input_ids_BT.dim() != 2 or 0 in input_ids_BT.shape or input_ids_BT.dtype not in (torch.int64, torch.int32):
-            raise ValueError("input_ids must be integer [B, T] with at least one token: "
-                             f"got {input_ids_BT.dtype} {list(input_ids_BT.shape)}")
-        B, T = input_ids_BT.shape
-        if T > longest:
-            raise ValueError(f"input_ids must have at most context_length = {longest} tokens: got {T}")
-        if labels_BT is not None and targets_BT is not None:
-            raise ValueError("give labels (shifted here) or targets (already aligned), not both")
-        of_documents = (B,) if piece_BT is None or namespace_B is None else (B, *namespace_B.shape[1:2])
-        for name, tensor, dtype, shape in (("labels", labels_BT, torch.int64, (B, T)),
-                                           ("targets", targets_BT, torch.int64, (B, T)),
-                                           ("reset_B", reset_B, torch.bool, (B,)),
-                                           ("namespace_B", namespace_B, torch.int64, of_documents),
-                                           ("document_B", document_B, torch.int64, of_documents),
-                                           ("piece_BT", piece_BT, torch.int64, (B, T)),
-                                           ("valid_BT", valid_BT, torch.bool, (B, T))):
-            if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape):
-                raise ValueError(f"{name} must be {dtype} {list(shape)}: got {tensor.dtype} {list(tensor.shape)}")
-        _check_ids("input_ids", input_ids_BT, self.config.vocab_size)
-        for name, tensor in (("labels", labels_BT), ("targets", targets_BT)):
-            if tensor is not None:
-                _check_ids(name, tensor.masked_fill(tensor == IGNORED, 0), self.config.vocab_size)
-        if valid_BT is not None and bool((valid_BT[:, 1:] & ~valid_BT[:, :-1]).any()):
-            raise ValueError("padding must trail: valid_BT has a True after a False")
-        if piece_BT is not None and namespace_B is not None:
-            _check_pieces(piece_BT, namespace_B)
-        if state is not None:
-            self.check_state(state, B)
-
-    def check_state(self, state: StreamState, num_streams: int) -> None:
-        """Refuses the state of another number of streams or of a model of another shape."""
-        config = self.config
-        B, M = num_streams, config.short_term_memory_size
-        slots = [(B, M, config.short_term_dim)] * (config.num_layers if M else 0)
-        keys = [(B, config.memory_heads, config.memory_head_dim)] * len(config.memory_layer_indices)
-        cached = config.cache_tokens > 0
-        past = [(B, config.cache_tokens, config.hidden_size)] * config.num_layers * cached
-        for name, expected, tensors in (("slots", slots, state.slots), ("pending_key", keys, state.pending_key),
-                                        ("pending_valid_B", [(B,)], [state.pending_valid_B]),
-                                        ("pending_surprise_B", [(B,)], [state.pending_surprise_B]),
-                                        ("past", past, state.past),
-                                        ("past_length", [(B,)] * cached, state.past_length)):
-            shapes = [tuple(tensor.shape) for tensor in tensors]
-            if shapes != expected:
-                raise ValueError(f"the state must be this model's, of as many streams as input_ids has rows: {name} "
-                                 f"must have shapes {expected}, got {shapes}")
-
-
-def _check_ids(name: str, ids_BT: Tensor, vocab_size: int) -> None:
-    """Refuses ids outside the vocabulary: one pass over the ids and one wait for the device."""
-    smallest, largest = torch.stack(torch.aminmax(ids_BT)).tolist()
-    if smallest < 0 or largest >= vocab_size:
-        raise ValueError(f"{name} must lie in 0..{vocab_size - 1}: got {smallest}..{largest}")
-
-
-def _check_pieces(piece_BT: Tensor, namespace_BP: Tensor) -> None:
-    """Refuses numbers of documents that do not ascend from 0, or for which there is no namespace."""
-    steps_BT = piece_BT.diff(dim=1)
-    if namespace_BP.dim() != 2 or bool((piece_BT[:, 0] != 0).any() | ((steps_BT != 0) & (steps_BT != 1)).any()
-                                       | (piece_BT[:, -1] >= namespace_BP.shape[1]).any()):
-        raise ValueError("piece_BT must ascend from 0 by 0 or 1, within the P documents of namespace_B [B, P]: got up to "
-                         f"{int(piece_BT.max())}, namespaces {list(namespace_BP.shape)}")
-
-
 def unit(x_BTD: Tensor) -> Tensor:
     """Vectors of mean square 1, as the norms make them: embeddings of rare and of frequent tokens differ a lot in length."""
     return F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=NORM_EPSILON)
-
-
-def same_piece(piece_BT: Tensor) -> Tensor:
-    """Which tokens (last dim) each token may attend to: those of its own document, at or before it; bool [B, T, T]."""
-    T = piece_BT.shape[1]
-    causal_TT = torch.ones(T, T, dtype=torch.bool, device=piece_BT.device).tril()
-    return (piece_BT[:, :, None] == piece_BT[:, None, :]) & causal_TT
-
-
-def places(input_ids_BT: Tensor, piece_BT: Tensor | None) -> Tensor:
-    """The place of each token in its window, [T]; or in its part of the window, [B, T], where documents share one."""
-    place_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
-    if piece_BT is None:
-        return place_T
-    begins_BT = F.pad(piece_BT.diff(dim=1) != 0, (1, 0))
-    return place_T - (place_T * begins_BT).cummax(dim=1).values
-
-
-def aligned_targets(labels_BT: Tensor | None, targets_BT: Tensor | None, valid_BT: Tensor | None) -> Tensor | None:
-    """The token that each position is to predict, from labels or targets; padding and the unknown are -100."""
-    given_BT = targets_BT if labels_BT is None else labels_BT
-    if given_BT is None:
-        return None
-    if valid_BT is not None:
-        given_BT = given_BT.masked_fill(~valid_BT, IGNORED)
-    return given_BT if labels_BT is None else F.pad(given_BT[:, 1:], (0, 1), value=IGNORED)
-
-
-def next_token_loss(logits_BTX: Tensor, target_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in nats: the mean over counted targets, and per token [B, T], 0 where ignored; both fp32."""
-    flat_N = F.cross_entropy(logits_BTX.flatten(0, 1).float(), target_BT.flatten(), ignore_index=IGNORED,
-                             reduction="none")
-    counted = (target_BT != IGNORED).sum().clamp(min=1)
-    return flat_N.sum() / counted, flat_N.view_as(target_BT)
-
-
-def surprises(token_loss_BT: Tensor, window: Window, state: StreamState | None) -> tuple[Tensor, Tensor]:
-    """Loss of predicting each token of this window [B, T] and the first token of the next one [B]; 0 where unknown."""
-    first_B = torch.zeros_like(token_loss_BT[:, 0])
-    if state is not None:
-        first_B = state.pending_surprise_B.where(window.pending_valid_B, 0.0)
-    surprise_BT = torch.cat([first_B[:, None], token_loss_BT[:, :-1]], dim=1)
-    if window.piece_BT is not None:  # nothing predicts the first token of a document
-        surprise_BT = surprise_BT.masked_fill(F.pad(window.piece_BT.diff(dim=1) != 0, (1, 0)), 0.0)
-    if window.valid_BT is None:
-        return surprise_BT, token_loss_BT[:, -1].clone()
-    count_B = window.valid_BT.sum(dim=1)
-    last_B = token_loss_BT.gather(1, (count_B - 1).clamp(min=0)[:, None]).squeeze(1)
-    return surprise_BT, last_B.where(count_B > 0, first_B)
 
 
 def layer_memory(tape: ReadTape, surprise_BT: Tensor) -> LayerMemory:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmcode.model.lm import IGNORED
+from lmcode.model.inputs import IGNORED
 from lmcode.model.mode import in_eval_mode
 from lmcode.precision import without_autocast
 from lmcode.protocol import Candidates

@@ -24,8 +24,10 @@ from lmcode.dist import Group, check_same
 from lmcode.memories.experiences import Namespace, namespace_number
 from lmcode.model.generation.generate import Generation, Prompts, padded_prompts
 from lmcode.model.generation.sampling import Decoding, next_token
-from lmcode.model.lm import IGNORED, LMCODEOutput, aligned_targets, next_token_loss, surprises
+from lmcode.model.inputs import IGNORED, aligned_targets
+from lmcode.model.lm import LMCODEOutput
 from lmcode.model.long_term import Window, merge_partials
+from lmcode.model.loss import next_token_loss, surprises
 from lmcode.model.mode import in_eval_mode
 from lmcode.precision import without_autocast
 from lmcode.protocol import EntryShape, LayerMemory, NullRetriever, Retriever

@@ -10,7 +10,8 @@ from torch import Tensor
 from lmcode import LMCODE, LMCODEConfig, MemoryConfig
 from lmcode.config import ConfigError, build
 from lmcode.model.generation.generate import Decoding, generate
-from lmcode.model.lm import MemoryLM, StreamState
+from lmcode.model.lm import MemoryLM
+from lmcode.model.state import StreamState
 
 WINDOW = 8
 PLAIN = {"vocab_size": 40, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "context_length": WINDOW, "memory_layers": (),

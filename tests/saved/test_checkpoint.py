@@ -23,7 +23,7 @@ from lmcode import LMCODE, MemoryAwareTrainer, create_synthetic_dataset, dist, o
 from lmcode.cli import command as cli
 from lmcode.config import ConfigError, LMCODEConfig, RunConfig, build
 from lmcode.files import commit, durable
-from lmcode.model.lm import StreamState
+from lmcode.model.state import StreamState
 from lmcode.saved import checkpoint
 from lmcode.train import loop, resuming, saving, stream_files
 from lmcode.train.metrics import drop_rows_beyond

@@ -20,7 +20,7 @@ from lmcode.config import RunConfig, build
 from lmcode.data.replay import make_replay, make_sampler
 from lmcode.data.streams import Pass
 from lmcode.memories.experiences import VISITS
-from lmcode.model.lm import StreamState
+from lmcode.model.state import StreamState
 from lmcode.train import loop, observe
 from lmcode.train.engine import MOMENTS
 from lmcode.train.session import Session, StepResult

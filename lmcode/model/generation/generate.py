@@ -13,7 +13,7 @@ the text is the one that would be written outside of it: nothing here runs under
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,10 @@ from torch import Tensor
 from lmcode.model.cache import Cache
 from lmcode.model.generation.decode import Decoder, steppable
 from lmcode.model.generation.sampling import Decoding, next_token
-from lmcode.model.lm import IGNORED, LMCODEOutput, MemoryLM, StreamState
+from lmcode.model.inputs import IGNORED
+from lmcode.model.lm import LMCODEOutput, MemoryLM
 from lmcode.model.mode import in_eval_mode
+from lmcode.model.state import StreamState, check_state, rows_of, with_rows
 from lmcode.precision import without_autocast
 
 Prompts = Tensor | Sequence[Sequence[int]]
@@ -192,29 +194,6 @@ class Reader:
         return ids_BT, torch.arange(longest, device=self._device) < length_B[:, None]
 
 
-def rows_of(state: StreamState, streams: Sequence[int]) -> StreamState:
-    """The state of some of the streams."""
-    index = list(streams)
-    return _with_each(lambda rows: rows[index], state)
-
-
-def with_rows(state: StreamState, streams: Sequence[int], part: StreamState) -> StreamState:
-    """`state` with that of some streams replaced by `part`."""
-    where = torch.tensor(list(streams), device=state.pending_valid_B.device)
-
-    def put(whole: Tensor, rows: Tensor) -> Tensor:
-        return whole.index_copy(0, where, rows.to(whole.dtype))
-
-    return _with_each(put, state, part)
-
-
-def _with_each(function: Callable[..., Tensor], *states: StreamState) -> StreamState:
-    """A state of what `function` makes of the tensors that stand in one place of all these."""
-    made: Any = (tuple(map(function, *parts)) if isinstance(parts[0], tuple) else function(*parts)
-                 for parts in zip(*states, strict=True))
-    return StreamState(*made)
-
-
 def padded_prompts(prompts: Prompts, attention_mask: Tensor | None, decoding: Decoding, *,
                    device: torch.device) -> tuple[Tensor, Tensor]:
     """Prompts as ids int64 [B, T], padded on the left, and where they are valid, bool [B, T].
@@ -271,4 +250,4 @@ def _check_streams(model: MemoryLM, num_streams: int, namespace_B: Tensor | None
         if not isinstance(state, StreamState):
             raise ValueError("the state must be that of an output or of a Generation, `.state`: got "
                              f"{type(state).__name__}")
-        model.check_state(state, num_streams)
+        check_state(state, model.config, num_streams)
