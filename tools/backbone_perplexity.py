@@ -138,11 +138,18 @@ def score_cache(lab: Lab, ids_N: torch.Tensor, mark: int, scored: int, window: i
     return total
 
 
-def score_memory(lab: Lab, ids_N: torch.Tensor, mark: int, scored: int, window: int, state: Any,
-                 banks: dict[int, LongTermMemory], setting: Setting) -> float:
+class Past(NamedTuple):
+    """What was read before a mark: the state that the stream carries, and the banks, by layer."""
+
+    state: Any
+    banks: dict[int, LongTermMemory]
+
+
+def score_memory(lab: Lab, ids_N: torch.Tensor, mark: int, scored: int, window: int, *, past: Past,
+                 setting: Setting) -> float:
     """On from a mark with copies of the banks, which are written as the tokens are scored."""
-    forks = {}
-    for layer, bank in banks.items():
+    forks, state = {}, past.state
+    for layer, bank in past.banks.items():
         forks[layer] = bank.like()
         forks[layer].top_k = setting.top_k
         for shard in forks[layer].owned:
@@ -189,8 +196,9 @@ def measure(lab: Lab, book: Path, window: int, marks: list[int], scored: int, na
                   lambda mark=mark, equal=equal: score_cache(lab, ids_N, mark, scored, window, equal))
             timed(mark, "full", lambda mark=mark: score_full(lab, ids_N, mark, scored))
         for name, setting in settings.items():
-            timed(mark, name, lambda mark=mark, setting=setting, state=state: score_memory(
-                lab, ids_N, mark, scored, window, state, banks[stored(setting)], setting))
+            past = Past(state, banks[stored(setting)])
+            timed(mark, name, lambda mark=mark, setting=setting, past=past: score_memory(
+                lab, ids_N, mark, scored, window, past=past, setting=setting))
 
 
 def main() -> None:
