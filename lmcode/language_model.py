@@ -194,6 +194,6 @@ class LMCODE(MemoryLM, Backbone):  # type: ignore[misc]  # its forward takes its
         for name in [namespace] if isinstance(namespace, str) else namespace if isinstance(namespace, Sequence) else ():
             if isinstance(name, str):
                 number = np.array([namespace_number(name)])
-                here = sum(len(bank.shard.slots_of(number)) for bank in self.banks.values())
+                here = sum(len(bank.shard.ledger.slots_of_namespaces(number)) for bank in self.banks.values())
                 if not any(self.group.all_gather_object(here)):  # what `generate` wrote is no experience
                     self.experiences.known(name)

@@ -18,6 +18,7 @@ from lmcode.dist import Group, on_rank_0
 from lmcode.files import durable
 from lmcode.language_model import LMCODE
 from lmcode.memories.files import load_memory
+from lmcode.memory import planning
 from lmcode.presets import load_run_config
 from lmcode.saved import checkpoint, pretrained
 from lmcode.saved.places import Kind, Place, place_of
@@ -152,4 +153,4 @@ def open_model(path: str | Path, overrides: Sequence[str] = (), *, group: Group 
 def _prepare(model: Backbone) -> None:
     """Gives banks that are searched approximately, and were not saved so, what that takes. A collective."""
     for bank in model.banks.values():
-        bank.prepare()
+        planning.prepare(bank)

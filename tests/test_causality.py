@@ -19,9 +19,9 @@ from lmcode.data.corpus import Documents
 from lmcode.data.streams import Batch, StreamSampler
 from lmcode.dist import Group
 from lmcode.eval.held_out import evaluate
+from lmcode.memory import measure, searcher
 from lmcode.memory.bank import LongTermMemory
 from lmcode.memory.entry import UNKNOWN
-from lmcode.memory.shard import Shard
 from lmcode.protocol import Hits, LayerMemory
 from lmcode.train import loop
 from lmcode.train.session import StepResult
@@ -139,7 +139,7 @@ def read_epochs(shuffle: bool, settings: dict[str, Any], stride: int = 1, checkp
         ledger.read(queries(batch, stride), read.hits)
         ledger.write(group, bank.next_id, [batch], [read])
         bank.commit([read.candidates], [read.hits], step=step)
-        assert bank.recall() == 1.0, "what is checked is hidden from the check, too"
+        assert measure.recall(bank) == 1.0, "what is checked is hidden from the check, too"
     return ledger.counted
 
 
@@ -189,7 +189,7 @@ def test_nor_with_a_stride() -> None:
 
 @pytest.mark.parametrize("scope", ["global", "listed"])
 def test_without_the_rule_this_file_would_see_the_leak(monkeypatch: pytest.MonkeyPatch, scope: str) -> None:
-    monkeypatch.setattr(Shard, "_hidden", lambda *_: ())
+    monkeypatch.setattr(searcher, "hidden_rows", lambda *_: [])
     settings = {"scope": "document" if scope == "listed" else scope}
     assert read_epochs(True, settings, listed=scope == "listed").leaks > 50
 

@@ -56,8 +56,8 @@ def step_of(bank: LongTermMemory, rng: np.random.Generator, step: int) -> dict[s
     candidates = Candidates(key_1ED, key_1ED, name_E, torch.rand(WRITES), torch.ones(WRITES).bool())
     hits = hits_of(bank, rng)
     parts: tuple[Callable[[], object], ...] = (
-        lambda: bank.commit([candidates], [hits], step=step), lambda: bank.shard.slots_of(np.unique(name_E.numpy())),
-        bank.stats)
+        lambda: bank.commit([candidates], [hits], step=step),
+        lambda: bank.shard.ledger.slots_of_namespaces(np.unique(name_E.numpy())), bank.stats)
     seconds = {}
     for name, part in zip(PARTS, parts, strict=True):
         started = time.process_time()

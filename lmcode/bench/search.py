@@ -65,7 +65,9 @@ class Slice:
 
     def prepare(self, probes: int) -> Tensor | None:
         """Trains centroids and fixes how many lists are probed; returns those of the first head."""
-        self.bank.prepare()
+        from lmcode.memory import planning
+
+        planning.prepare(self.bank)
         self.bank.use(replace(self.bank.plan, probes=probes))
         centroid_HXD = self.bank.plan.centroid_HXD
         return None if centroid_HXD is None else centroid_HXD[0]

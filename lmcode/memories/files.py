@@ -18,8 +18,7 @@ from lmcode.memories.experience_files import experience_parts, load_experiences
 from lmcode.memories.experiences import name_documents
 from lmcode.memories.memories import Memories
 from lmcode.memory.bank import LongTermMemory
-from lmcode.memory.planning import first_plan
-from lmcode.memory.search.plan import load_plan, save_plan
+from lmcode.memory.search.plan import first_plan, load_plan, save_plan
 from lmcode.memory.store import load_bank, save_shard, shard_file
 
 BANKS, EXPERIENCES, PLAN = "banks", "experiences", "search.safetensors"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,21 +18,21 @@ from torch import Tensor
 
 from lmcode.config import ConfigError, MemoryConfig
 from lmcode.dist import Group
-from lmcode.memory import entry, measure, planning
+from lmcode.memory import entry, measure
 from lmcode.memory.joining import join_nearest
 from lmcode.memory.placement import shards_of
 from lmcode.memory.read import SCOPES, Reader, check_search, turned
 from lmcode.memory.rounds import consolidate_shards
-from lmcode.memory.search.choice import choose_tier
+from lmcode.memory.search.choice import choose_tier, tier_now
 from lmcode.memory.search.faiss_index import check_top_k
-from lmcode.memory.search.plan import Plan
+from lmcode.memory.search.plan import Plan, first_plan
 from lmcode.memory.search.tier import tier_of
-from lmcode.memory.shard import Predicate, Scope, Shard, digest_of
+from lmcode.memory.searcher import Scope
+from lmcode.memory.shard import Predicate, Shard
+from lmcode.memory.states import COUNTERS, check_moments, digest_of
 from lmcode.memory.write import Batch, batch_of, count_hits, gather_candidates
 from lmcode.precision import without_autocast
 from lmcode.protocol import Candidates, ConsolidationReport, Hits, check_threshold
-
-log = logging.getLogger("lmcode")
 
 
 class LongTermMemory:
@@ -52,6 +51,7 @@ class LongTermMemory:
         owned, to_save: the virtual shards that this rank holds; those that it writes where all ranks save the bank.
         top_k: K of a search that does not say otherwise.
         next_id, rejected, clipped: ids given out, rows refused and rows scaled down so far; the same on every rank.
+        sample: some queries of the latest search, on which `measure.recall` measures.
     """
 
     def __init__(self, *, heads: int, head_dim: int, slots: int, top_k: int, config: MemoryConfig,
@@ -76,10 +76,10 @@ class LongTermMemory:
         except ValueError as error:
             raise ConfigError(f"bank: {error}") from None
         self._reader = Reader(self.shard, self.group, self.inside)
-        self.shard.use(planning.first_plan(config.tier))
+        self.shard.searcher.use(first_plan(config.tier))
         self.next_id = self.rejected = self.clipped = 0
         nobody_N = torch.zeros(0, dtype=torch.int64)
-        self._sample = measure.Sample(torch.zeros(heads, 0, head_dim), nobody_N, nobody_N, config.scope)
+        self.sample = measure.Sample(torch.zeros(heads, 0, head_dim), nobody_N, nobody_N, config.scope)
 
     @property
     def blind_queries(self) -> int:
@@ -100,7 +100,7 @@ class LongTermMemory:
                 None: unknown, nothing is hidden.
             scope: "document" (entries of the query's namespace), "global", or the namespaces that every query may see;
                 the config's scope when None. The same on every rank, like `top_k` and `tier`.
-            tier: a name in `config.TIERS`; that of `tier_for` when None.
+            tier: a name in `config.TIERS`; that of `tier_now` when None.
             ragged: whether N may differ between ranks; costs one more collective.
 
         Raises:
@@ -108,56 +108,12 @@ class LongTermMemory:
         """
         k = self.top_k if top_k is None else top_k
         scope = self.config.scope if scope is None else scope
-        document_N = self._documents(namespace_N, document_N)
-        self._check(query_HND, namespace_N, document_N, scope, k)
-        tier = tier or self.tier_for(scope)
-        self._sample = measure.sample_of_all(query_HND, namespace_N, document_N, scope, self.config.recall_queries,
-                                             group=self.group)
+        document_N = self._checked(query_HND, namespace_N, document_N, scope, k)
+        tier = tier or tier_now(self._tiers, scope, self.config, self.plan)
+        self.sample = measure.sample_of_all(query_HND, namespace_N, document_N, scope, self.config.recall_queries,
+                                            group=self.group)
         return self._reader.search(query_HND.transpose(0, 1), namespace_N, document_N, scope=scope, k=k, tier=tier,
                                    ragged=ragged)
-
-    def tier_for(self, scope: Scope) -> str:
-        """The tier of a search with this scope, as things are now."""
-        if scope == "document":
-            return self._tiers["document"]
-        if self.config.tier == "auto" and self.plan.probing:
-            return "ivf"
-        if self.config.tier == "ivf" and not self.plan.probing:
-            return "exact"
-        return self._tiers["global"]
-
-    @property
-    def plan(self) -> Plan:
-        """How searches of the whole bank go: the same on every rank, and changed by `review` only."""
-        return self.shard.plan
-
-    def use(self, plan: Plan) -> None:
-        """Searches by this plan from now on; every rank must be given the same."""
-        self.shard.use(plan)
-
-    def _documents(self, namespace_N: Tensor, document_N: Tensor | None) -> Tensor:
-        return torch.full_like(namespace_N, entry.UNKNOWN) if document_N is None else document_N
-
-    def _check(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor, scope: Scope, k: int) -> None:
-        check_search(query_HND, namespace_N, document_N, scope, k, heads=self.heads, head_dim=self.head_dim)
-
-    @torch.no_grad()
-    @without_autocast()
-    def look_up(self, query_HND: Tensor, namespace_N: Tensor,
-                document_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`attend` to a fresh `search`, without gradient; faster for few queries on one rank. Collective."""
-        document_N = self._documents(namespace_N, document_N)
-        self._check(query_HND, namespace_N, document_N, self.config.scope, self.top_k)
-        approximate = tier_of(self.tier_for(self.config.scope)).approximate
-        found = None if approximate else self._reader.look_up(query_HND.transpose(0, 1), namespace_N, document_N, self.top_k)
-        if found is None:
-            return self.attend(query_HND, self.search(query_HND, namespace_N, document_N))
-        value_HND, lse_HN, doubtful_N = turned(found[0]), turned(found[1]), found[2]
-        if bool(doubtful_N.any()):
-            query_HnD = query_HND[:, doubtful_N]
-            parts = self.attend(query_HnD, self.search(query_HnD, namespace_N[doubtful_N], document_N[doubtful_N]))
-            value_HND[:, doubtful_N], lse_HN[:, doubtful_N] = parts[0].float(), parts[1]
-        return value_HND.to(query_HND.dtype), lse_HN
 
     @without_autocast()
     def attend(self, query_HND: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
@@ -183,6 +139,38 @@ class LongTermMemory:
         """
         parts = self._reader.fetch(self._reader.ticket_of(hits), hits.id_HNK.transpose(0, 1))
         return tuple(part_NHKD.transpose(0, 1) for part_NHKD in parts)
+
+    @torch.no_grad()
+    @without_autocast()
+    def look_up(self, query_HND: Tensor, namespace_N: Tensor,
+                document_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`attend` to a fresh `search`, without gradient; faster for few queries on one rank. Collective."""
+        document_N = self._checked(query_HND, namespace_N, document_N, self.config.scope, self.top_k)
+        approximate = tier_of(tier_now(self._tiers, self.config.scope, self.config, self.plan)).approximate
+        found = None if approximate else self._reader.look_up(query_HND.transpose(0, 1), namespace_N, document_N, self.top_k)
+        if found is None:
+            return self.attend(query_HND, self.search(query_HND, namespace_N, document_N))
+        value_HND, lse_HN, doubtful_N = turned(found[0]), turned(found[1]), found[2]
+        if bool(doubtful_N.any()):
+            query_HnD = query_HND[:, doubtful_N]
+            parts = self.attend(query_HnD, self.search(query_HnD, namespace_N[doubtful_N], document_N[doubtful_N]))
+            value_HND[:, doubtful_N], lse_HN[:, doubtful_N] = parts[0].float(), parts[1]
+        return value_HND.to(query_HND.dtype), lse_HN
+
+    def _checked(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None, scope: Scope, k: int) -> Tensor:
+        """The documents of queries, where none are given unknown ones; ValueError for queries that do not fit."""
+        document_N = torch.full_like(namespace_N, entry.UNKNOWN) if document_N is None else document_N
+        check_search(query_HND, namespace_N, document_N, scope, k, heads=self.heads, head_dim=self.head_dim)
+        return document_N
+
+    @property
+    def plan(self) -> Plan:
+        """How searches of the whole bank go: the same on every rank, and changed by `planning.review` only."""
+        return self.shard.searcher.plan
+
+    def use(self, plan: Plan) -> None:
+        """Searches by this plan from now on; every rank must be given the same."""
+        self.shard.searcher.use(plan)
 
     @torch.no_grad()
     def commit(self, candidates: Sequence[Candidates], hits: Sequence[Hits], *, step: int) -> entry.CommitReport:
@@ -234,7 +222,7 @@ class LongTermMemory:
                predicate: Predicate | None = None) -> int:
         """Removes, for good, the entries that meet all given conditions; returns how many there were. Collective.
 
-        Centroids go with them, and the next `review` or `prepare` trains new ones; until then a search is exact.
+        Centroids go with them, since they are means of what is gone; until `planning` trains new ones, searches are exact.
 
         Args:
             predicate: from the columns of `entry.METADATA` (arrays over slots, empty ones included) to a bool array.
@@ -276,62 +264,6 @@ class LongTermMemory:
         """Wall time of searching and merging since the last call; exchange time is the group's."""
         return self._reader.clock.take()
 
-    def ages(self, hits: Hits, *, step: int) -> Tensor:
-        """Steps since the winners that this rank holds were written, for its group's queries and heads: int64 [E]."""
-        age_E: Tensor = step - hits.ticket.step_E
-        return age_E
-
-    def shares_by_rank(self, hits: Hits) -> Tensor:
-        """How many of these hits each rank's shard supplied, of all ranks: int64 [ranks]."""
-        return measure.shares_by_rank(hits, self.config.virtual_shards, self.group, self.inside)
-
-    def recall(self) -> float | None:
-        """`check_recall` of this bank as it is now, on queries of the latest search. Collective."""
-        sample = self._sample
-        hits = self.search(*sample[:3], scope=sample.scope, ragged=True)
-        share = self.check_recall(sample.query_HND, sample.namespace_N, hits, document_N=sample.document_N,
-                                  scope=sample.scope)
-        self._sample = sample
-        return share
-
-    def review(self) -> float | None:
-        """`recall`, and what follows from it for how the bank is searched from now on, with a line in the log. Collective.
-
-        Only the tiers `ivf` and `auto` have anything to decide: see `search.plan.revise`.
-        """
-        recall = self.recall()
-        if self.config.tier in ("ivf", "auto"):
-            self._revise(recall if self._sample.scope != "document" else None)
-        return recall
-
-    def prepare(self) -> None:
-        """What `review` does before anything was measured: a bank that was filled gets its centroids. Collective."""
-        if self.config.tier in ("ivf", "auto") and self.config.scope != "document":
-            self._revise(None)
-
-    def _revise(self, recall: float | None) -> None:
-        change = planning.review(self.shard, self.group, self.inside, recall)
-        if change is None:
-            return
-        plan, lists = change.plan, change.plan.centroid_HXD
-        how = f"{plan.probes} of {0 if lists is None else lists.shape[1]} lists" if plan.probing else "exactly"
-        say = log.warning if change.alarming else log.info
-        say("memory.tier = %s: the bank is searched %s from now on%s: %s", self.config.tier, how,
-            ", with new centroids" if change.train else "", change.reason)
-
-    def check_recall(self, query_HND: Tensor, namespace_N: Tensor, hits: Hits, *, document_N: Tensor | None = None,
-                     scope: Scope | None = None) -> float | None:
-        """Recall@K of fresh `hits` against an exact search, on `recall_queries` queries of every rank. Collective.
-
-        None where there was nothing to find. Documents and `scope` are those of the search.
-        """
-        scope, count = self.config.scope if scope is None else scope, self.config.recall_queries
-        sample = measure.sample_of(query_HND, namespace_N, self._documents(namespace_N, document_N), scope, count)
-        exact = self.search(*sample[:3], scope=scope, top_k=hits.id_HNK.shape[-1], tier="exact", ragged=True)
-        counts = measure.found_of(measure.spread(hits.id_HNK, count), exact)
-        found, wanted = measure.totals(self.group, self.device, *counts)
-        return found / wanted if wanted else None
-
     def like(self, *, slots: int | None = None, config: MemoryConfig | None = None, group: Group | None = None,
              device: torch.device | str | None = None) -> LongTermMemory:
         """An empty bank of this shape, searched by the same plan; what is given is different. Collective of its group."""
@@ -351,7 +283,7 @@ class LongTermMemory:
 
     def state(self, shard: int) -> dict[str, Tensor]:
         """A copy of one virtual shard of this rank, with the bank's counters: see `Shard.state`."""
-        return {**self.shard.state(shard), **{name: torch.tensor(getattr(self, name)) for name in entry.COUNTERS}}
+        return {**self.shard.state(shard), **{name: torch.tensor(getattr(self, name)) for name in COUNTERS}}
 
     def load(self, shard: int, state: Mapping[str, Tensor]) -> None:
         """Replaces one virtual shard of this rank, and the bank's counters, by a `state`.
@@ -360,7 +292,7 @@ class LongTermMemory:
             ValueError: if the state does not fit this bank; nothing has changed then.
         """
         self.shard.load(shard, state)
-        for name in entry.COUNTERS:
+        for name in COUNTERS:
             setattr(self, name, int(state[name]))
 
     def restore(self, states: Mapping[int, Mapping[str, Tensor]], problem: str | None = None) -> None:
@@ -369,8 +301,8 @@ class LongTermMemory:
         Raises:
             ValueError: on all ranks, if any has a `problem` or the states are not all of one moment.
         """
-        moments = {tuple(int(state[name]) for name in entry.COUNTERS) for state in states.values()}
-        entry.check_moments(self.group.all_gather_object((problem, moments)))
+        moments = {tuple(int(state[name]) for name in COUNTERS) for state in states.values()}
+        check_moments(self.group.all_gather_object((problem, moments)))
         for shard, state in states.items():
             self.load(shard, state)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-GROWTH = 1.25  # how much longer a list gets that is full
+GROWTH = 1.25  # by this factor a list grows when it is full
 STALE = 0.5  # stale items for each that holds, and SPARE more, before a list is swept
 SPARE = 64
 
@@ -62,7 +62,7 @@ class Directory:
     """Where the entries of one rank are: a list of slots for each namespace, and one of all ids, made when first asked for.
 
     Args:
-        id_M, namespace_M: the columns, which change under these lists; `put` and `removed` say how.
+        id_M, namespace_M: the columns, which others change; `added` and `removed` must be called for every change.
     """
 
     def __init__(self, id_M: np.ndarray, namespace_M: np.ndarray) -> None:
@@ -70,13 +70,13 @@ class Directory:
         self.forget()
 
     def forget(self) -> None:
-        """The columns have changed in a way that nobody told."""
+        """Drops all lists, after a change of whole columns; they are made anew when they are asked for."""
         self._all: SlotList | None = None
         self._of: dict[int, SlotList] | None = None
         self._live: dict[int, int] = {}
 
     def removed(self, namespace_E: np.ndarray) -> None:
-        """Live entries of these namespaces are gone, or are about to be."""
+        """Live entries of these namespaces leave: one namespace for each entry."""
         if self._of is None:
             return
         for name, count in zip(*_counts(namespace_E), strict=True):
@@ -85,7 +85,7 @@ class Directory:
                 del self._live[name], self._of[name]
 
     def added(self, slot_E: np.ndarray, live: int) -> None:
-        """These slots have new entries now; `live` in all."""
+        """These slots have new entries; `live` is how many entries the rank holds in all."""
         id_E = self._id_M[slot_E]
         order_E = np.argsort(id_E)
         id_E, slot_E = id_E[order_E], slot_E[order_E]

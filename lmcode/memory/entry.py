@@ -1,12 +1,12 @@
 """What an entry is, and the pure rules that a candidate passes before it becomes one: chosen, finite, not too long.
 
-Letters: E entries of a batch, M slots of a virtual shard.
+Letters: E entries of a batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lmcode.config import MemoryConfig
-from lmcode.memory.placement import virtual_shard_of
 from lmcode.protocol import Candidates, Hits
 
 MAX_IMPORTANCE = 10.0  # however much attention an entry receives
@@ -29,7 +28,6 @@ UNKNOWN = -1  # document of entries that belong to none, or nobody knows to whic
 EMPTY = {name: kind(-1) if name in ("id", "document") else kind(0) for name, kind in METADATA.items()}
 ADDED = ("document",)  # columns that states saved by earlier versions lack; they are then as in an empty slot
 _LOW = 2**32 - 1  # the half of an int64 that holds the bits of a fp32
-COUNTERS = ("next_id", "rejected", "clipped")  # numbers of a whole bank, kept with each of its virtual shards
 
 
 class CommitReport(NamedTuple):
@@ -107,7 +105,7 @@ class Inspected(NamedTuple):
 
 
 def inspect(key_EHD: Tensor, value_EHD: Tensor, max_norm: float) -> Inspected:
-    """What a row's own numbers say of it, be it alone or in a batch."""
+    """Judges each row by its own numbers alone, whatever else is in the batch."""
     finite_E = key_EHD.isfinite().flatten(1).all(1) & value_EHD.isfinite().flatten(1).all(1)
     key_EHD, long_key_E = clip_norm(key_EHD, max_norm)
     value_EHD, long_value_E = clip_norm(value_EHD, max_norm)
@@ -222,44 +220,3 @@ def admit(key_EHD: Tensor, value_EHD: Tensor, namespace_E: np.ndarray, importanc
     entries = Entries(checked.key_EHD, checked.value_EHD, id_E, namespace_E, document_E,
                       np.minimum(importance_E, np.float32(MAX_IMPORTANCE)), np.full_like(id_E, step))
     return entries.take(np.flatnonzero(accepted_E)), accepted_E, clipped
-
-
-def check_content(state: Mapping[str, Tensor], virtual_shards: int) -> None:
-    """Raises ValueError for a state that no sequence of writes can lead to.
-
-    Refused: a number that is not finite; a hand outside the ring; a negative counter; an id that is not below next_id,
-    occurs twice or hashes to another virtual shard; a live entry with importance outside (0, `MAX_IMPORTANCE`] or a
-    negative namespace.
-    """
-    shard, id_M = int(state["shard"]), state["id"].numpy()
-    where = f"virtual shard {shard}"
-    for name in ("key", "value", "importance"):
-        if not bool(state[name].isfinite().all()):
-            raise ValueError(f"{where}: '{name}' must be finite")
-    if not 0 <= int(state["hand"]) < len(id_M) or int(state["evicted"]) < 0:
-        raise ValueError(f"{where}: the hand must lie in 0..{len(id_M) - 1} and the evicted count at or above 0: "
-                         f"got {int(state['hand'])} and {int(state['evicted'])}")
-    live_M = id_M >= 0
-    if id_M.max() >= int(state["next_id"]) or min(int(state[name]) for name in COUNTERS) < 0:
-        raise ValueError(f"{where}: next_id must exceed every id, and counters be at or above 0")
-    if len(np.unique(id_M[live_M])) != live_M.sum():
-        raise ValueError(f"{where}: an id must not occur twice")
-    if (virtual_shard_of(id_M[live_M], virtual_shards) != shard).any():
-        raise ValueError(f"{where}: every id must belong here among {virtual_shards} virtual shards")
-    importance_M, namespace_M = state["importance"].numpy()[live_M], state["namespace"].numpy()[live_M]
-    if (importance_M <= 0).any() or (importance_M > MAX_IMPORTANCE).any() or (namespace_M < 0).any():
-        raise ValueError(f"{where}: importance must lie in (0, {MAX_IMPORTANCE}] and namespaces at or above 0")
-
-
-def check_moments(outcomes: Sequence[tuple[str | None, set[tuple[int, ...]]]]) -> None:
-    """Raises ValueError if any rank has a problem, or the states that all ranks hold differ in their `COUNTERS`.
-
-    Args:
-        outcomes: of every rank, its problem and the counters of its states.
-    """
-    problems = [problem for problem, _ in outcomes if problem]
-    if problems:
-        raise ValueError("; ".join(problems))
-    moments = set().union(*(some for _, some in outcomes))
-    if len(moments) != 1:
-        raise ValueError(f"all virtual shards must agree in {COUNTERS}: got {sorted(moments)}")

@@ -1,18 +1,18 @@
 """Which newcomers to a virtual shard are stored, and in which slots: policies, each a pure function of one ring.
 
 `memory.eviction` names the policy (`config.EVICTIONS`). Newcomers have their ids when a policy sees them, for an id decides
-the virtual shard. So whom it refuses has had an id like one that was overwritten at once, and is counted with those, as
-evicted. Of a batch larger than the ring, every policy but `importance` stores the last ones; and all fill free slots
-first, in ring order from the hand.
+the virtual shard. So a newcomer that is refused has had an id, as one that is overwritten at once, and is counted with
+those, as evicted. Of a batch larger than the ring, every policy but `importance` stores the last ones; and all fill free
+slots first, in ring order from the hand.
 
-    fifo        the next in ring order
-    clock       the same, but an important entry is passed over once (CLOCK, Corbato 1968, for a batch)
-    lru         whose last hit, or else writing, is longest ago
-    oldest      whose writing is longest ago, be it by `step` (who merges into an entry may renew that)
-    importance  the least important, unless the newcomer is even less so: then it is refused
-    random      the slot that a hash of the newcomer's id names
-Of equals the smaller id goes first. What these cost per batch of n: fifo and random O(n); clock O(n) and what it passes
-over, which costs each entry its chance; the others as `Ring.lowest` does.
+    fifo        evicts the next entries in ring order
+    clock       the same, but passes an important entry over once (CLOCK, Corbato 1968, for a batch)
+    lru         the entries whose last hit (or writing, without a hit) is longest ago
+    oldest      the entries with the smallest `step`, that of their writing, which a merge may renew
+    importance  the least important entries; a newcomer that is even less important is refused
+    random      the entry in the slot that a hash of the newcomer's id names
+Of equals the one with the smaller id is evicted. What these cost per batch of n: fifo and random O(n); clock O(n) and what
+it passes over, which costs each entry its chance; the others as `Ring.lowest` does.
 Letters: N newcomers; E those of them that are stored; M slots of the virtual shard; X slots or entries that are looked at.
 """
 
@@ -67,12 +67,12 @@ def clock(ring: Ring, newcomers: Newcomers) -> Placement:
 
 
 def fifo(ring: Ring, newcomers: Newcomers) -> Placement:
-    """`clock` where nobody has a second chance."""
+    """`clock` without second chances."""
     return _in_ring_order(ring, newcomers, chances=False)
 
 
 def lru(ring: Ring, newcomers: Newcomers) -> Placement:
-    """Over free slots, then over the least recently hit; who was never hit counts as hit when it was written."""
+    """Over free slots, then over the least recently hit; an entry without a hit counts as hit when it was written."""
     return _over_the_lowest(ring, newcomers, "last_hit")
 
 

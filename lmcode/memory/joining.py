@@ -1,9 +1,9 @@
-"""Newcomers that join an entry instead of taking a slot: merging at commit (`memory.merge_above`), by all ranks together.
+"""Merging at commit (`memory.merge_above`): a newcomer that joins an entry instead of taking a slot, over all ranks.
 
-A newcomer whose keys are more similar than that to those of the nearest entry of its own text (the mean cosine over heads,
-as in `consolidate`) becomes part of it: vectors are count-weighted running means, counts add up, and the entry is as old as
-its last part. Newcomers are compared with what was there before them, not with each other; several that join one entry do
-so by ascending id. So nothing depends on the number of ranks.
+A newcomer whose keys are more similar than `merge_above` to those of the nearest entry of its own text (the mean cosine over
+heads, as in `consolidate`) becomes part of that entry: vectors are count-weighted running means, counts add up, and the
+entry is as old as its last part. Newcomers are compared with what was there before them, not with each other; several that
+join one entry do so by ascending id. So nothing depends on the number of ranks.
 Letters: E newcomers that this rank is to hold; X those of them that join an entry, here or where they arrive.
 """
 

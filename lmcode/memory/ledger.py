@@ -26,8 +26,8 @@ ROW = np.dtype({"names": _WIDEST_FIRST, "formats": [METADATA[name] for name in _
 
 
 class Tally(NamedTuple):
-    """Sums over entries: how many there are, how many others were merged into them, how many have a second chance, and how
-    many are as important and have used theirs up."""
+    """Sums over entries: how many are live, how many others were merged into them, how many have a second chance, and how
+    many are important enough for one but have used it."""
 
     live: int = 0
     merged: int = 0
@@ -44,7 +44,7 @@ class Ledger:
 
     Attributes:
         range_of: the slots of each virtual shard.
-        columns: those of `entry.METADATA`, [M] each; not to be changed by others.
+        columns: those of `entry.METADATA`, [M] each; nobody else may change them.
         hand, evicted: by virtual shard, where its hand stands and how many entries it has given up or refused.
     """
 
@@ -65,7 +65,7 @@ class Ledger:
 
     @property
     def tally(self) -> Tally:
-        """Of all entries here."""
+        """The sums over all entries of this rank."""
         if self._tally is None:
             self._tally = self._tally_of(self._row_M8.view(ROW)[:, 0])
         return self._tally
@@ -75,7 +75,7 @@ class Ledger:
         return self._blocks.ring(self._owned.index(shard), self.hand[shard], self.range_of[shard])
 
     def put(self, slot_E: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
-        """New entries, whose ids lie above all that have been here, over whatever is there."""
+        """Stores new entries, whose ids exceed all earlier ones, and overwrites what is in these slots."""
         self._leave(slot_E)
         self._change(slot_E, columns)
         self._blocks.freed(slot_E, -1)
@@ -83,17 +83,17 @@ class Ledger:
         self._directory.added(slot_E, self.tally.live)
 
     def clear(self, slot_E: np.ndarray) -> None:
-        """Leaves nothing of the entries in these slots."""
+        """Empties these slots."""
         self._leave(slot_E)
         self._change(slot_E, EMPTY)
 
     def update(self, slot_E: np.ndarray, columns: Mapping[str, np.ndarray | int]) -> None:
-        """Other values for entries that stay: neither their ids nor their namespaces."""
+        """Changes columns of entries that stay where they are: neither their ids nor their namespaces."""
         self._change(slot_E, columns)
         self._blocks.changed(slot_E, columns)
 
     def _leave(self, slot_E: np.ndarray) -> None:
-        """Before the entries in these slots, where there are any, go."""
+        """Takes the entries in these slots out of lists and counts, before their columns are overwritten."""
         gone_E = slot_E[self.columns["id"][slot_E] >= 0]
         self._directory.removed(self.columns["namespace"][gone_E])
         self._blocks.freed(gone_E)
@@ -108,7 +108,7 @@ class Ledger:
         self._row_M8[slot_E] = row_E8
 
     def forget(self) -> None:
-        """The columns have changed in a way that nobody told."""
+        """Drops all that follows from the columns, after a change of whole columns; it is made anew when it is asked for."""
         self._blocks.forget()
         self._directory.forget()
         self._tally = None

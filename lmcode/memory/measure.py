@@ -1,19 +1,24 @@
-"""What is measured of a bank: counts over all ranks, who supplied the hits, and how many of them an exact search finds.
+"""What is measured of a bank: counts over all ranks, which ranks supplied the hits, and how many an exact search finds.
 
-Letters: those of `read`.
+The share of hits that an exact search finds as well (`recall`) is measured on a few queries of the latest search.
+Letters: N queries; X those of them that are in a sample.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lmcode.dist import Group
 from lmcode.memory.read import holders_of
-from lmcode.memory.shard import Scope, Shard
+from lmcode.memory.searcher import Scope
+from lmcode.memory.shard import Shard
 from lmcode.protocol import Hits
+
+if TYPE_CHECKING:
+    from lmcode.memory.bank import LongTermMemory
 
 
 class Sample(NamedTuple):
@@ -42,10 +47,41 @@ def count_entries(shard: Shard, group: Group, groups: int, blind_queries: int) -
             "chances": chances, "spared": spared, "merged": merged}, blind
 
 
-def shares_by_rank(hits: Hits, virtual_shards: int, group: Group, inside: Group) -> Tensor:
+def ages(hits: Hits, *, step: int) -> Tensor:
+    """Steps since the winners that this rank holds were written, for its group's queries and heads: int64 [E]."""
+    age_E: Tensor = step - hits.ticket.step_E
+    return age_E
+
+
+def shares_by_rank(bank: LongTermMemory, hits: Hits) -> Tensor:
     """How many of these hits each rank's shard supplied, of all ranks: int64 [ranks]."""
-    holder = holders_of(hits.id_HNK[hits.valid_HNK], virtual_shards, inside.size) + group.rank - inside.rank
+    group, inside = bank.group, bank.inside
+    holder = holders_of(hits.id_HNK[hits.valid_HNK], bank.config.virtual_shards, inside.size) + group.rank - inside.rank
     return torch.bincount(holder, minlength=group.size)
+
+
+def recall(bank: LongTermMemory) -> float | None:
+    """`check_recall` of a bank as it is now, on queries of its latest search. Collective."""
+    sample = bank.sample
+    hits = bank.search(*sample[:3], scope=sample.scope, ragged=True)
+    share = check_recall(bank, sample, hits)
+    bank.sample = sample
+    return share
+
+
+def check_recall(bank: LongTermMemory, asked: Sample, hits: Hits) -> float | None:
+    """Recall@K of fresh `hits` against an exact search, on `recall_queries` queries of every rank. Collective.
+
+    None where there was nothing to find.
+
+    Args:
+        asked: the queries of the search that found the hits, and its scope.
+    """
+    count = bank.config.recall_queries
+    some = sample_of(asked, count)
+    exact = bank.search(*some[:3], scope=some.scope, top_k=hits.id_HNK.shape[-1], tier="exact", ragged=True)
+    found, wanted = totals(bank.group, bank.device, *found_of(spread(hits.id_HNK, count), exact))
+    return found / wanted if wanted else None
 
 
 def found_of(id_HNK: Tensor, exact: Hits) -> tuple[int, int]:
@@ -72,7 +108,7 @@ def sample_of_all(query_HND: Tensor, namespace_N: Tensor, document_N: Tensor, sc
     return Sample(query_HND[:, at_X], namespace_N[at_X], document_N[at_X], scope)
 
 
-def sample_of(query_HND: Tensor, namespace_N: Tensor, document_N: Tensor, scope: Scope, count: int) -> Sample:
+def sample_of(asked: Sample, count: int) -> Sample:
     """At most `count` of these queries."""
-    names_N, documents_N = (spread(one_N[None], count)[0] for one_N in (namespace_N, document_N))
-    return Sample(spread(query_HND, count), names_N, documents_N, scope)
+    names_N, documents_N = (spread(one_N[None], count)[0] for one_N in asked[1:3])
+    return Sample(spread(asked.query_HND, count), names_N, documents_N, asked.scope)

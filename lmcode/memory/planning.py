@@ -7,7 +7,9 @@ Letters: E entries of the sample, X lists.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,35 +17,58 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lmcode.dist import Group
+from lmcode.memory import measure
 from lmcode.memory.search import faiss_index
-from lmcode.memory.search.plan import SAMPLE_PER_LIST, Change, Facts, Plan, lists_for, revise, sampled
+from lmcode.memory.search.plan import SAMPLE_PER_LIST, Facts, lists_for, revise, sampled
 from lmcode.memory.shard import Shard
+
+if TYPE_CHECKING:
+    from lmcode.memory.bank import LongTermMemory
+
+log = logging.getLogger("lmcode")
 
 SEED = 1
 
 
-def review(shard: Shard, group: Group, inside: Group, recall: float | None) -> Change | None:
-    """Revises the plan of a bank, on all ranks alike; what has changed, if anything has. Collective.
+def review(bank: LongTermMemory) -> float | None:
+    """`measure.recall` of a bank, and what follows from it for how the bank is searched from now on. Collective.
 
-    Args:
-        group, inside: all ranks, and the memory group of this one.
-        recall: as measured by all ranks.
+    Only the tiers `ivf` and `auto` have anything to decide: see `search.plan.revise`.
     """
-    device, probing = shard.key_HMD.device, shard.plan.probing and shard.plan.centroid_HXD is not None
-    live = sum(inside.all_gather_int(shard.ledger.tally.live, phase="stats", device=device))
-    change = revise(shard.plan, Facts(live, recall, _balance(shard, inside) if probing else 1.0), shard.config)
+    recall = measure.recall(bank)
+    if bank.config.tier in ("ivf", "auto"):
+        _revise(bank, recall if bank.sample.scope != "document" else None)
+    return recall
+
+
+def prepare(bank: LongTermMemory) -> None:
+    """What `review` does before anything was measured: a bank that was filled gets its centroids. Collective."""
+    if bank.config.tier in ("ivf", "auto") and bank.config.scope != "document":
+        _revise(bank, None)
+
+
+def _revise(bank: LongTermMemory, recall: float | None) -> None:
+    """Revises the plan, on all ranks alike, with a line in the log if it has changed."""
+    shard, inside, plan = bank.shard, bank.inside, bank.plan
+    live = sum(inside.all_gather_int(shard.ledger.tally.live, phase="stats", device=shard.key_HMD.device))
+    balance = _balance(shard, inside) if plan.probing and plan.centroid_HXD is not None else 1.0
+    change = revise(plan, Facts(live, recall, balance), bank.config)
     if change is None:
-        return None
+        return
     plan = change.plan
     if change.train:
-        plan = replace(plan, centroid_HXD=train(shard, group, inside, live), trained_on=live)
-    shard.use(plan)
-    return change._replace(plan=plan)
+        plan = replace(plan, centroid_HXD=train(shard, bank.group, inside, live), trained_on=live)
+    bank.use(plan)
+    lists = 0 if plan.centroid_HXD is None else plan.centroid_HXD.shape[1]
+    how = f"{plan.probes} of {lists} lists" if plan.probing else "exactly"
+    say = log.warning if change.alarming else log.info
+    say("memory.tier = %s: the bank is searched %s from now on%s: %s", bank.config.tier, how,
+        ", with new centroids" if change.train else "", change.reason)
 
 
 def _balance(shard: Shard, inside: Group) -> float:
     """See `Facts`: the mean length of the list of an entry, over the mean length of a list; of the worst head."""
-    length_HX = torch.from_numpy(shard.list_lengths())
+    length_HX = torch.from_numpy(shard.searcher.list_lengths())
     length_HX = inside.all_reduce(length_HX.to(shard.key_HMD.device), phase="stats").double().cpu()
     total_H = length_HX.sum(dim=1).clamp(min=1)
     return float((length_HX.square().sum(dim=1) * length_HX.shape[1] / total_H.square()).max())
@@ -65,8 +90,3 @@ def train(shard: Shard, group: Group, inside: Group, live: int) -> Tensor:
         for head in range(H):
             centroid_HXD[head] = faiss_index.centroids(key_EHD[:, head].contiguous(), X, seed=SEED)
     return group.all_reduce(centroid_HXD.to(device), phase="stats").cpu()
-
-
-def first_plan(tier: str) -> Plan:
-    """The plan of an empty bank whose settings name this tier."""
-    return Plan(probing=tier == "ivf")

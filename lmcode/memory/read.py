@@ -22,7 +22,8 @@ from lmcode.dist import Group
 from lmcode.memory.merge import logsumexp_of, merge_lists, pack_cuts, unpack_cuts, winners
 from lmcode.memory.placement import holder_of
 from lmcode.memory.search.faiss_index import check_top_k
-from lmcode.memory.shard import Scope, Shard
+from lmcode.memory.searcher import Scope
+from lmcode.memory.shard import Shard
 from lmcode.memory.ticket import Ticket, make_ticket, query_gradients, value_sums, winning_rows
 from lmcode.precision import without_autocast
 from lmcode.protocol import NO_SCORE, Hits
@@ -79,7 +80,7 @@ class Reader:
         """Phases 1 to 3; see `LongTermMemory.search`."""
         with self.clock.running():
             asked = self.ask(query_NHD, namespace_N, document_N, scope, ragged=ragged)
-            score_XHK, id_XHK, slot_XHK = self.shard.search(asked.query_XHD, asked.namespace_X, asked.document_X, k,
+            score_XHK, id_XHK, slot_XHK = self.shard.searcher.search(asked.query_XHD, asked.namespace_X, asked.document_X, k,
                                                             scope=scope, tier=tier)
             agreed = self.agree(score_XHK, id_XHK)
             won_XHK = winners(score_XHK, id_XHK, agreed.cut_score_XH, agreed.cut_id_XH)
@@ -141,7 +142,7 @@ class Reader:
         return parts
 
     def look_up(self, query_NHD: Tensor, namespace_N: Tensor, document_N: Tensor, k: int) -> tuple[Tensor, ...] | None:
-        """`search` and `attend` in one go, see `Shard.look_up`: for few queries on one rank, from which nothing is hidden.
+        """`search` and `attend` in one go (`Searcher.look_up`), for few queries on one rank, from which nothing is hidden.
 
         None where that is not so.
         """
@@ -153,7 +154,7 @@ class Reader:
             longest = float(torch.linalg.vector_norm(query_NHD, dim=-1, dtype=torch.float32).max())
             if not longest < MAX_QUERY:  # it may be NaN
                 return None
-            return self.shard.look_up(query_NHD.float(), namespace_N.cpu().numpy(), k, scope=self.config.scope,
+            return self.shard.searcher.look_up(query_NHD.float(), namespace_N.cpu().numpy(), k, scope=self.config.scope,
                                       longest=longest)
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmcode.memory.entry import COUNTERS, EMPTY, METADATA
+from lmcode.memory.entry import EMPTY, METADATA
 from lmcode.memory.placement import capacity_of, virtual_shard_of
+from lmcode.memory.states import COUNTERS
 
 ROWS = {"key": 1, "value": 1, **dict.fromkeys(METADATA, 0)}  # what an entry has a row in -> along which dim
 

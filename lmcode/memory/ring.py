@@ -1,9 +1,9 @@
-"""One virtual shard as a policy of eviction sees it: its columns, where its hand stands, and two questions it can ask.
+"""One virtual shard as an eviction policy sees it: its columns, where its hand stands, and two questions that it answers.
 
 `free` and `lowest` answer without looking at the whole ring. Slots lie in blocks of `BLOCK`; of a block is known how many
 slots are free, exactly, and for a column that a policy orders by a lower bound of the least (value, id) of its entries. A
-change updates the count, and lowers the bound if it must; a bound that is too low is found out when the block is
-looked at, and put right. So `free` costs O(M / BLOCK + n) and `lowest` O(M / BLOCK + BLOCK n) for n slots of M.
+change updates the count, and lowers the bound if it must; a bound that is too low is corrected when the block
+is looked at. So `free` costs O(M / BLOCK + n) and `lowest` O(M / BLOCK + BLOCK n) for n slots of M.
 Letters: X blocks; M slots of a virtual shard; E entries that are looked at.
 """
 
@@ -41,7 +41,7 @@ class Blocks:
         self.forget()
 
     def forget(self) -> None:
-        """The columns have changed in a way that nobody told."""
+        """Drops counts and bounds, after a change of whole columns; they are made anew when they are asked for."""
         self._free: np.ndarray | None = None
         self.bounds: dict[str, np.ndarray] = {}
 
@@ -98,7 +98,7 @@ class Ring:
 
     @staticmethod
     def of(hand: int, columns: Mapping[str, np.ndarray]) -> Ring:
-        """A ring by itself."""
+        """A ring that is not part of a bank, for tests."""
         return Blocks(columns, [len(columns["id"])]).ring(0, hand, slice(None))
 
     def __len__(self) -> int:

@@ -25,7 +25,7 @@ def consolidate_shards(shard: Shard, group: Group, threshold: float, *, tier: st
     Args:
         tier: of the search for neighbours.
     """
-    slots, block, device = shard.slots_by_text()[0], consolidate.BLOCK, shard.key_HMD.device
+    slots, block, device = shard.views.by_text()[0], consolidate.BLOCK, shard.key_HMD.device
     live = group.all_gather_int(len(slots), phase="writes", device=device)
     starts = range(0, max(1, *live), block)
     link_X3 = torch.cat([_links(shard, group, slots[start:start + block], threshold, tier) for start in starts])
@@ -48,11 +48,11 @@ def _links(shard: Shard, group: Group, slot_N: np.ndarray, threshold: float, tie
 
 def nearest_two(shard: Shard, group: Group, unit_ND: Tensor, text_N2: Tensor, *, most: int,
                 tier: str) -> tuple[Tensor, Tensor]:
-    """Scores and ids of the two entries of the bank that are nearest to each row in its text, [N, 2]: see `Shard.nearest`.
+    """Scores and ids of the two entries of the bank nearest to each row in its text, [N, 2]: see `Searcher.nearest`.
     Collective; every rank pads its rows to `most`."""
     units = group.all_gather(pad(unit_ND, most), phase="writes")  # those of all ranks
     texts = group.all_gather(pad(text_N2, most, -1), phase="writes").cpu().numpy()
-    lists = shard.nearest(units, texts, tier=tier)[:2]
+    lists = shard.searcher.nearest(units, texts, tier=tier)[:2]
     scores, others = (group.all_to_all(part, phase="writes").view(-1, most, 2) for part in lists)  # [ranks, N, 2]
     score_N2, other_N2 = merge_lists(scores, others)
     return score_N2[:len(unit_ND)], other_N2[:len(unit_ND)]

@@ -1,18 +1,15 @@
 """What one rank holds of a bank: the rows of its virtual shards, each a ring in a contiguous range of slots.
 
-The shard does what needs no other rank: it searches its rows, weighs and differentiates those that won, and writes,
-deletes and counts. Beside the keys, `[H, M, D]`, lie the addends to their scores, fp32 `[M]`: `importance_weight *
-log(importance)` of a live entry and `NO_SCORE` in an empty slot. So that attention is counted changes no key.
-Letters: N queries of all ranks, or of a group that sees the same rows; M slots of this rank, or the rows that such a group
-sees; E entries, winners among them; X bags of winners (`ticket`), or heads x groups (`exact.Stack`).
+The shard owns the tables and alone changes them, knowing no other rank: it writes, deletes, merges and counts. Its
+`searcher` reads them. Beside the keys, `[H, M, D]`, lie the addends to their scores, fp32 `[M]`: `importance_weight *
+log(importance)` of a live entry and `NO_SCORE` in an empty slot. So counting attention changes no key.
+Letters: M slots of this rank; E entries, or winners; X bags of winners (`ticket`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Union
 
 import numpy as np
 import torch
@@ -20,25 +17,19 @@ from torch import Tensor
 
 from lmcode.config import MemoryConfig
 from lmcode.memory.consolidate import merge_columns, merge_vectors, pack_columns, unit_keys
-from lmcode.memory.entry import COUNTERS, MASS_UNIT, MAX_IMPORTANCE, UNKNOWN, Entries, check_content
+from lmcode.memory.entry import MASS_UNIT, MAX_IMPORTANCE, UNKNOWN, Entries
 from lmcode.memory.evict import policy_of
 from lmcode.memory.ledger import Ledger
 from lmcode.memory.placement import capacity_of, virtual_shard_of
-from lmcode.memory.search.decide import no_hits
-from lmcode.memory.search.exact import Stack, attend_best, stack_rows
-from lmcode.memory.search.ivf import IvfTier
-from lmcode.memory.search.plan import Plan
-from lmcode.memory.search.tier import Found, Hidden, Rows, Tier, tier_of
+from lmcode.memory.searcher import Searcher
+from lmcode.memory.states import check_state
 from lmcode.memory.ticket import Ticket
 from lmcode.memory.values import copy_of, value_table
+from lmcode.memory.views import Views, on_device
 from lmcode.protocol import NO_SCORE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Predicate = Callable[[Mapping[str, np.ndarray]], np.ndarray]
-Scope = Union[str, Sequence[int]]  # noqa: UP007  (evaluated at run time)
-Groups = tuple[Union[tuple[int, ...], None], ...]  # noqa: UP007  (evaluated at run time)
-KEPT_ROWS = 16384  # rows copied for searches that the next searches find again, as long as nothing changes
-STACKED_ROWS = 65536  # rows copied for look-ups, likewise
 _VERSIONS = itertools.count(1)  # no two states of any two shards in this process share a version
 
 
@@ -47,6 +38,7 @@ class Shard:
 
     version: a number that is never the same again after a change. Ranks that make the same calls change it in the same ones,
         even where a call finds nothing to change.
+    views, searcher: read the tables. Every change of a score, a key or an entry is told to them in the method that makes it.
     """
 
     def __init__(self, *, heads: int, head_dim: int, slots: int, owned: Sequence[int], config: MemoryConfig,
@@ -62,11 +54,8 @@ class Shard:
         self.hand, self.evicted = self.ledger.hand, self.ledger.evicted
         self._policy = policy_of(config.eviction)
         self.version = next(_VERSIONS)
-        self._texts: tuple[np.ndarray, dict[tuple[int, int], slice]] | None = None
-        self._kept: dict[object, Rows] = {}
-        self._stacks: dict[object, Stack | None] = {}
-        self._tiers: dict[str, Tier] = {}
-        self.plan = Plan()
+        self.views = Views(self.key_HMD, self.addend_M, self.ledger)
+        self.searcher = Searcher(self.views, self.value_HMD, self.ledger)
 
     @property
     def live_M(self) -> np.ndarray:
@@ -78,7 +67,7 @@ class Shard:
     def write(self, entries: Entries) -> None:
         """Stores those entries that belong here and that the policy of eviction takes, and evicts what is in their way.
 
-        `evicted` counts both: who is refused has had an id, and is gone.
+        `evicted` counts both: an entry that is refused has had an id, too.
         """
         shard_E = virtual_shard_of(entries.id_E, self.config.virtual_shards)
         columns, stored, slots, spent = entries.metadata(), [], [], []
@@ -96,14 +85,14 @@ class Shard:
         self._put(np.concatenate(slots), entries.take(np.concatenate(stored)))
 
     def _put(self, slot_E: np.ndarray, entries: Entries) -> None:
-        slots = self._on_device(slot_E)
+        slots = on_device(slot_E, self.key_HMD)
         self.key_HMD[:, slots] = entries.key_EHD.transpose(0, 1).to(self.key_HMD.dtype)
         self.value_HMD[:, slots.to(self.value_HMD.device)] = entries.value_EHD.transpose(0, 1).to(self.value_HMD)
         self.ledger.put(slot_E, {**entries.metadata(),
                                  "chance": entries.importance_E >= self.config.second_chance_importance})
         self._refresh_scores(slot_E)
-        self._say_changed(slot_E)
-        self._texts = None
+        self.searcher.changed(slot_E)
+        self.views.regrouped()
 
     def _refresh_scores(self, slot_E: np.ndarray) -> None:
         """Puts importance into the addends of slots that have changed; whatever was kept of them is out of date.
@@ -113,15 +102,9 @@ class Shard:
         live_E = self.columns["id"][slot_E] >= 0
         importance_E = np.where(live_E, self.columns["importance"][slot_E], 1.0).astype(np.float64)
         addend_E = np.where(live_E, self.config.importance_weight * np.log(importance_E), NO_SCORE)
-        self.addend_M[self._on_device(slot_E)] = self._on_device(addend_E.astype(np.float32))
-        self._kept.clear()
-        self._stacks.clear()
+        self.addend_M[on_device(slot_E, self.key_HMD)] = on_device(addend_E.astype(np.float32), self.key_HMD)
+        self.views.rescored()
         self.version = next(_VERSIONS)
-
-    def _say_changed(self, slot_E: np.ndarray) -> None:
-        """Tells the tiers which slots have other keys, other entries or none now."""
-        for tier in self._tiers.values() if len(slot_E) else ():
-            tier.changed(slot_E)
 
     def matching(self, *, ids: Sequence[int] | None, namespace: int | None, before_step: int | None,
                  predicate: Predicate | None) -> np.ndarray:
@@ -132,7 +115,7 @@ class Shard:
         if ids is not None:
             slot_E = self.slots_of_ids(np.unique(np.asarray(ids, np.int64)))
         elif namespace is not None:
-            slot_E = self.slots_of(np.array([namespace]))
+            slot_E = self.ledger.slots_of_namespaces(np.array([namespace]))
         else:
             slot_E = np.flatnonzero(self.live_M)
         if namespace is not None:
@@ -148,22 +131,23 @@ class Shard:
         """Empties those of these slots that are live, leaving nothing of their entries; returns how many there were."""
         slot_E = slot_E[self.columns["id"][slot_E] >= 0]
         self.ledger.clear(slot_E)
-        slots = self._on_device(slot_E)
+        slots = on_device(slot_E, self.key_HMD)
         self.key_HMD[:, slots] = 0
         self.value_HMD[:, slots.to(self.value_HMD.device)] = 0
         self._refresh_scores(slot_E)
-        self._say_changed(slot_E)
-        self._texts = None
+        self.searcher.changed(slot_E)
+        self.views.regrouped()
         return len(slot_E)
 
     def name_documents(self, first_E: np.ndarray, end_E: np.ndarray, document_E: np.ndarray) -> None:
-        """Gives entries of unknown document those of ranges of ids, which ascend and do not overlap."""
+        """Gives entries of unknown document the document of the range that their id is in; ranges ascend and do not
+        overlap."""
         if len(first_E):
             id_M, document_M = self.columns["id"], self.columns["document"]
             at_M = np.searchsorted(first_E, id_M, side="right") - 1
             named_M = (at_M >= 0) & (id_M < end_E[at_M]) & (document_M == UNKNOWN)
             document_M[named_M] = document_E[at_M[named_M]]
-            self._texts = None
+            self.views.regrouped()
 
     def slots_of_ids(self, id_E: np.ndarray) -> np.ndarray:
         """Slots of those entries that this rank holds, in the order of the ids."""
@@ -171,32 +155,32 @@ class Shard:
         return slot_E[slot_E >= 0]
 
     def questions(self, slot_E: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """What these slots ask when they look for neighbours, on the device: ids, texts (namespace and document, int64
-        [E, 2]), `unit_keys`."""
-        id_E, namespace_E, document_E = (self._on_device(self.columns[name][slot_E])
+        """The queries of a search for the neighbours of these slots, on the device: ids, texts (namespace and document,
+        int64 [E, 2]), `unit_keys`."""
+        id_E, namespace_E, document_E = (on_device(self.columns[name][slot_E], self.key_HMD)
                                          for name in ("id", "namespace", "document"))
-        unit_ED = unit_keys(self.key_HMD[:, self._on_device(slot_E)])
+        unit_ED = unit_keys(self.key_HMD[:, on_device(slot_E, self.key_HMD)])
         return id_E, torch.stack([namespace_E, document_E], dim=1), unit_ED
 
     def take(self, id_E: np.ndarray) -> tuple[Tensor, Tensor]:
         """What another rank needs of these entries to merge them: fp32 vector_E2HD and int64 `pack_columns` [E, 5]."""
         slot_E = self.slots_of_ids(id_E)
-        slots = self._on_device(slot_E)
+        slots = on_device(slot_E, self.key_HMD)
         value_HED = self.value_HMD[:, slots.to(self.value_HMD.device)].to(slots.device)
         vector_2HED = torch.stack([self.key_HMD[:, slots], value_HED]).float()
-        return vector_2HED.permute(2, 0, 1, 3), self._on_device(pack_columns(self.columns, slot_E))
+        return vector_2HED.permute(2, 0, 1, 3), on_device(pack_columns(self.columns, slot_E), self.key_HMD)
 
     def absorb(self, id_E: np.ndarray, other_E2HD: Tensor, other_E5: Tensor) -> None:
         """Merges into each of these entries another one, a row of `take`. Id, namespace and step stay."""
         slot_E, (mine_E2HD, mine_E5) = self.slots_of_ids(id_E), self.take(id_E)
         merged_E2HD = merge_vectors(mine_E2HD, other_E2HD, mine_E5[:, 0], other_E5[:, 0])
         key_HED, value_HED = merged_E2HD.permute(1, 2, 0, 3)
-        slots = self._on_device(slot_E)
+        slots = on_device(slot_E, self.key_HMD)
         self.key_HMD[:, slots] = key_HED.to(self.key_HMD.dtype)
         self.value_HMD[:, slots.to(self.value_HMD.device)] = value_HED.to(self.value_HMD)
         self.ledger.update(slot_E, merge_columns(mine_E5.cpu().numpy(), other_E5.cpu().numpy()))
         self._refresh_scores(slot_E)
-        self._say_changed(slot_E)
+        self.searcher.changed(slot_E)
 
     def count_hits(self, tickets: Sequence[Ticket], credits_X: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """Which slots won in these reads, ascending, and the attention that each received, over all heads, in units of
@@ -230,176 +214,6 @@ class Shard:
                                     "importance": after_E, "chance": chance_E})
         self._refresh_scores(slot_E)
 
-    # --- reading ---------------------------------------------------------------------------------------------------
-
-    def slots_by_text(self) -> tuple[np.ndarray, dict[tuple[int, int], slice]]:
-        """Live slots sorted by (namespace, document, id), and where among them those of each text are."""
-        if self._texts is None:
-            live = np.flatnonzero(self.live_M)
-            text_2E = np.stack([self.columns[name][live] for name in ("namespace", "document")])
-            order_E = np.lexsort((self.columns["id"][live], text_2E[1], text_2E[0]))
-            starts, ends, texts = _runs(text_2E.T[order_E])
-            self._texts = live[order_E], dict(zip(texts, map(slice, starts, ends), strict=True))
-        return self._texts
-
-    def slots_of(self, namespaces: np.ndarray) -> np.ndarray:
-        """Live slots of these namespaces, by (namespace, id)."""
-        return self.ledger.slots_of_namespaces(namespaces)
-
-    def search(self, query_NHD: Tensor, namespace_N: np.ndarray, document_N: np.ndarray, k: int, *, scope: Scope,
-               tier: str) -> Found:
-        """The k best rows of this rank for each query and head: score, id and slot, [N, H, K], in total order.
-
-        A query with a negative namespace sees nothing, whatever the scope; one of a known document sees nothing that was
-        written from this document under another namespace.
-        """
-        def hidden(slot_M: Tensor | None, queries: np.ndarray) -> Hidden:
-            return () if scope == "document" else self._hidden(slot_M, namespace_N[queries], document_N[queries])
-
-        searching = self._tier(tier)
-        rows_of = self._table if searching.whole else self._rows_of
-        return self._search(query_NHD, _groups(namespace_N, scope), k, searching.search, rows_of, hidden)
-
-    def look_up(self, query_NHD: Tensor, namespace_N: np.ndarray, k: int, *, scope: Scope,
-                longest: float) -> tuple[Tensor, ...] | None:
-        """What attending to the hits of a `search` would give, [N, H, D], and its log-sum-exp, [N, H], and whether that
-        takes a search after all, bool [N]; None if it does for all.
-
-        Args:
-            longest: length of the longest query, finite.
-        """
-        if self.value_HMD.device != self.device:
-            return None
-        (N, H, D), names = query_NHD.shape, namespace_N.tolist()
-        if scope == "document":
-            groups: Groups = tuple((name,) for name in (names if len(set(names)) > 1 else names[:1]))
-        else:
-            groups = (seen_in(scope),)
-        stack = self._stack(groups)
-        if stack is None:
-            return None
-        value_XND, lse_XN, doubtful_XN = attend_best(query_NHD.transpose(0, 1).reshape(H * len(groups), -1, D), stack,
-                                                     self.value_HMD.flatten(0, 1), k, longest)
-        value_NHD, lse_NH = value_XND.view(H, N, -1).transpose(0, 1), lse_XN.view(H, N).transpose(0, 1)
-        if stack.has_empty or min(names) < 0:
-            sees_N1 = (~stack.empty & self._on_device(namespace_N >= 0))[:, None]
-            value_NHD, lse_NH = value_NHD.where(sees_N1[..., None], 0.0), lse_NH.where(sees_N1, NO_SCORE)
-        return value_NHD, lse_NH, doubtful_XN.view(H, N).any(dim=0)
-
-    def _stack(self, groups: tuple[tuple[int, ...] | None, ...]) -> Stack | None:
-        """The rows of these namespaces (None: of all), group by group; None if they are too many. Kept until the shard
-        changes."""
-        if groups not in self._stacks:
-            slots = [np.flatnonzero(self.live_M) if names is None else self.slots_of(np.array(names)) for names in groups]
-            columns = len(slots) * max(map(len, slots))
-            if columns + sum(stack.num_columns for stack in self._stacks.values() if stack) > STACKED_ROWS:
-                self._stacks.clear()
-            self._stacks[groups] = (None if columns > STACKED_ROWS
-                                    else stack_rows(self.key_HMD, self.addend_M, [*map(self._on_device, slots)]))
-        return self._stacks[groups]
-
-    def nearest(self, unit_ND: Tensor, text_N2: np.ndarray, *, tier: str) -> Found:
-        """The two entries here that are nearest to each query in its text, itself included: as `search`, [N, 2].
-
-        Args:
-            unit_ND: rows of `unit_keys`; so are the rows that they are compared with, a text at a time.
-            text_N2: namespace (negative: none, so nothing is found) and document of each query.
-        """
-        order_N = np.lexsort((text_N2[:, 1], text_N2[:, 0]))
-        groups = [(order_N[start:end], text) for start, end, text in zip(*_runs(text_N2[order_N]), strict=True)
-                  if text[0] >= 0]
-        found = self._search(unit_ND.unsqueeze(1), groups, 2, self._tier(tier).search, self._unit_rows_of)
-        return found[0][:, 0], found[1][:, 0], found[2][:, 0]
-
-    def use(self, plan: Plan) -> None:
-        """How the whole bank is searched from now on."""
-        self.plan = plan
-        for tier in self._tiers.values():
-            tier.use(plan)
-
-    def list_lengths(self) -> np.ndarray:
-        """How many entries each list of the plan's centroids holds here, int64 [H, X]."""
-        tier = self._tier("ivf")
-        assert isinstance(tier, IvfTier)
-        return tier.lengths(self._table(None))
-
-    def _tier(self, name: str) -> Tier:
-        if name not in self._tiers:
-            self._tiers[name] = tier_of(name)()
-            self._tiers[name].use(self.plan)
-        return self._tiers[name]
-
-    def _search(self, query_NHD: Tensor, groups: list[tuple[np.ndarray, Any]], k: int, search: Callable[..., Found],
-                rows_of: Callable[[Any], Rows],
-                hidden_of: Callable[[Tensor | None, np.ndarray], Hidden] = lambda *_: ()) -> Found:
-        """Group by group; a tier goes head by head, so here, and nowhere else, queries are turned for it."""
-        N, H, _ = query_NHD.shape
-        found = no_hits((N, H, k), query_NHD.device)
-        for queries, seen in groups:
-            rows = rows_of(seen)
-            if len(rows.id_M) == 0:
-                continue
-            positions = self._on_device(queries)
-            query_HND = query_NHD.index_select(0, positions).transpose(0, 1).contiguous()
-            score_HNK, id_HNK, slot_HNK = search(query_HND, rows, k, hidden=hidden_of(rows.slot_M, queries))
-            if rows.slot_M is not None:
-                slot_HNK = rows.slot_M[slot_HNK.clamp(min=0)].where(slot_HNK >= 0, -1)
-            for whole, part in zip(found, (score_HNK, id_HNK, slot_HNK), strict=True):
-                whole.index_copy_(0, positions, part.transpose(0, 1))
-        return found
-
-    def _hidden(self, slot_M: Tensor | None, namespace_N: np.ndarray, document_N: np.ndarray) -> Hidden:
-        """Which of these rows (None: of all slots) are hidden from whom: those of a query's own document, written under
-        another namespace, so in another reading. What its own reading has written comes from earlier tokens."""
-        documents = np.unique(document_N[document_N >= 0])
-        if len(documents) == 0:
-            return ()
-        document_M, namespace_M = (self.columns[name] if slot_M is None else self.columns[name][slot_M.cpu().numpy()]
-                                   for name in ("document", "namespace"))
-        own = np.flatnonzero(np.isin(document_M, documents))
-        if len(own) == 0:
-            return ()
-        readings, reading_N = np.unique(np.stack([document_N, namespace_N], axis=1), axis=0, return_inverse=True)
-        pairs = [(np.flatnonzero(reading_N.reshape(-1) == number),
-                  own[(document_M[own] == document) & (namespace_M[own] != namespace)])
-                 for number, (document, namespace) in enumerate(readings) if document >= 0]
-        return [(self._on_device(queries), self._on_device(unseen)) for queries, unseen in pairs if len(unseen)]
-
-    def _table(self, names: tuple[int, ...] | None) -> Rows:
-        """`_rows_of`, but all slots where all rows are seen."""
-        if names is not None:
-            return self._rows_of(names)
-        return Rows(self.key_HMD, self.addend_M, self._on_device(self.columns["id"]), None)
-
-    def _rows_of(self, names: tuple[int, ...] | None) -> Rows:
-        """The rows of these namespaces; None: of all."""
-        if names in self._kept:
-            return self._kept[names]
-        slot_E = np.flatnonzero(self.live_M) if names is None else self.slots_of(np.array(names))
-        # From half full on, scores of empty slots cost less than a copy of the live rows.
-        if names is None and (2 * len(slot_E) >= self.num_slots > 0):
-            return Rows(self.key_HMD, self.addend_M, self._on_device(self.columns["id"]), None)
-        slots = self._on_device(slot_E)
-        id_E = self._on_device(self.columns["id"][slot_E])
-        return self._keep(names, Rows(self.key_HMD.index_select(1, slots), self.addend_M[slots], id_E, slots))
-
-    def _unit_rows_of(self, text: tuple[int, int]) -> Rows:
-        """The `unit_keys` of the rows of a text."""
-        if ("text", text) in self._kept:
-            return self._kept["text", text]
-        sorted_slots, texts = self.slots_by_text()
-        slot_E = sorted_slots[texts.get(text, slice(0))]
-        slots = self._on_device(slot_E)
-        unit_1ED = unit_keys(self.key_HMD[:, slots]).unsqueeze(0)
-        return self._keep(("text", text), Rows(unit_1ED, unit_1ED.new_zeros(len(slot_E)),
-                                               self._on_device(self.columns["id"][slot_E]), slots))
-
-    def _keep(self, key: object, rows: Rows) -> Rows:
-        """Keeps few rows until the shard changes."""
-        if len(rows.id_M) + sum(len(kept.id_M) for kept in self._kept.values()) <= KEPT_ROWS:
-            self._kept[key] = rows
-        return rows
-
     # --- state -----------------------------------------------------------------------------------------------------
 
     def state(self, shard: int) -> dict[str, Tensor]:
@@ -418,7 +232,7 @@ class Shard:
 
         Raises:
             ValueError: if the state does not fit (names, shapes, dtypes) or is not one a bank can be in: see
-                `check_content`. Nothing has changed then.
+                `states.check_content`. Nothing has changed then.
         """
         self.check(shard, state)
         place = self._place_of(shard)
@@ -429,66 +243,16 @@ class Shard:
         self.hand[shard], self.evicted[shard] = int(state["hand"]), int(state["evicted"])
         self.ledger.forget()
         self._refresh_scores(np.arange(place.start, place.stop))
-        self._say_changed(np.arange(place.start, place.stop))
-        self._texts = None
+        self.searcher.changed(np.arange(place.start, place.stop))
+        self.views.regrouped()
 
     def check(self, shard: int, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError where a state, bank-wide counters included, is not one of this virtual shard."""
-        place = self._place_of(shard)
-        (H, _, D), M = self.value_HMD.shape, place.stop - place.start
-        numbers = {"shard": shard, "virtual_shards": self.config.virtual_shards, "slots": self.slots}
-        mine: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            **dict.fromkeys(("key", "value"), ((H, M, D), self.value_HMD.dtype)),
-            **{name: ((M,), torch.from_numpy(column[:0].copy()).dtype) for name, column in self.columns.items()},
-            **dict.fromkeys((*numbers, "hand", "evicted", *COUNTERS), ((), torch.int64))}
-        if {*mine} != {*state}:
-            raise ValueError(f"virtual shard {shard}: a state holds {sorted(mine)}: got {sorted(state)}")
-        for name, expected in mine.items():
-            if expected != (came := (tuple(state[name].shape), state[name].dtype)):
-                raise ValueError(f"virtual shard {shard}: '{name}' must be {expected}: got {came}")
-        for name, number in numbers.items():
-            if int(state[name]) != number:
-                raise ValueError(f"virtual shard {shard}: '{name}' must be {number}: got {int(state[name])}")
-        check_content(state, self.config.virtual_shards)
+        (H, _, D), place = self.value_HMD.shape, self._place_of(shard)
+        check_state(state, shape=(H, place.stop - place.start, D), dtype=self.value_HMD.dtype, shard=shard,
+                    virtual_shards=self.config.virtual_shards, slots=self.slots)
 
     def _place_of(self, shard: int) -> slice:
         if shard not in self.range_of:
             raise ValueError(f"this rank holds the virtual shards {self.owned}: got {shard}")
         return self.range_of[shard]
-
-    def _on_device(self, index: np.ndarray) -> Tensor:
-        return torch.from_numpy(index).to(self.key_HMD.device)
-
-
-def seen_in(scope: Scope) -> tuple[int, ...] | None:
-    """The namespaces of a scope that is the same for all queries; None: all."""
-    return None if isinstance(scope, str) else tuple(scope)
-
-
-def _groups(namespace_N: np.ndarray, scope: Scope) -> list[tuple[np.ndarray, tuple[int, ...] | None]]:
-    """Queries that see the same namespaces, and those (None: all); queries with a negative one are in no group."""
-    if scope == "document" and len(namespace_N) == 1:
-        return [(np.array([0]), (int(namespace_N[0]),))] if namespace_N[0] >= 0 else []
-    if scope == "document":
-        order = np.argsort(namespace_N, kind="stable")
-        names, starts = np.unique(namespace_N[order], return_index=True)
-        return [(queries, (int(name),)) for name, queries in zip(names, np.split(order, starts[1:]), strict=True)
-                if name >= 0]
-    queries = np.flatnonzero(namespace_N >= 0)
-    return [(queries, seen_in(scope))] if len(queries) else []
-
-
-def _runs(text_M2: np.ndarray) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    """Where equal rows of a sorted table start and end, and which they are."""
-    changes = np.flatnonzero((text_M2[1:] != text_M2[:-1]).any(axis=1)) + 1
-    bounds = [0, *changes.tolist(), len(text_M2)] if len(text_M2) else [0]
-    return bounds[:-1], bounds[1:], list(map(tuple, text_M2[bounds[:-1]].tolist()))
-
-
-def digest_of(state: Mapping[str, Tensor]) -> bytes:
-    """blake2b over the names, dtypes, shapes and bytes of a state, by name."""
-    digest = hashlib.blake2b(digest_size=32)
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.digest()

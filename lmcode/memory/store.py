@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from lmcode.files.tensors import write_tensors
-from lmcode.memory.entry import ADDED, COUNTERS, EMPTY, METADATA
+from lmcode.memory.entry import ADDED, EMPTY, METADATA
+from lmcode.memory.states import COUNTERS
 
 if TYPE_CHECKING:
     from lmcode.memory.bank import LongTermMemory

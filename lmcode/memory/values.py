@@ -1,9 +1,8 @@
 """Where a shard's values lie (`memory.value_store`): beside the keys, in host memory, or in a working file on disk.
 
-A read looks at the values of those rows alone that won, so they may lie where there is more room. The working file
-belongs to the process: it loses its name as soon as it is mapped, so that nothing is left of it after a kill, and a
-checkpoint is what brings it back. Its room is taken at once: a disk that ran full later would end the process with a
-signal.
+A read looks at the values of those rows alone that won, so they may lie where there is more room. The working file belongs
+to the process: it loses its name as soon as it is mapped, so that nothing is left of it after a kill, and a checkpoint is
+what brings it back. Its room is reserved at once, since a disk that ran full later would end the process with a signal.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From what a step offers to what is stored: hits are counted and credited, candidates gathered, chosen, admitted.
 
-Everything that the ranks do together in a commit is here. What decides travels first, to all; so every rank knows which
-candidates get which ids, and the vectors go to those alone that hold them.
+Everything that the ranks do together in a commit is here. The columns that decide travel first, to all ranks; so every rank
+knows which candidates get which ids, and vectors travel only to the ranks that will hold them.
 Letters: N queries or candidates of this rank; E chosen candidates or entries; X bags of winners of a read (`ticket`).
 """
 
@@ -47,7 +47,8 @@ def count_hits(hits: Sequence[Hits], tickets: Sequence[Ticket], shard: Shard, in
 
 
 def gather_credits(hits: Sequence[Hits], tickets: Sequence[Ticket], inside: Group) -> list[Tensor]:
-    """What the bags of each read's ticket are to be credited with, fp32 [X]: winners lie here, their askers anywhere."""
+    """What the bags of each read's ticket are to be credited with, fp32 [X]: the winners are on this rank, their queries on
+    any."""
     if not hits:
         return []
     rows = [ticket.rows_per_rank for ticket in tickets]
@@ -60,8 +61,7 @@ def gather_candidates(candidates: Sequence[Candidates], shard: Shard, group: Gro
                       step: int) -> tuple[int, Batch]:
     """How many valid candidates all ranks offer, and those that the policy chooses, here where they belong. Collective.
 
-    What decides travels first, to every rank; so all know who gets which id, and vectors travel only to the ranks that
-    will hold them, one in each memory group.
+    The ranks that will hold a vector are one in each memory group.
     """
     heads, _, head_dim = shard.value_HMD.shape
     config, device = shard.config, shard.device

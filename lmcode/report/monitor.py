@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lmcode.backbone import Backbone
+from lmcode.memory import measure
 from lmcode.memory.bank import LongTermMemory
 from lmcode.protocol import LayerMemory, Output
 
@@ -146,7 +147,7 @@ def _measure(bank: LongTermMemory, read: LayerMemory, step: int) -> dict[str, fl
 
 def _median_age(bank: LongTermMemory, read: LayerMemory, step: int) -> float:
     """The median age of the hits that all ranks hold, the lower one of two; the same on any number of ranks."""
-    ages = np.zeros(0, np.int64) if read.hits.ticket is None else bank.ages(read.hits, step=step).cpu().numpy()
+    ages = np.zeros(0, np.int64) if read.hits.ticket is None else measure.ages(read.hits, step=step).cpu().numpy()
     parts = bank.group.all_gather_object(np.unique(ages, return_counts=True))
     age_X, count_X = (np.concatenate(part) for part in zip(*parts, strict=True))
     if not count_X.sum():

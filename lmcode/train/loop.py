@@ -25,7 +25,7 @@ from lmcode.jobs import network, preempt
 from lmcode.jobs.clock import Clock
 from lmcode.jobs.preempt import Preempted, Request, agreed, noticing
 from lmcode.jobs.watch import NullWatch, digest_of, watching
-from lmcode.memory.entry import COUNTERS
+from lmcode.memory.states import COUNTERS
 from lmcode.protocol import LayerMemory, State
 from lmcode.train import health, observe, resuming, saving, summary
 from lmcode.train.ds_config import resolve

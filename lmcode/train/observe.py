@@ -18,6 +18,7 @@ from lmcode.data.replay import ReplaySampler
 from lmcode.dist import Rank
 from lmcode.eval.held_out import EvalResult
 from lmcode.jobs.clock import PHASES
+from lmcode.memory import measure, planning
 from lmcode.train import flops
 from lmcode.train.engine import count_parameters
 from lmcode.train.session import Session, StepResult
@@ -106,7 +107,7 @@ def layer_metrics(session: Session, result: StepResult, layer: int) -> dict[str,
     gate = torch.cat([read.gate_BT.flatten() for read in reads])
     share = torch.cat([read.share_HN.flatten() for read in reads])
     null = torch.cat([read.null_share_HN.flatten() for read in reads])
-    ages = torch.cat([bank.ages(read.hits, step=session.step) for read in reads]).float()
+    ages = torch.cat([measure.ages(read.hits, step=session.step) for read in reads]).float()
     local = torch.tensor([gate.mean(), share.mean(), null.mean()], device=gate.device)
     gate_mean, hit_mass, null_mass = (group.all_reduce(local, phase="metrics") / group.size).tolist()
     stats = bank.stats()
@@ -114,7 +115,7 @@ def layer_metrics(session: Session, result: StepResult, layer: int) -> dict[str,
     scores = torch.cat([read.hits.score_HNK[read.hits.valid_HNK] for read in reads])
     for name, sample in (("scores", scores), ("ages", ages), ("gates", gate)):
         session.metrics.histogram(session.step, f"{prefix}/{name}", sample)
-    recall = bank.review()
+    recall = planning.review(bank)
     return {
         **({} if recall is None else {f"{prefix}/recall_at_k": recall}),
         f"{prefix}/fill": stats["live"] / stats["slots"],

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lmcode.eval.held_out import NOTHING_FAR, EvalResult
+from lmcode.memory import measure
 from lmcode.model.generation.sampling import Decoding
 from lmcode.protocol import Output
 from lmcode.train.session import Session
@@ -104,7 +105,7 @@ def collect(session: Session, results: dict[str, EvalResult], void: dict[str, st
     counts = torch.zeros(group.size, dtype=torch.int64)
     for layer, bank in banks.items():
         for read in session.last.reads[layer] if session.last else []:
-            counts += bank.shares_by_rank(read.hits).cpu()
+            counts += measure.shares_by_rank(bank, read.hits).cpu()
     prompt_tail, sample = continue_document(session)
     phase_ms, bytes_per_step = session.costs.per_step()
     tokens = session.config.train.streams * session.config.train.sequence_length * session.step
@@ -114,7 +115,7 @@ def collect(session: Session, results: dict[str, EvalResult], void: dict[str, st
         filled_by_rank={layer: s["live_by_rank"] for layer, s in stats.items()},
         slots=session.config.model.long_term_memory_slots,
         memory_groups=group.size // session.config.memory.ranks_per_group(group.size),
-        recall_by_layer={layer: bank.recall() for layer, bank in banks.items()},
+        recall_by_layer={layer: measure.recall(bank) for layer, bank in banks.items()},
         hits_by_rank=group.all_gather_object(counts.tolist()), phase_ms=phase_ms,
         bytes_per_step=bytes_per_step, prompt_tail=prompt_tail, sample=sample, checkpoint=checkpoint,
         run_folder=session.folder)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lmcode.config import EVICTIONS, ConfigError, MemoryConfig
 from lmcode.dist import Group
-from lmcode.memory import LongTermMemory
+from lmcode.memory import LongTermMemory, measure
 from lmcode.memory.entry import MASS_UNIT, MAX_IMPORTANCE
 from lmcode.memory.placement import capacity_of, holder_of, virtual_shard_of
 from lmcode.protocol import NO_SCORE, Candidates
@@ -59,7 +59,7 @@ def train_a_little(group: Group, settings: dict[str, Any]) -> dict[str, Any]:
         ((value * weight).sum() + lse.where(lse > NO_SCORE, 0.0).square().sum()).backward()
         for name, one in zip(seen, (hits.id_HNK, hits.score_HNK, value, lse, query.grad), strict=False):
             seen[name].append(one.detach())
-        seen["ages"].append(bank.ages(hits, step=step))
+        seen["ages"].append(measure.ages(hits, step=step))
         credit = my_part(credits_of(step, QUERIES), group, 1) if step != 1 else None
         bank.commit(micro_batches(group, step), [hits._replace(credit_HN=credit)], step=step)
         if step == 2:
@@ -494,9 +494,9 @@ def test_reads_never_write(fetch: str) -> None:
     assert torch.equal(first[0], second[0])
     (first[0].sum() + second[1].sum()).backward()
     bank.fetch(hits)
-    bank.recall()
+    measure.recall(bank)
     bank.stats()
-    bank.shares_by_rank(hits)
+    measure.shares_by_rank(bank, hits)
     assert bank.content_hash() == before
 
 
@@ -516,14 +516,15 @@ def test_recall_counts_what_was_missed() -> None:
     bank, *_ = filled(recall_queries=3)
     query, names = unit(H, 8, D, seed=1), torch.arange(8) % 4
     hits = bank.search(query, names)
-    assert bank.check_recall(query, names, hits) == bank.recall() == 1.0
+    asked = measure.Sample(query, names, torch.full_like(names, -1), bank.config.scope)
+    assert measure.check_recall(bank, asked, hits) == measure.recall(bank) == 1.0
     spoiled = hits.id_HNK.clone()
     spoiled[..., 0] = 999
-    assert bank.check_recall(query, names, hits._replace(id_HNK=spoiled)) == pytest.approx((K - 1) / K)
-    assert make_bank().recall() is None, "where nothing is stored nothing is measured"
+    assert measure.check_recall(bank, asked, hits._replace(id_HNK=spoiled)) == pytest.approx((K - 1) / K)
+    assert measure.recall(make_bank()) is None, "where nothing is stored nothing is measured"
     unasked, *_ = filled(recall_queries=0)
     unasked.search(query, names)
-    assert unasked.recall() is None
+    assert measure.recall(unasked) is None
 
 
 def test_hits_by_rank() -> None:
@@ -532,10 +533,10 @@ def test_hits_by_rank() -> None:
             return tensor
     bank, *_ = filled()
     hits = bank.search(unit(H, 8, D, seed=1), torch.arange(8) % 4)
-    assert bank.shares_by_rank(hits).tolist() == [hits.id_HNK.numel()]
+    assert measure.shares_by_rank(bank, hits).tolist() == [hits.id_HNK.numel()]
     bank.inside, bank.group = Fake(rank=1, size=3), Fake(rank=4, size=6)  # the second memory group of two
     wanted = np.bincount(3 + holder_of(hits.id_HNK.numpy().ravel(), S, 3), minlength=6)
-    assert bank.shares_by_rank(hits).tolist() == wanted.tolist() and wanted[:3].sum() == 0
+    assert measure.shares_by_rank(bank, hits).tolist() == wanted.tolist() and wanted[:3].sum() == 0
 
 
 # --- writing on one rank -----------------------------------------------------------------------------------------
@@ -597,7 +598,7 @@ def test_only_a_fresh_read_can_be_used() -> None:
             stale()
     with pytest.raises(ValueError, match="before the bank changes"):
         value.sum().backward()
-    assert bank.ages(hits, step=5).eq(5).all()  # what was read has an age all the same
+    assert measure.ages(hits, step=5).eq(5).all()  # what was read has an age all the same
 
 
 @pytest.mark.parametrize("threshold", [0.1, 1e-6])

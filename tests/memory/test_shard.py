@@ -166,7 +166,7 @@ def test_index_by_namespace_follows_every_change() -> None:
         fill(shard, 7, first_id=7 * round_, namespaces=5)
         shard.delete(np.flatnonzero(rng.random(60) < 0.1))
         for names in ([0], [4], [1, 3], [9], [9, 2]):
-            slots = shard.slots_of(np.array(names))
+            slots = shard.ledger.slots_of_namespaces(np.array(names))
             live = shard.live_M
             wanted = np.flatnonzero(live & np.isin(shard.columns["namespace"], names))
             assert sorted(slots) == wanted.tolist()
@@ -268,7 +268,7 @@ def test_a_state_moves_to_another_shard() -> None:
         for name, tensor in first.state(number).items():
             assert torch.equal(second.state(number)[name], tensor)
         assert torch.equal(second.key_HMD[:, second.range_of[number]], first.key_HMD[:, first.range_of[number]])
-    assert sorted(second.slots_of(np.arange(3))) == np.flatnonzero(second.live_M).tolist()
+    assert sorted(second.ledger.slots_of_namespaces(np.arange(3))) == np.flatnonzero(second.live_M).tolist()
 
 
 def spoil(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict], dict]:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcode.dist import Group
+from lmcode.memory import measure
 from lmcode.report.monitor import MEASURES, MemoryMonitor, summarise
 from tests.helpers.models import TEXTS, ids_of, remember, small_model
 from tests.helpers.ranks import run_on_ranks
@@ -37,7 +38,7 @@ def test_numbers_are_those_of_banks_and_outputs() -> None:
         assert row["hit_share"] == pytest.approx(float(read_here.share_HN.mean()))
         scores = read_here.hits.score_HNK[read_here.hits.valid_HNK]
         assert row["score_mean"] == pytest.approx(float(scores.mean()), rel=1e-5)
-        ages = bank.ages(read_here.hits, step=7)
+        ages = measure.ages(read_here.hits, step=7)
         assert row["age_p50"] == float(ages.median()) and 0 < row["hit_share"] < 1
 
 

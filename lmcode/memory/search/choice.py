@@ -1,13 +1,15 @@
-"""Which tier searches: what `memory.tier` names, or what `auto` takes."""
+"""Which tier searches: what `memory.tier` names, or what `auto` takes; and which one stands in for `ivf` without lists."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from lmcode.config import MemoryConfig
 from lmcode.memory.search import faiss_index
+from lmcode.memory.search.plan import Plan
 from lmcode.memory.search.tier import tier_of
 
 log = logging.getLogger("lmcode")
@@ -30,3 +32,18 @@ def choose_tier(config: MemoryConfig, scope: str, slots: int, device: torch.devi
     if not usable and config.scope == "global":
         log.warning("memory.tier = auto: no FAISS build for %s, so torch searches %d slots", device.type, slots)
     return "faiss-flat" if usable else "exact"
+
+
+def tier_now(chosen: Mapping[str, str], scope: str | Sequence[int], config: MemoryConfig, plan: Plan) -> str:
+    """The tier of a search with this scope by the present plan.
+
+    Args:
+        chosen: what `choose_tier` says, by scope.
+    """
+    if scope == "document":
+        return chosen["document"]
+    if config.tier == "auto" and plan.probing:
+        return "ivf"
+    if config.tier == "ivf" and not plan.probing:
+        return "exact"
+    return chosen["global"]

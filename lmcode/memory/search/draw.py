@@ -1,7 +1,8 @@
-"""A control instead of a search: rows drawn by lot, evenly, from those that a query sees.
+"""A control in place of a search: rows drawn at random, all with equal chances, from those that a query sees.
 
 A row's score is a number in [0, 1) made of its id and of the first component of the query, which holds the query's lot
-number; so the draw is the same wherever an entry lies, on any number of ranks. Who reads the hits must weigh them anew.
+number, its seed; so the draw is the same wherever an entry lies, on any number of ranks. Whoever reads the hits must compute
+their weights from the real query.
 Letters: N queries, M rows, X = H * N lot numbers.
 """
 
@@ -22,7 +23,7 @@ PAIRS = 2**22  # of query and row whose scores are held at once
 
 
 class DrawTier(Tier):
-    """K rows by lot for each query; it keeps nothing."""
+    """K random rows for each query; it keeps nothing."""
 
     def search(self, query_HND: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
         H, N, _ = query_HND.shape
@@ -52,8 +53,8 @@ def drawn(lot_X: np.ndarray, id_M: np.ndarray) -> np.ndarray:
 
 
 def lots(namespace_N: np.ndarray, heads: int, turn: int) -> np.ndarray:
-    """A lot number for each head and query, int64 [H, N]: of the namespace, how many queries of it come before this one, the
-    head, and how many times one has drawn before. So it does not depend on which other namespaces are read beside it."""
+    """A lot number for each head and query, int64 [H, N]: made of the namespace, how many queries of it come before this
+    one, the head, and the number of earlier draws. So it does not depend on which other namespaces are read beside it."""
     order_N = np.argsort(namespace_N, kind="stable")
     sorted_N = namespace_N[order_N]
     place_N = np.empty(len(order_N), np.int64)

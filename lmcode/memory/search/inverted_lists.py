@@ -1,8 +1,8 @@
 """Inverted lists that change in place: which slots are in each list, at a cost that follows what changes.
 
-A list is a run of a pool with room behind it. Who leaves is replaced by the last of its list, who comes is appended, and a
-list without room moves to the end of the pool and gets more. So there are no tombstones, and the order inside a list
-means nothing: whoever needs an order sorts hits.
+A list is a run of a pool with room behind it. A slot that leaves is replaced by the last one of its list, a slot that comes
+is appended, and a list without room moves to the end of the pool and gets more. So there are no tombstones, and the order
+inside a list means nothing: whoever needs an order sorts hits.
 Letters: X lists, or those of a query; M slots; E slots that change; N queries.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-ROOM = 8  # beyond a quarter more, what a list that moves gets
+ROOM = 8  # free places of a list that moves, beside a quarter of its length
 
 
 class InvertedLists:

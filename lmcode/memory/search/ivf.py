@@ -3,7 +3,7 @@
 An entry is in the list of the centroid with which its key has the largest inner product, a query probes those of its
 `probes` largest; both by products of one shape, so they follow from the vector's bits and the centroids alone. Every rank
 works out the probes of all queries for itself: that costs less than sending them. So the candidates of a query, all entries
-whose list it probes, hang on no layout, and `decide` scores them against the rows as they are now.
+whose list it probes, do not depend on the layout, and `decide` scores them against the rows as they are now.
 
 The work goes query by query: the rows of its lists are scored one pair at a time, where they lie, by the routine of
 `decide`. Products list by list, for all queries that probe it, took over twice as long on a CPU, since lists are short.
@@ -30,9 +30,9 @@ from lmcode.memory.search.plan import Plan
 from lmcode.memory.search.tier import Found, HeadRows, Hidden, Rows, Tier
 from lmcode.protocol import NO_SCORE
 
-VECTORS = 1024  # that meet all centroids in one product
-QUERIES = 256  # and
-PAIRS = 2**20  # candidates of theirs that are scored at once
+VECTORS = 1024  # vectors whose products with all centroids are computed at once
+QUERIES = 256  # queries that are answered at once, if they have
+PAIRS = 2**20  # at most so many candidates together
 
 
 class Hide(NamedTuple):

@@ -1,8 +1,8 @@
 """What all ranks agree on about how a bank is searched: the tier, and for `ivf` the centroids and how many lists are probed.
 
-A plan is the same on every rank, and only `LongTermMemory.review` changes it, on all at once. Centroids are truth that a
-checkpoint keeps, since hits hang on them; which list an entry is in follows from its key, and lists are a cache. `revise`
-decides by numbers of the whole bank only, never by a rank's, so that every number of ranks decides alike.
+A plan is the same on every rank, and only `planning.review` changes it, on all at once. Centroids are kept in checkpoints,
+since hits depend on them; which list an entry is in follows from its key, so lists are a cache. `revise` decides by numbers
+of the whole bank only, never by a rank's, so that every number of ranks decides alike.
 Letters: X lists, E entries.
 """
 
@@ -23,7 +23,7 @@ from lmcode.memory.placement import splitmix64
 
 FORMAT = 1
 FIRST_PROBES = 8
-MOST_SHARE = 4  # a query that must probe more than 1 / MOST_SHARE of all lists is better off with exact search
+MOST_SHARE = 4  # a query that must probe more than 1 / MOST_SHARE of all lists takes longer than an exact search
 GROWN = 4.0  # a bank that has grown by this factor since its centroids were trained gets new ones
 CHANGED = 1.25  # and by this one has changed enough for new ones to help
 UNBALANCED = 4.0  # times the rows that equal lists would make a query score
@@ -46,6 +46,11 @@ class Plan:
     probes: int = FIRST_PROBES
     trained_on: int = 0
     centroid_HXD: Tensor | None = None
+
+
+def first_plan(tier: str) -> Plan:
+    """The plan of an empty bank whose settings name this tier."""
+    return Plan(probing=tier == "ivf")
 
 
 class Facts(NamedTuple):
@@ -75,7 +80,7 @@ def lists_for(live: int) -> int:
 
 
 def revise(plan: Plan, facts: Facts, config: MemoryConfig) -> Change | None:
-    """What should be searched otherwise from now on; None: nothing.
+    """The change that these facts call for; None: the plan stays.
 
     In this order: a bank that has no centroids yet, or has outgrown them, gets some, and so does one with uneven lists; a
     recall below `memory.recall_target` is answered by twice the probes as long as that is less work than exact search, then

@@ -92,7 +92,8 @@ class Tier:
         """How all ranks search from now on; the first call comes before the first search."""
 
     def changed(self, slot_E: np.ndarray) -> None:
-        """These slots of the shard, int64, have other keys, other entries or none now. Who keeps nothing ignores it."""
+        """These slots of the shard, int64, have other keys, other entries or none now. A tier that keeps nothing ignores
+        it."""
 
 
 def tier_of(name: str) -> type[Tier]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lmcode.config import ConfigError, MemoryConfig
 from lmcode.dist import Group
-from lmcode.memory import LongTermMemory, planning
+from lmcode.memory import LongTermMemory, measure, planning
 from lmcode.memory.reshard import reshard
 from lmcode.memory.search import ivf, plan
 from lmcode.memory.search.flat import search_flat
@@ -124,7 +124,7 @@ def life(folder: str, dtype: str) -> list[Tensor]:
         importance = torch.rand(count, generator=torch.Generator().manual_seed(step)) + 0.5
         bank.write(key, key, texts % 3, importance, step, texts % 5)
         seen += ask(bank, step)  # the newest writes are found at once
-        recall = bank.review()
+        recall = planning.review(bank)
         assert bank.plan.centroid_HXD is not None and recall is not None
         bank.use(replace(bank.plan, probes=2))
         seen += ask(bank, step)
@@ -132,7 +132,7 @@ def life(folder: str, dtype: str) -> list[Tensor]:
             found = ask(bank, step)[1]
             gone = [int(found[0, 0, 0]), int(found[1, 3, 1])]
             assert bank.delete(ids=gone) == len({*gone}) and bank.plan.centroid_HXD is None
-            bank.review()
+            planning.review(bank)
             assert not np.isin(ask(bank, step)[1], gone).any()
         if step == 4:
             bank.consolidate(0.02)
@@ -171,7 +171,7 @@ def filled(**settings: object) -> LongTermMemory:
 
 def test_a_reshard_keeps_what_is_found() -> None:
     bank = filled()
-    bank.review()
+    planning.review(bank)
     states = reshard([bank.state(shard) for shard in bank.owned], virtual_shards=7, slots=700)
     other = bank.like(slots=700, config=bank.config.model_copy(update={"virtual_shards": 7}))
     other.restore(states)
@@ -182,7 +182,7 @@ def test_before_there_are_centroids_it_is_exact_and_a_look_up_is_a_search() -> N
     bank, query, names = filled(), 7 * clustered(9, 6), torch.zeros(6).long()
     exact = bank.search(query, names, tier="exact")
     assert torch.equal(bank.search(query, names).id_HNK, exact.id_HNK)
-    bank.prepare()
+    planning.prepare(bank)
     bank.use(replace(bank.plan, probes=1))
     hits = bank.search(query, names)
     assert not torch.equal(hits.id_HNK, exact.id_HNK), "one list of many misses some"
@@ -196,13 +196,13 @@ def test_a_review_probes_more_until_recall_is_reached_and_says_so(caplog: pytest
     caplog.set_level(logging.INFO, "lmcode")
     bank = filled(recall_target=1.0, recall_queries=200)
     bank.search(7 * clustered(3, 200), torch.zeros(200).long())
-    assert bank.review() == 1.0 and "with new centroids: 400 entries" in caplog.text
+    assert planning.review(bank) == 1.0 and "with new centroids: 400 entries" in caplog.text
     bank.use(replace(bank.plan, probes=1))
-    before = bank.review()
+    before = planning.review(bank)
     assert before < 1.0 and bank.plan.probes == 2 and "recall 0." in caplog.text
-    while bank.plan.probing and bank.review() < 1.0:
+    while bank.plan.probing and planning.review(bank) < 1.0:
         pass
-    assert bank.recall() == 1.0
+    assert measure.recall(bank) == 1.0
     assert bank.plan.probing or "searched exactly from now on" in caplog.text
     assert any(record.levelname == "WARNING" for record in caplog.records) != bank.plan.probing
 
@@ -214,7 +214,7 @@ def test_centroids_are_of_entries_chosen_by_id_and_deleting_takes_them_away(monk
     order = np.random.default_rng(0).permutation(10_000)
     assert np.array_equal(plan.sampled(ids[order], 10_000, 2_000), chosen[order])
     bank = filled()
-    bank.prepare()
+    planning.prepare(bank)
     assert bank.plan.trained_on == 400 and bank.plan.centroid_HXD.shape == (H, plan.lists_for(400), D)
     again = planning.train(bank.shard, bank.group, bank.inside, 400)
     assert torch.equal(again, bank.plan.centroid_HXD)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lmcode.config import TIERS, ConfigError, MemoryConfig, build
-from lmcode.memory import LongTermMemory
+from lmcode.memory import LongTermMemory, measure
 from lmcode.memory.search.decide import in_order
 from lmcode.memory.search.tier import Found, Hidden, Rows, Tier
 
@@ -58,7 +58,8 @@ def live(tier: str, scope: str) -> tuple[list[Tensor], LongTermMemory]:
         query = torch.randn(H, 20, D, generator=chance)
         hits = bank.search(query, names[:20], documents[:20])
         seen += [hits.id_HNK, bank.attend(query, hits)[0]]
-        assert bank.check_recall(query, names[:20], hits, document_N=documents[:20]) == 1.0
+        asked = measure.Sample(query, names[:20], documents[:20], bank.config.scope)
+        assert measure.check_recall(bank, asked, hits) == 1.0
         hits = bank.search(query, names[:20], documents[:20])
         bank.commit([], [hits], step=step)
         seen += [torch.tensor(bank.consolidate(0.05)[1:]), torch.tensor(bank.delete(namespace=step))]
@@ -79,7 +80,7 @@ def test_a_shard_says_which_slots_have_changed() -> None:
     key = torch.randn(H, 30, D, generator=torch.Generator().manual_seed(0))
     bank.write(key, key, torch.zeros(30).long())
     hits = bank.search(query, names, scope="global")
-    tier = bank.shard._tiers["doubles"]
+    tier = bank.shard.searcher.tier("doubles")
     assert tier.searches == 1 and not tier.changes, "made when it is first asked for, of the rows there are then"
     where = {id: slot for slot, id in enumerate(bank.shard.columns["id"].tolist()) if id >= 0}
     won = sorted({where[id] for id in hits.id_HNK.flatten().tolist()})
