@@ -36,7 +36,7 @@ class EvalResult(NamedTuple):
 
 
 def void_controls(sampler: StreamSampler, *, scope: str, windows: int) -> dict[str, str]:
-    """By mode, why it cannot be told from another one, whatever the model: such a loss would be no measurement.
+    """The modes whose loss would say nothing on these documents, whatever the model, each with the reason.
 
     Args:
         scope: of the banks (`memory.scope`).
@@ -64,7 +64,7 @@ def evaluate(model: Backbone, sampler: StreamSampler, *, banks: Mapping[int, Lon
         model: the module itself (not DeepSpeed's wrapper); left in the mode it came in.
         sampler: held-out documents, one pass, no shuffling.
         banks: the model's banks; only forked, never written.
-        mode: a name in `reading.MODES`; `void_controls` says which of them tell nothing.
+        mode: a name in `reading.MODES`; `void_controls` names those that say nothing.
         slots: slots of the evaluation banks; None keeps those of `banks`.
         upkeep: called after each window with its number, from 0, and every evaluation bank; may be a collective.
         between: called before each window; may be a collective, and what it raises ends the evaluation.

@@ -14,7 +14,7 @@ from lmcode.data.corpus import Documents
 from lmcode.data.streams import StreamSampler
 from lmcode.eval.reading import Reading
 
-EDGES = (64, 256, 1024, 4096, 16384, 65536)  # positions in the document that part the loss
+EDGES = (64, 256, 1024, 4096, 16384, 65536)  # positions in the document at which a new mean begins
 
 
 class Profile(NamedTuple):

@@ -1,7 +1,7 @@
-"""How stale keys become: those that a model made of some texts while it was learning, beside those that it makes of them
-at the end.
+"""How stale keys become: keys that a model made of some texts during training, compared with those that it makes of the
+same texts at the end.
 
-A stored key stays as it was written while the weights move on. Its cosine with the key that the same token would be given
+A stored key stays as it was written while the weights change. Its cosine with the key that the same token would be given
 now says how far apart they are; whether a token's fresh key still finds its own stored one first says what that costs.
 """
 

@@ -36,7 +36,7 @@ RETENTION_SLOTS = 1024  # of 8 streams with 16 facts each, which are 512 entries
 
 
 def smoke(_: Path | None) -> dict[str, Trial | TextTrial]:
-    """Two trials that are learned in seconds, to see that all works."""
+    """Two trials of seconds each, to see that everything works."""
     training = Training(steps=150, model=SMALL_BANK)
     lessons = ((NEAR, 0.5), (FAR, 0.5))
     return {
@@ -49,7 +49,7 @@ def smoke(_: Path | None) -> dict[str, Trial | TextTrial]:
 
 
 def small(books: Path | None) -> dict[str, Trial | TextTrial]:
-    """What is learned in a minute each, at several points; on books where there are some."""
+    """Trials of about a minute of training each, measured at several points; one on books where a path of some is given."""
     training, lessons = Training(steps=800, model=LARGE_BANK), ((NEAR, 0.4), (FAR, 0.6))
     text, cache = Training(steps=400, learning_rate=2e-3, warmup=40, model=TEXT_SHAPE), Path("runs/suite-corpora")
     trials: dict[str, Trial | TextTrial] = {
@@ -61,7 +61,7 @@ def small(books: Path | None) -> dict[str, Trial | TextTrial]:
                         modes=READ_BY_ALL, rivals=()),
         "retention": Trial("facts that were read twice, after other writes, by policy of eviction", "tokens read since",
                            training, lessons, {n: KeyValueRecall(count=8, pairs=16, between=n, questions=16, rehearsed=16)
-                                     for n in (0, 64, 128, 256, 1024)}, slots=RETENTION_SLOTS, modes=(), rivals=(),
+                                               for n in (0, 64, 128, 256, 1024)}, slots=RETENTION_SLOTS, modes=(), rivals=(),
                            policies={f"eviction {name}": {"eviction": name} for name in EVICTIONS},
                            expected={"(1 - 8/N)^t": lambda t: (1 - 8 / RETENTION_SLOTS)**t}),
         "last value": Trial("the second value of keys that have two", "pairs", training,
@@ -105,7 +105,7 @@ def run_suite(name: str, *, only: Sequence[str] = (), seeds: Sequence[int] | Non
         only: names of its trials; all when empty.
         seeds: those of the suite when None.
         books: file, folder or glob of prose, for the trial that needs some; without it there is none.
-        say: told what has been done.
+        say: called with a line of progress.
 
     Raises:
         ConfigError: for a name that is not known.

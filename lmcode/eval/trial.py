@@ -141,7 +141,7 @@ def rivals(trial: Rivalled, with_bank: Learned, seconds: Mapping[str, float]) ->
 
 
 def asked_with(trial: Trial, model: Backbone, settings: Mapping[str, Any]) -> Backbone:
-    """The model as it is asked: with other settings of its memory, and nothing of the lessons in it."""
+    """The model with other settings of its memory, which is empty; the model itself where there are none."""
     if not settings:
         return model
     other = trial.training.changed(memory=dict(settings)).model_of()
@@ -151,7 +151,7 @@ def asked_with(trial: Trial, model: Backbone, settings: Mapping[str, Any]) -> Ba
 
 def answers(name: str, trial: Trial, model: Backbone, control: str, seed: int, *, mode: str = "on",
             parts: int = 1) -> list[Measured]:
-    """What a model makes of every point's questions."""
+    """The scores of a model's answers at every point."""
     found = []
     for point, task in trial.asked.items():
         result = run_task(model, task, seed=ASKED + seed, mode=mode, streams=trial.streams, parts=parts, slots=trial.slots)

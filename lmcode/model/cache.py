@@ -2,8 +2,8 @@
 
 A `Cache` is made empty. The first pass over each stream's window fills it; after that every pass (`decode.py`) reads one new
 token per stream. Streams may stand at different places in their windows, and nothing reaches across a window's end: what
-outlives a window is `StreamState`, and `restart` says that a stream is in a new one.
-Buffers are [..., B, X, T, D], tokens second to last; X stands for one dim between streams and tokens, if only of size 1.
+outlives a window is `StreamState`, and `restart` says that a stream is in a new one. Buffers are [..., B, X, T, D], tokens
+second to last; X is any dim between streams and tokens; some buffers have one of size 1.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 
 class LayerCache:
-    """One layer's buffers; those of tokens hold rubbish where a stream has no token yet, which a mask must hide.
+    """One layer's buffers; those of tokens hold arbitrary numbers where a stream has no token yet, which a mask must hide.
 
-    window: most tokens.
+    window: the largest number of tokens.
     slots_BMD: the short-term slots after each stream's last complete segment; set by the first pass, if there is short-term
         memory.
     slots_read: what a step has computed from these slots alone, for the steps to come; None after the slots have changed.
@@ -59,7 +59,7 @@ class Step:
     place: the same as a number where all streams stand at one place, which needs no masks; else None.
     num_seen: tokens of the longest window up to and with the new one.
     unseen_BT: bool, those of `num_seen` that lie after the new token; None where there are none.
-    valid_B: bool, False for streams that have no new token, whatever is computed for them changes nothing; None if all have.
+    valid_B: bool, False for streams that have no new token, for which nothing is kept; None if all have one.
     ends_B: bool, streams whose short-term segment ends with this token; None if there are none.
     """
 
@@ -79,7 +79,7 @@ class Cache:
     """All layers' buffers for one batch of streams.
 
     Args:
-        window: most tokens of a window.
+        window: the largest number of tokens of a window.
 
     Attributes:
         layers: by number; made by the first pass, as is everything that depends on the model.

@@ -1,7 +1,7 @@
 """The language model: embedding, memory-augmented layers, norm, tied head; and what one forward pass returns.
 
-A forward pass reads memory and never writes it: it returns candidate entries, which whoever runs the training loop
-commits after the optimizer step. Parameters are touched only inside the forward of the module that owns them, because
+A forward pass reads memory and never writes it: it returns candidate entries, which the training loop commits after the
+optimizer step. Parameters are touched only inside the forward of the module that owns them, because
 ZeRO-3 gathers a module's parameters around its call and nowhere else.
 """
 
@@ -31,7 +31,7 @@ from lmcode.model.state import StreamState, check_state
 from lmcode.protocol import EntryShape, LayerMemory, NullRetriever, Retriever
 
 INITIAL_STD = 0.02  # of every matrix (Radford et al. 2019)
-COPY_SCALE = 0.5  # how much of a token's embedding a read that finds nothing else adds to the residual stream at first
+COPY_SCALE = 0.5  # a read of one token's value adds its embedding times this to the residual stream, before training
 
 
 class LMCODEOutput(NamedTuple):

@@ -118,7 +118,7 @@ def merge_partials(values_HND: Sequence[Tensor], lses_HN: Sequence[Tensor]) -> t
 
 
 def embeddings(window: Window) -> Tensor:
-    """The embeddings of a window's tokens; ValueError where whoever made the window has left them out."""
+    """The embeddings of a window's tokens; ValueError where the window has none."""
     if window.token_BTD is None:
         raise ValueError("a layer that makes keys or values from embeddings needs them in its window: got token_BTD = None")
     return window.token_BTD
@@ -316,7 +316,7 @@ class LongTermRead(nn.Module):
         return merge_partials([own_HBTD, found_HBTD], [own_lse_HBT, found_lse_HBT, null_lse_HBT])
 
     def _queries(self, query_HBTD: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-        """What this pass asks the bank, and on behalf of which documents; padding asks for none."""
+        """The queries that go to the bank, and their namespaces, -1 for padding."""
         _, B, T, _ = query_HBTD.shape
         namespace_BT = window.of_tokens(window.namespace_B, T)
         if window.valid_BT is not None:

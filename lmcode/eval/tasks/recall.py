@@ -1,7 +1,7 @@
 """Key-value recall: pairs of random tokens, a stretch of others, and the keys again (MQAR; Arora et al. 2023, "Zoology").
 
-With a stretch that is longer than a window, nothing but memory can know the answers; by chance one is right in as many cases
-as there are ids. Where keys are given a second value, the last one is right.
+With a stretch that is longer than a window, only a memory can know the answers; guessing is right in one case of as many as
+there are ids for values. Where keys are given a second value, the last one is right.
 """
 
 from __future__ import annotations

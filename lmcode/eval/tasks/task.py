@@ -52,7 +52,7 @@ class Case(NamedTuple):
 class Answer(NamedTuple):
     """What a model makes of a case's reference, token by token, each after the right ones before it.
 
-    likeliest: the ids that it would have said. nats: the losses of the reference's tokens.
+    likeliest: at each place the id with the highest logit. nats: the losses of the reference's tokens.
     """
 
     likeliest: Ids
@@ -74,7 +74,8 @@ class Task(Protocol):
 
 @runtime_checkable
 class Stating(Protocol):
-    """A task whose texts are read before its cases, as documents of their own: what one says, another is asked for."""
+    """A task whose texts are read before its cases, as documents of their own; a case may ask for what another document
+    states."""
 
     def stated(self, seed: int, *, vocab_size: int) -> Sequence[Ids]:
         """The same texts for the same arguments, at least two tokens each."""

@@ -5,7 +5,7 @@ between tokens is prepared once: factors of norms and constant scales sit in the
 product, residual sums are part of products, and own past, hits and null slot share one softmax. The result is that of
 `MemoryLM` on the whole window, which is the oracle of this file; rounding differs.
 
-A `Decoder` takes weights from where they lie and calls no module, so it is for models of which nobody expects that
+A `Decoder` takes weights from where they lie and calls no module, so it serves only models whose modules are unchanged
 (`steppable`); its weights are those of the moment it was made. Scores and what they mix are fp32. Autocast does not reach in
 here: it would cast every weight anew for every token. Letters here: X streams x heads, or outputs of a linear map.
 """

@@ -28,7 +28,7 @@ from lmcode.model.state import StreamState, check_state, rows_of, with_rows
 from lmcode.precision import without_autocast
 
 Prompts = Tensor | Sequence[Sequence[int]]
-FEW_TOKENS = 32  # so few do not pay for copies of the weights
+FEW_TOKENS = 32  # for so few new tokens, copies of the weights cost more time than they save
 
 
 class Generation(NamedTuple):
@@ -139,7 +139,7 @@ class Reader:
                 self.live[stream] = token != eos_id
 
     def logits(self) -> Tensor:
-        """Logits [B, V] of each stream's next token, of which the best are right; of ended streams, any numbers."""
+        """Logits [B, X] of each stream's next token, X ids, of which the best are right; of ended streams, any numbers."""
         self._close_full()
         if self._decoder is not None and self._cache is not None and self._cache.lengths:
             last_B = torch.tensor([row[-1] for row in self.rows], device=self._device)

@@ -1,4 +1,4 @@
-"""The best few logits of a large vocabulary, exactly, at half the reading.
+"""The best few logits of a large vocabulary, exact, while half as many bytes of weights are read.
 
 With one stream a step of decoding is mostly the reading of weights, and half of these belong to the head. Where only the k
 best logits decide (greedy and top-k decoding), rough ones from bf16 weights rule out all rows that cannot be among them,
