@@ -30,7 +30,7 @@ from lmcode.memory.search.tier import tier_of
 from lmcode.memory.searcher import Scope
 from lmcode.memory.shard import Predicate, Shard
 from lmcode.memory.states import COUNTERS, check_moments, digest_of
-from lmcode.memory.write import Batch, batch_of, count_hits, gather_candidates
+from lmcode.memory.write import Admitted, batch_of, count_hits, gather_candidates
 from lmcode.precision import without_autocast
 from lmcode.protocol import Candidates, ConsolidationReport, Hits, check_threshold
 
@@ -207,7 +207,7 @@ class LongTermMemory:
         return torch.from_numpy(self._store(batch_of(key_HED, value_HED, namespace_E, importance_E, document_E, self.shard,
                                                      first_id=self.next_id, step=step)))
 
-    def _store(self, batch: Batch) -> np.ndarray:
+    def _store(self, batch: Admitted) -> np.ndarray:
         entries = batch.entries
         if self.config.merge_above is not None:
             entries = join_nearest(entries, self.shard, self.inside, above=self.config.merge_above,
@@ -262,7 +262,7 @@ class LongTermMemory:
 
     def take_search_seconds(self) -> float:
         """Wall time of searching and merging since the last call; exchange time is the group's."""
-        return self._reader.clock.take()
+        return self._reader.stopwatch.take()
 
     def like(self, *, slots: int | None = None, config: MemoryConfig | None = None, group: Group | None = None,
              device: torch.device | str | None = None) -> LongTermMemory:

@@ -112,7 +112,7 @@ def inspect(key_EHD: Tensor, value_EHD: Tensor, max_norm: float) -> Inspected:
     return Inspected(key_EHD, value_EHD, finite_E, long_key_E | long_value_E)
 
 
-class Facts(NamedTuple):
+class Criteria(NamedTuple):
     """What decides which candidates become entries, and under which ids: on the CPU, known to every rank.
 
     namespace_E, document_E: int64. surprise_E: fp32. finite_E, long_E: bool, as in `Inspected`.
@@ -131,27 +131,27 @@ def stack_candidates(candidates: Sequence[Candidates], *, heads: int, head_dim: 
 
     Returns:
         vector_E2HD: key and value as they may be stored, in the bank's dtype.
-        facts_E3: int64, the namespace, the document, and the bits of the fp32 surprise with two flags above them.
+        criteria_E3: int64, the namespace, the document, and the bits of the fp32 surprise with two flags above them.
     """
     vectors = [torch.empty(0, 2, heads, head_dim, dtype=dtype, device=device)]
-    facts = [torch.empty(0, 3, dtype=torch.int64, device=device)]
+    criteria = [torch.empty(0, 3, dtype=torch.int64, device=device)]
     for one in candidates:
         vector_2EHD = torch.stack([one.key_HND, one.value_HND]).transpose(1, 2)[:, one.valid_N].to(device, dtype)
         checked = inspect(vector_2EHD[0], vector_2EHD[1], max_norm)
         vectors.append(torch.stack([checked.key_EHD, checked.value_EHD], dim=1).to(dtype))
         bits_N = one.surprise_N.float().contiguous().view(torch.int32).long() & _LOW
         document_N = torch.full_like(bits_N, UNKNOWN) if one.document_N is None else one.document_N
-        facts_E3 = torch.stack([one.namespace_N, document_N, bits_N], dim=1)[one.valid_N].to(device)
-        facts_E3[:, 2] |= (checked.finite_E.long() << 32) | (checked.long_E.long() << 33)
-        facts.append(facts_E3)
-    return torch.cat(vectors), torch.cat(facts)
+        criteria_E3 = torch.stack([one.namespace_N, document_N, bits_N], dim=1)[one.valid_N].to(device)
+        criteria_E3[:, 2] |= (checked.finite_E.long() << 32) | (checked.long_E.long() << 33)
+        criteria.append(criteria_E3)
+    return torch.cat(vectors), torch.cat(criteria)
 
 
-def unpack_facts(facts_E3: Tensor) -> Facts:
-    """The facts of `stack_candidates`."""
-    namespace_E, document_E, bits_E = facts_E3.cpu().unbind(1)
+def unpack_criteria(criteria_E3: Tensor) -> Criteria:
+    """The criteria of `stack_candidates`."""
+    namespace_E, document_E, bits_E = criteria_E3.cpu().unbind(1)
     surprise_E = (bits_E & _LOW).int().view(torch.float32)
-    return Facts(namespace_E.numpy(), document_E.numpy(), surprise_E.numpy(), ((bits_E >> 32) & 1).bool().numpy(),
+    return Criteria(namespace_E.numpy(), document_E.numpy(), surprise_E.numpy(), ((bits_E >> 32) & 1).bool().numpy(),
                  ((bits_E >> 33) & 1).bool().numpy())
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lmcode.dist import Group
 from lmcode.memory import measure
 from lmcode.memory.search import faiss_index
-from lmcode.memory.search.plan import SAMPLE_PER_LIST, Facts, lists_for, revise, sampled
+from lmcode.memory.search.plan import SAMPLE_PER_LIST, Measurements, lists_for, revise, sampled
 from lmcode.memory.shard import Shard
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _revise(bank: LongTermMemory, recall: float | None) -> None:
     shard, inside, plan = bank.shard, bank.inside, bank.plan
     live = sum(inside.all_gather_int(shard.ledger.tally.live, phase="stats", device=shard.key_HMD.device))
     balance = _balance(shard, inside) if plan.probing and plan.centroid_HXD is not None else 1.0
-    change = revise(plan, Facts(live, recall, balance), bank.config)
+    change = revise(plan, Measurements(live, recall, balance), bank.config)
     if change is None:
         return
     plan = change.plan
@@ -67,7 +67,7 @@ def _revise(bank: LongTermMemory, recall: float | None) -> None:
 
 
 def _balance(shard: Shard, inside: Group) -> float:
-    """See `Facts`: the mean length of the list of an entry, over the mean length of a list; of the worst head."""
+    """See `Measurements`: the mean length of the list of an entry, over the mean length of a list; of the worst head."""
     length_HX = torch.from_numpy(shard.searcher.list_lengths())
     length_HX = inside.all_reduce(length_HX.to(shard.key_HMD.device), phase="stats").double().cpu()
     total_H = length_HX.sum(dim=1).clamp(min=1)

@@ -67,18 +67,18 @@ class Reader:
          the backward pass gathers D + 2 numbers a query and scatters D back. `rows`: the winners' vectors travel.
 
     Attributes:
-        clock: measures phase 2 and the merging of phase 3.
+        stopwatch: measures phase 2 and the merging of phase 3.
         blind_queries: own queries that were not finite and therefore found nothing, since the start.
     """
 
     def __init__(self, shard: Shard, group: Group, inside: Group) -> None:
         self.shard, self.inside, self.config = shard, inside, shard.config
-        self.clock, self.blind_queries = Clock(group), 0
+        self.stopwatch, self.blind_queries = Stopwatch(group), 0
 
     def search(self, query_NHD: Tensor, namespace_N: Tensor, document_N: Tensor, *, scope: Scope, k: int, tier: str,
                ragged: bool) -> Hits:
         """Phases 1 to 3; see `LongTermMemory.search`."""
-        with self.clock.running():
+        with self.stopwatch.running():
             asked = self.ask(query_NHD, namespace_N, document_N, scope, ragged=ragged)
             score_XHK, id_XHK, slot_XHK = self.shard.searcher.search(asked.query_XHD, asked.namespace_X, asked.document_X, k,
                                                             scope=scope, tier=tier)
@@ -150,7 +150,7 @@ class Reader:
             return None
         if self.config.scope != "document" and bool((document_N >= 0).any()):
             return None
-        with self.clock.running():
+        with self.stopwatch.running():
             longest = float(torch.linalg.vector_norm(query_NHD, dim=-1, dtype=torch.float32).max())
             if not longest < MAX_QUERY:  # it may be NaN
                 return None
@@ -252,7 +252,7 @@ def turned(part: Tensor) -> Tensor:
     return part.transpose(0, 1).contiguous()
 
 
-class Clock:
+class Stopwatch:
     """Counts the wall time of blocks, without what passes inside a group's collectives."""
 
     def __init__(self, group: Group) -> None:

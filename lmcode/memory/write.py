@@ -22,8 +22,8 @@ from lmcode.memory.ticket import Ticket
 from lmcode.protocol import Candidates, Hits
 
 
-class Batch(NamedTuple):
-    """Rows that get the next ids.
+class Admitted(NamedTuple):
+    """A batch of rows, each with its id.
 
     id_E: int64, -1 where rejected; the same on every rank.
     clipped: how many of the others have a vector that was scaled down; the same on every rank.
@@ -58,21 +58,21 @@ def gather_credits(hits: Sequence[Hits], tickets: Sequence[Ticket], inside: Grou
 
 
 def gather_candidates(candidates: Sequence[Candidates], shard: Shard, group: Group, inside: Group, *, first_id: int,
-                      step: int) -> tuple[int, Batch]:
+                      step: int) -> tuple[int, Admitted]:
     """How many valid candidates all ranks offer, and those that the policy chooses, here where they belong. Collective.
 
     The ranks that will hold a vector are one in each memory group.
     """
     heads, _, head_dim = shard.value_HMD.shape
     config, device = shard.config, shard.device
-    vector_N2HD, facts_N3 = entry.stack_candidates(candidates, heads=heads, head_dim=head_dim, dtype=shard.value_HMD.dtype,
-                                                   device=device, max_norm=config.max_norm)
-    counts = group.all_gather_int(len(facts_N3), phase="writes", device=device)
-    facts = entry.unpack_facts(group.all_gather_rows(facts_N3, counts, phase="writes"))
-    chosen = np.flatnonzero(entry.choose(facts.surprise_E, config))
-    facts, offered = entry.Facts(*(column[chosen] for column in facts)), len(facts.surprise_E)
-    importance_E, id_E = entry.importance_of(facts.surprise_E), first_id + np.arange(len(chosen), dtype=np.int64)
-    accepted_E = entry.acceptable(facts.finite_E, facts.namespace_E, importance_E)
+    vector_N2HD, criteria_N3 = entry.stack_candidates(candidates, heads=heads, head_dim=head_dim, device=device,
+                                                      dtype=shard.value_HMD.dtype, max_norm=config.max_norm)
+    counts = group.all_gather_int(len(criteria_N3), phase="writes", device=device)
+    criteria = entry.unpack_criteria(group.all_gather_rows(criteria_N3, counts, phase="writes"))
+    chosen = np.flatnonzero(entry.choose(criteria.surprise_E, config))
+    criteria, offered = entry.Criteria(*(column[chosen] for column in criteria)), len(criteria.surprise_E)
+    importance_E, id_E = entry.importance_of(criteria.surprise_E), first_id + np.arange(len(chosen), dtype=np.int64)
+    accepted_E = entry.acceptable(criteria.finite_E, criteria.namespace_E, importance_E)
 
     starts = np.cumsum([0, *counts])
     from_E, place_E = np.searchsorted(starts, chosen, side="right") - 1, holder_of(id_E, config.virtual_shards, inside.size)
@@ -82,13 +82,13 @@ def gather_candidates(candidates: Sequence[Candidates], shard: Shard, group: Gro
     rows = torch.from_numpy(chosen[sent] - starts[group.rank]).to(device)
     vector_E2HD = group.all_to_all_rows(vector_N2HD[rows], [len(one) for one in mine] * (group.size // inside.size),
                                         np.bincount(from_E[here], minlength=group.size).tolist(), phase="writes")
-    entries = entry.Entries(vector_E2HD[:, 0], vector_E2HD[:, 1], id_E[here], facts.namespace_E[here],
-                            facts.document_E[here], importance_E[here], np.full(len(here), step, np.int64))
-    return offered, Batch(np.where(accepted_E, id_E, -1), int((facts.long_E & accepted_E).sum()), entries)
+    entries = entry.Entries(vector_E2HD[:, 0], vector_E2HD[:, 1], id_E[here], criteria.namespace_E[here],
+                            criteria.document_E[here], importance_E[here], np.full(len(here), step, np.int64))
+    return offered, Admitted(np.where(accepted_E, id_E, -1), int((criteria.long_E & accepted_E).sum()), entries)
 
 
 def batch_of(key_HED: Tensor, value_HED: Tensor, namespace_E: Tensor, importance_E: Tensor | None,
-             document_E: Tensor | None, shard: Shard, *, first_id: int, step: int) -> Batch:
+             document_E: Tensor | None, shard: Shard, *, first_id: int, step: int) -> Admitted:
     """The batch of a direct write; ValueError for shapes that do not fit. See `LongTermMemory.write`."""
     (heads, _, head_dim), E = shard.value_HMD.shape, key_HED.shape[1]
     importance_E = torch.ones(E) if importance_E is None else importance_E
@@ -99,4 +99,4 @@ def batch_of(key_HED: Tensor, value_HED: Tensor, namespace_E: Tensor, importance
     entries, accepted_E, clipped = entry.admit(key_EHD, value_EHD, names_E, importance_E.cpu().float().numpy(),
                                                document_E=documents_E, step=step, first_id=first_id,
                                                max_norm=shard.config.max_norm)
-    return Batch(np.where(accepted_E, first_id + np.arange(E), -1), clipped, entries)
+    return Admitted(np.where(accepted_E, first_id + np.arange(E), -1), clipped, entries)

@@ -23,7 +23,7 @@ from lmcode.memory.entry import (
     importance_of,
     inspect,
     stack_candidates,
-    unpack_facts,
+    unpack_criteria,
 )
 from lmcode.memory.placement import virtual_shard_of
 from lmcode.memory.shard import Shard
@@ -106,12 +106,12 @@ def test_candidates_travel_unchanged() -> None:
                      torch.tensor([0.1, 0.2, float("nan")]), valid, torch.tensor([2**62 + 1, 3, -1]))
     one.value_HND[0, 2, 1] = torch.inf
     unknown = one._replace(document_N=None)
-    vector, facts = stack_candidates([one, unknown], heads=H, head_dim=D, dtype=torch.float32, device=torch.device("cpu"),
+    vector, criteria = stack_candidates([one, unknown], heads=H, head_dim=D, dtype=torch.float32, device=torch.device("cpu"),
                                      max_norm=100.0)
-    facts = unpack_facts(facts)
-    assert facts.namespace_E.tolist() == [2**60 + 1, 7] * 2 and facts.document_E.tolist() == [2**62 + 1, -1, -1, -1]
-    np.testing.assert_array_equal(facts.surprise_E, np.array([0.1, np.nan] * 2, np.float32))
-    assert facts.finite_E.tolist() == [True, False] * 2 and not facts.long_E.any()
+    criteria = unpack_criteria(criteria)
+    assert criteria.namespace_E.tolist() == [2**60 + 1, 7] * 2 and criteria.document_E.tolist() == [2**62 + 1, -1, -1, -1]
+    np.testing.assert_array_equal(criteria.surprise_E, np.array([0.1, np.nan] * 2, np.float32))
+    assert criteria.finite_E.tolist() == [True, False] * 2 and not criteria.long_E.any()
     assert torch.equal(vector[:2, 0], one.key_HND[:, valid].transpose(0, 1))
     assert torch.equal(vector[2:, 1], one.value_HND[:, valid].transpose(0, 1))
 

@@ -8,7 +8,7 @@ import torch
 from lmcode.config import LMCODEConfig
 from lmcode.model.cache import Cache
 from lmcode.model.generation.decode import Decoder
-from lmcode.model.generation.generate import Reader
+from lmcode.model.generation.generate import StreamReader
 from lmcode.model.lm import LMCODEOutput, MemoryLM
 from tests.helpers.models import far_from_initial
 from tests.helpers.oracle_retriever import random_retriever
@@ -37,8 +37,8 @@ def prompts(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
 
 
 def reader(model: MemoryLM, rows: list[list[int]], *, use_cache: bool, namespaces: list[int] | None = None,
-           committed: list[LMCODEOutput] | None = None) -> Reader:
-    return Reader(model, [list(row) for row in rows], window=WINDOW, state=None, use_cache=use_cache,
+           committed: list[LMCODEOutput] | None = None) -> StreamReader:
+    return StreamReader(model, [list(row) for row in rows], window=WINDOW, state=None, use_cache=use_cache,
                   namespace_B=torch.tensor(namespaces or list(range(len(rows)))), device=torch.device("cpu"),
                   commit=None if committed is None else committed.append)
 

@@ -53,7 +53,7 @@ def first_plan(tier: str) -> Plan:
     return Plan(probing=tier == "ivf")
 
 
-class Facts(NamedTuple):
+class Measurements(NamedTuple):
     """What a revision looks at, of the whole bank.
 
     live: entries. recall: measured on live queries; None where nothing was.
@@ -79,26 +79,26 @@ def lists_for(live: int) -> int:
     return 1 << max(4, round(math.log2(4 * math.sqrt(max(1, live)))))
 
 
-def revise(plan: Plan, facts: Facts, config: MemoryConfig) -> Change | None:
-    """The change that these facts call for; None: the plan stays.
+def revise(plan: Plan, measured: Measurements, config: MemoryConfig) -> Change | None:
+    """The change that these measurements call for; None: the plan stays.
 
     In this order: a bank that has no centroids yet, or has outgrown them, gets some, and so does one with uneven lists; a
     recall below `memory.recall_target` is answered by twice the probes as long as that is less work than exact search, then
     by new centroids if the bank has grown since, at last by exact search, until the bank is `GROWN` times as large.
     """
-    if facts.live < (AUTO_ENTRIES if config.tier == "auto" else LEAST_ENTRIES) or config.tier not in ("ivf", "auto"):
+    if measured.live < (AUTO_ENTRIES if config.tier == "auto" else LEAST_ENTRIES) or config.tier not in ("ivf", "auto"):
         return None
-    grown = facts.live / max(1, plan.trained_on)
+    grown = measured.live / max(1, plan.trained_on)
     if grown >= GROWN:
         return Change(replace(plan, probing=True, probes=FIRST_PROBES), True,
-                      f"{facts.live:,} entries, and centroids of {plan.trained_on:,}")
+                      f"{measured.live:,} entries, and centroids of {plan.trained_on:,}")
     if not plan.probing or plan.centroid_HXD is None:
         return None
-    if facts.balance > UNBALANCED and grown >= CHANGED:
-        return Change(plan, True, f"uneven lists, {facts.balance:.1f} times the work of even ones")
-    if facts.recall is None or facts.recall >= config.recall_target:
+    if measured.balance > UNBALANCED and grown >= CHANGED:
+        return Change(plan, True, f"uneven lists, {measured.balance:.1f} times the work of even ones")
+    if measured.recall is None or measured.recall >= config.recall_target:
         return None
-    lists, missed = plan.centroid_HXD.shape[1], f"recall {facts.recall:.4f} is below {config.recall_target}"
+    lists, missed = plan.centroid_HXD.shape[1], f"recall {measured.recall:.4f} is below {config.recall_target}"
     if 2 * plan.probes * MOST_SHARE <= lists:
         return Change(replace(plan, probes=2 * plan.probes), False, missed)
     if grown >= CHANGED:

@@ -86,7 +86,7 @@ def generate(model: MemoryLM, prompts: Prompts, decoding: Decoding | None = None
     _check_streams(model, len(ids_BT), namespace_B, state)
     num_new, eos_id = decoding.num_new_tokens(ids_BT.shape[1]), decoding.eos_id
     rows = [ids_T[valid_T].tolist() for ids_T, valid_T in zip(ids_BT, valid_BT, strict=True)]
-    reader = Reader(model, rows, namespace_B=namespace_B, window=window or model.config.context_length, state=state,
+    reader = StreamReader(model, rows, namespace_B=namespace_B, window=window or model.config.context_length, state=state,
                     use_cache=use_cache, copies=num_new > FEW_TOKENS, best=decoding.best, commit=commit,
                     device=ids_BT.device)
     generator = None if decoding.seed is None else torch.Generator(ids_BT.device).manual_seed(decoding.seed)
@@ -110,7 +110,7 @@ def generate(model: MemoryLM, prompts: Prompts, decoding: Decoding | None = None
         return Generation(ids_BT, valid_BT, reader.finish() if finish else None)
 
 
-class Reader:
+class StreamReader:
     """Reads streams that grow, each in windows of its own.
 
     Attributes:

@@ -19,7 +19,7 @@ from lmcode.memory.reshard import reshard
 from lmcode.memory.search import ivf, plan
 from lmcode.memory.search.flat import search_flat
 from lmcode.memory.search.ivf import IvfTier, nearest_centroids, search_by_probing
-from lmcode.memory.search.plan import Facts, Plan, load_plan, revise, save_plan
+from lmcode.memory.search.plan import Measurements, Plan, load_plan, revise, save_plan
 from lmcode.memory.search.tier import Rows
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.rows import assert_same, whole_numbers, with_twins
@@ -227,25 +227,25 @@ def test_centroids_are_of_entries_chosen_by_id_and_deleting_takes_them_away(monk
 PROBING = Plan(True, 8, 1000, torch.zeros(1, 64, 2))
 
 
-@pytest.mark.parametrize(("old", "facts", "tier", "probes", "train", "alarming"), [
-    (Plan(True), Facts(63), "ivf", None, None, None),  # too few entries
-    (Plan(True), Facts(64), "ivf", 8, True, False),
-    (PROBING, Facts(1000, 0.96, 9.0), "ivf", None, None, None),
-    (PROBING, Facts(1000, None), "ivf", None, None, None),
-    (PROBING, Facts(3999, 0.96, 3.9), "ivf", None, None, None),
-    (PROBING, Facts(4000, 0.96), "ivf", 8, True, False),  # outgrown
-    (PROBING, Facts(1250, 0.96, 4.1), "ivf", 8, True, False),  # uneven
-    (PROBING, Facts(1000, 0.94), "ivf", 16, False, False),
-    (replace(PROBING, probes=16), Facts(1250, 0.94), "ivf", 8, True, True),
-    (replace(PROBING, probes=16), Facts(1249, 0.94), "ivf", 16, False, True),  # falls back
-    (replace(PROBING, probing=False), Facts(3999, 1.0), "ivf", None, None, None),
-    (replace(PROBING, probing=False), Facts(4000, 1.0), "ivf", 8, True, False),  # and tries again
-    (Plan(), Facts(plan.AUTO_ENTRIES - 1, 1.0), "auto", None, None, None),
-    (Plan(), Facts(plan.AUTO_ENTRIES, 1.0), "auto", 8, True, False),
-    (PROBING, Facts(10**7, 0.1), "exact", None, None, None),
+@pytest.mark.parametrize(("old", "measured", "tier", "probes", "train", "alarming"), [
+    (Plan(True), Measurements(63), "ivf", None, None, None),  # too few entries
+    (Plan(True), Measurements(64), "ivf", 8, True, False),
+    (PROBING, Measurements(1000, 0.96, 9.0), "ivf", None, None, None),
+    (PROBING, Measurements(1000, None), "ivf", None, None, None),
+    (PROBING, Measurements(3999, 0.96, 3.9), "ivf", None, None, None),
+    (PROBING, Measurements(4000, 0.96), "ivf", 8, True, False),  # outgrown
+    (PROBING, Measurements(1250, 0.96, 4.1), "ivf", 8, True, False),  # uneven
+    (PROBING, Measurements(1000, 0.94), "ivf", 16, False, False),
+    (replace(PROBING, probes=16), Measurements(1250, 0.94), "ivf", 8, True, True),
+    (replace(PROBING, probes=16), Measurements(1249, 0.94), "ivf", 16, False, True),  # falls back
+    (replace(PROBING, probing=False), Measurements(3999, 1.0), "ivf", None, None, None),
+    (replace(PROBING, probing=False), Measurements(4000, 1.0), "ivf", 8, True, False),  # and tries again
+    (Plan(), Measurements(plan.AUTO_ENTRIES - 1, 1.0), "auto", None, None, None),
+    (Plan(), Measurements(plan.AUTO_ENTRIES, 1.0), "auto", 8, True, False),
+    (PROBING, Measurements(10**7, 0.1), "exact", None, None, None),
 ])
-def test_what_a_plan_becomes(old: Plan, facts: Facts, tier: str, probes: int, train: bool, alarming: bool) -> None:
-    change = revise(old, facts, MemoryConfig(tier=tier))
+def test_what_a_plan_becomes(old: Plan, measured: Measurements, tier: str, probes: int, train: bool, alarming: bool) -> None:
+    change = revise(old, measured, MemoryConfig(tier=tier))
     came = (None, None, None) if change is None else (change.plan.probes, change.train, change.alarming)
     assert came == (probes, train, alarming)
     if change is not None and alarming and not train:
