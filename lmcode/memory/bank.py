@@ -51,6 +51,7 @@ class LongTermMemory:
         owned, to_save: the virtual shards that this rank holds; those that it writes where all ranks save the bank.
         top_k: K of a search that does not say otherwise.
         next_id, rejected, clipped: ids given out, rows refused and rows scaled down so far; the same on every rank.
+        reader: goes through the phases of a read, and counts its seconds and the queries that were not finite.
         sample: some queries of the latest search, on which `measure.recall` measures.
     """
 
@@ -75,16 +76,11 @@ class LongTermMemory:
                                device=self.device)
         except ValueError as error:
             raise ConfigError(f"bank: {error}") from None
-        self._reader = Reader(self.shard, self.group, self.inside)
+        self.reader = Reader(self.shard, self.group, self.inside)
         self.shard.searcher.use(first_plan(config.tier))
         self.next_id = self.rejected = self.clipped = 0
         nobody_N = torch.zeros(0, dtype=torch.int64)
         self.sample = measure.Sample(torch.zeros(heads, 0, head_dim), nobody_N, nobody_N, config.scope)
-
-    @property
-    def blind_queries(self) -> int:
-        """Own queries that were not finite and therefore found nothing, since the start."""
-        return self._reader.blind_queries
 
     @torch.no_grad()
     @without_autocast()
@@ -112,7 +108,7 @@ class LongTermMemory:
         tier = tier or tier_now(self._tiers, scope, self.config, self.plan)
         self.sample = measure.sample_of_all(query_HND, namespace_N, document_N, scope, self.config.recall_queries,
                                             group=self.group)
-        return self._reader.search(query_HND.transpose(0, 1), namespace_N, document_N, scope=scope, k=k, tier=tier,
+        return self.reader.search(query_HND.transpose(0, 1), namespace_N, document_N, scope=scope, k=k, tier=tier,
                                    ragged=ragged)
 
     @without_autocast()
@@ -128,7 +124,7 @@ class LongTermMemory:
         Raises:
             ValueError: if the bank has changed since the search.
         """
-        value_NHD, lse_NH = self._reader.attend(query_HND.transpose(0, 1), hits)
+        value_NHD, lse_NH = self.reader.attend(query_HND.transpose(0, 1), hits)
         return turned(value_NHD).to(query_HND.dtype), turned(lse_NH)
 
     @torch.no_grad()
@@ -137,7 +133,7 @@ class LongTermMemory:
 
         The rows of all queries of all ranks, [queries, H, K, 2 D], exist at once, padded, whichever rank holds what.
         """
-        parts = self._reader.fetch(self._reader.ticket_of(hits), hits.id_HNK.transpose(0, 1))
+        parts = self.reader.fetch(self.reader.ticket_of(hits), hits.id_HNK.transpose(0, 1))
         return tuple(part_NHKD.transpose(0, 1) for part_NHKD in parts)
 
     @torch.no_grad()
@@ -147,7 +143,7 @@ class LongTermMemory:
         """`attend` to a fresh `search`, without gradient; faster for few queries on one rank. Collective."""
         document_N = self._checked(query_HND, namespace_N, document_N, self.config.scope, self.top_k)
         approximate = tier_of(tier_now(self._tiers, self.config.scope, self.config, self.plan)).approximate
-        found = None if approximate else self._reader.look_up(query_HND.transpose(0, 1), namespace_N, document_N, self.top_k)
+        found = None if approximate else self.reader.look_up(query_HND.transpose(0, 1), namespace_N, document_N, self.top_k)
         if found is None:
             return self.attend(query_HND, self.search(query_HND, namespace_N, document_N))
         value_HND, lse_HN, doubtful_N = turned(found[0]), turned(found[1]), found[2]
@@ -185,7 +181,7 @@ class LongTermMemory:
         Raises:
             ValueError: if any of the hits is stale, or its credit not one number for each query.
         """
-        tickets = [self._reader.ticket_of(one) for one in hits]
+        tickets = [self.reader.ticket_of(one) for one in hits]
         self.shard.touch(*count_hits(hits, tickets, self.shard, self.inside, self.between), step)
         evicted, clipped = sum(self.shard.evicted.values()), self.clipped
         offered, batch = gather_candidates(candidates, self.shard, self.group, self.inside, first_id=self.next_id, step=step)
@@ -240,10 +236,7 @@ class LongTermMemory:
         mean of what two documents say, and deleting one of them leaves nothing of it. The price is that texts which say the
         same, in one namespace, keep an entry each.
 
-        One call is one round: every entry looks up its nearest other one over all shards, pairs are chosen greedily in
-        id order (`choose_pairs`), and nobody is in two; the rest is left to the next call. The survivor is the smaller
-        id and keeps namespace and step, its vectors become count-weighted means (`merge_vectors`) and its columns
-        change as `merge_columns` says; the loser is deleted for good. A threshold outside (0, 2] is a ValueError.
+        One call is one round, see `rounds`. A threshold outside (0, 2] is a ValueError.
         """
         check_threshold(threshold)
         return consolidate_shards(self.shard, self.inside, threshold, tier=self._tiers["global"])
@@ -256,13 +249,9 @@ class LongTermMemory:
         An entry counts once, however many memory groups hold it; but in `live_by_rank` for each rank that does. `chances`
         are the live entries that eviction will pass over once, `spared` those that it has passed over.
         """
-        counts, blind = measure.count_entries(self.shard, self.group, self.between.size, self.blind_queries)
+        counts, blind = measure.count_entries(self.shard, self.group, self.between.size, self.reader.blind_queries)
         return {**counts, "rejected": self.rejected, "clipped": self.clipped, "blind_queries": blind,
                 "next_id": self.next_id}
-
-    def take_search_seconds(self) -> float:
-        """Wall time of searching and merging since the last call; exchange time is the group's."""
-        return self._reader.stopwatch.take()
 
     def like(self, *, slots: int | None = None, config: MemoryConfig | None = None, group: Group | None = None,
              device: torch.device | str | None = None) -> LongTermMemory:

@@ -20,7 +20,12 @@ from lmcode.protocol import ConsolidationReport
 
 @torch.no_grad()
 def consolidate_shards(shard: Shard, group: Group, threshold: float, *, tier: str) -> ConsolidationReport:
-    """Merges similar entries of the bank that the ranks of `group` hold the shards of. Collective.
+    """One round of merging similar entries of the bank that the ranks of `group` hold. Collective.
+
+    Every entry looks up its nearest other one over all shards. Pairs are chosen greedily in id order (`choose_pairs`), and
+    no entry is in two; the rest is left to the next round. The survivor is the one with the smaller id and keeps namespace
+    and step, its vectors become count-weighted means (`merge_vectors`), and its columns change as `merge_columns` says; the
+    loser is deleted for good.
 
     Args:
         tier: of the search for neighbours.

@@ -81,14 +81,14 @@ def forget_costs(session: Session) -> None:
     """Drops what was counted outside of steps, so that measuring and evaluating are not taken for training."""
     session.group.take()
     for bank in session.model.banks.values():
-        bank.take_search_seconds()
+        bank.reader.stopwatch.take()
 
 
 def phase_times(session: Session, timings: Mapping[str, float], steps: int) -> dict[str, float]:
     """Milliseconds per step by phase, mean over ranks. Search and exchange happen inside the other phases and are taken
     out of them, so that the phases add up to about the step."""
     banks, group = session.model.banks.values(), session.group
-    search = sum(bank.take_search_seconds() for bank in banks)
+    search = sum(bank.reader.stopwatch.take() for bank in banks)
     exchange, received = group.take()
     raw = {**dict.fromkeys(PHASES, 0.0), **timings, "search": search, "exchange": sum(exchange.values())}
     inside_forward = search + sum(exchange.get(phase, 0.0) for phase in ("queries", "hits", "values"))

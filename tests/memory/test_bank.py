@@ -686,7 +686,7 @@ def test_a_credit_is_one_number_for_each_query() -> None:
 def test_search_time_is_counted() -> None:
     bank, *_ = filled()
     bank.search(unit(H, 6, D, seed=1), torch.arange(6) % 4)
-    assert bank.take_search_seconds() > 0 == bank.take_search_seconds()
+    assert bank.reader.stopwatch.take() > 0 == bank.reader.stopwatch.take()
 
 
 def test_refusals() -> None:
@@ -775,7 +775,7 @@ def test_looking_up_is_searching_and_attending(scope: str, dtype: str, monkeypat
     bank.delete(namespace=2)
     assert compare(unit(H, 7, D, seed=6) * 4, names) == 1  # not from rows that are gone
     assert compare(unit(H, 7, D, seed=6).index_fill(1, torch.tensor([4]), math.nan), names) == 2
-    assert bank.blind_queries == 2
+    assert bank.reader.blind_queries == 2
     compare(unit(H, 200, D, seed=9), torch.zeros(200, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"queries must be \[2, N, 8\]"):
         bank.look_up(unit(H, 7, D + 1, seed=6), names)
