@@ -13,7 +13,7 @@ NUMBER_BYTES = {"fp32": 4, "bf16": 2}
 
 
 def cache_bytes(model: LMCODEConfig, precision: str = "fp32") -> int:
-    """Bytes of one stream's cache of former windows (`model.cache_windows`): one input of width C for each layer and token.
+    """Bytes of one stream's cache of former windows (`model.cache_windows`): one input of each layer and token.
     (Keys and values, which are made from it, would take twice as many.)"""
     return model.num_layers * model.cache_tokens * model.hidden_size * NUMBER_BYTES[precision]
 

@@ -148,8 +148,8 @@ class LongTermMemory:
             return self.attend(query_HND, self.search(query_HND, namespace_N, document_N))
         value_HND, lse_HN, doubtful_N = turned(found[0]), turned(found[1]), found[2]
         if bool(doubtful_N.any()):
-            query_HnD = query_HND[:, doubtful_N]
-            parts = self.attend(query_HnD, self.search(query_HnD, namespace_N[doubtful_N], document_N[doubtful_N]))
+            unsure_HND = query_HND[:, doubtful_N]
+            parts = self.attend(unsure_HND, self.search(unsure_HND, namespace_N[doubtful_N], document_N[doubtful_N]))
             value_HND[:, doubtful_N], lse_HN[:, doubtful_N] = parts[0].float(), parts[1]
         return value_HND.to(query_HND.dtype), lse_HN
 
