@@ -20,10 +20,13 @@ from lmcode.eval.texts import TextTrial, run_text
 from lmcode.eval.trial import Measured, Say, Summary, Taught, Trial, run_trial, summarised
 from lmcode.version import MADE_BY, __version__
 
-NEAR = KeyValueRecall(count=400, pairs=8, between=0, questions=8)  # within one window: a head learns what to look for
-FAR = KeyValueRecall(count=200, pairs=32, between=64, questions=32)  # beyond it
-SMALL_BANK = {"vocab_size": 768, "long_term_memory_slots": 4096}
-LARGE_BANK = {"vocab_size": 3072, "long_term_memory_slots": 16384}
+# So many cases that none is read twice: a lesson that is read over and over is learned by heart.
+NEAR = KeyValueRecall(count=4000, pairs=8, between=0, questions=8, jitter=16)  # within one window: what to look for
+FAR = KeyValueRecall(count=2000, pairs=32, between=64, questions=32, jitter=63)  # beyond it
+BY_TOKEN = {"memory_key_tokens": 1, "memory_temperature": 16.0}
+SMALL_BANK = {**BY_TOKEN, "vocab_size": 768, "long_term_memory_slots": 4096}
+LARGE_BANK = {**BY_TOKEN, "vocab_size": 3072, "long_term_memory_slots": 16384}
+NEEDLE_MODEL = {**LARGE_BANK, "vocab_size": 512, "memory_key_tokens": 2, "memory_values": "token"}
 GLOBAL = {"scope": "global"}
 READ_BY_ALL = ("on", "off", "random")  # the modes of a global scope, in which another document's memory is everybody's
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -32,7 +35,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "K = 4": {"model": {"memory_top_k": 4}}, "a read for 4 tokens": {"model": {"retrieval_stride": 4}},
     "bias 0": {"model": {"memory_bias": 0.0}}, "no importance": {"memory": {"importance_weight": 0.0}},
     "every 4th token": {"memory": {"write": "every_nth"}}, "the surprising quarter": {"memory": {"write": "surprise"}}}
-RETENTION_SLOTS = 1024  # of 8 streams with 16 facts each, which are 512 entries when read twice
+RETENTION_SLOTS = 2048  # 8 streams with 16 facts each, read twice with a pause, fill half of it
 
 
 def smoke(_: Path | None) -> dict[str, Trial | TextTrial]:
@@ -60,8 +63,10 @@ def small(books: Path | None) -> dict[str, Trial | TextTrial]:
                         {n: SharedFacts(facts=n) for n in (256, 1024)}, asked_memory=GLOBAL, parts=(2, 4), target=0.99,
                         modes=READ_BY_ALL, rivals=()),
         "retention": Trial("facts that were read twice, after other writes, by policy of eviction", "tokens read since",
-                           training, lessons, {n: KeyValueRecall(count=8, pairs=16, between=n, questions=16, rehearsed=16)
-                                               for n in (0, 64, 128, 256, 1024)}, slots=RETENTION_SLOTS, modes=(), rivals=(),
+                           training, lessons,
+                           {n: KeyValueRecall(count=8, pairs=16, between=n, questions=16, rehearsed=16, between_readings=64)
+                            for n in (0, 64, 128, 256, 1024, 12500)},
+                           slots=RETENTION_SLOTS, modes=(), rivals=(),
                            policies={f"eviction {name}": {"eviction": name} for name in EVICTIONS},
                            expected={"(1 - 8/N)^t": lambda t: (1 - 8 / RETENTION_SLOTS)**t}),
         "last value": Trial("the second value of keys that have two", "pairs", training,
@@ -70,11 +75,11 @@ def small(books: Path | None) -> dict[str, Trial | TextTrial]:
                             {n: KeyValueRecall(count=8, pairs=n, between=128, questions=n, again=n) for n in (16, 64)},
                             target=0.95, rivals=("no bank",)),
         "needles": Trial("names of two tokens and what they stand for, in long texts", "tokens of text",
-                         Training(steps=1000, model={**LARGE_BANK, "vocab_size": 512}),
-                         ((Needles(count=400, needles=8, length=0, width=2), 0.6),
-                          (Needles(count=200, needles=8, length=160, width=2), 0.4)),
-                         {n: Needles(count=8, needles=8, length=n, width=2) for n in (256, 1024, 4096)}, target=0.99,
-                         rivals=("no bank",)),
+                         Training(steps=1000, model=NEEDLE_MODEL),
+                         ((Needles(count=4000, needles=8, length=0, width=2), 0.6),
+                          (Needles(count=2000, needles=8, length=160, width=2), 0.4)),
+                         {n: Needles(count=8, needles=8, length=n, width=2) for n in (256, 1024, 4096, 16384)}, slots=262144,
+                         target=0.99, rivals=("no bank",)),
         "code": TextTrial("the source of Python's standard library", None, cache, text, sizes=(1024, 4096, 16384)),
     }
     trials["one bank for all"] = TextTrial("code, one bank over all documents, those of training too", None, cache,

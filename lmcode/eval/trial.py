@@ -18,7 +18,7 @@ from lmcode.eval.learning import Learned, Training, learn
 from lmcode.eval.reading import MODES
 from lmcode.eval.tasks.task import Case, Task, documents_of, run_task
 
-ASKED = 10_000  # questions are drawn from seeds from here on, lessons from those below
+ASKED = 20_000  # questions are drawn from seeds from here on, lessons from those below
 Say = Callable[[str], None]
 
 

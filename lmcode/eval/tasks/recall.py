@@ -15,7 +15,9 @@ from lmcode.eval.tasks.task import Answer, Case, exact
 @dataclass(frozen=True)
 class KeyValueRecall:
     """How many cases, how many pairs each has, how many tokens lie between the pairs and the questions, how many of the keys
-    are asked for, how many are given another value after all have one, and how many pairs are read twice."""
+    are asked for, how many are given another value after all have one, and how many pairs are read once more after another
+    `between_readings` tokens. Up to `jitter` tokens more, drawn for each case, lie before the questions, so that they stand
+    anywhere in a window."""
 
     count: int = 64
     pairs: int = 16
@@ -23,6 +25,8 @@ class KeyValueRecall:
     questions: int = 1
     again: int = 0
     rehearsed: int = 0
+    between_readings: int = 0
+    jitter: int = 0
 
     def cases(self, seed: int, *, vocab_size: int) -> list[Case]:
         """Keys, values and what lies between are of three different parts of the vocabulary.
@@ -42,10 +46,12 @@ class KeyValueRecall:
         last = dict(given)
         # Asked are those with a second value, if there are any.
         asked = draw.sample([key for key, _ in given[self.pairs:]] or keys, min(self.questions, self.again or self.pairs))
-        between = [draw.randrange(2 * third, 3 * third) for _ in range(self.between)]
+        between, pause = ([draw.randrange(2 * third, 3 * third) for _ in range(length)]
+                          for length in (self.between + draw.randrange(self.jitter + 1), self.between_readings))
         first, *more = [((key,), (last[key],)) for key in asked]
-        read = [*given, *draw.sample(given, self.rehearsed)]
-        return Case((*(token for pair in read for token in pair), *between), *first, tuple(more))
+        again = draw.sample(given, self.rehearsed)
+        read = [*(token for pair in given for token in pair), *pause, *(token for pair in again for token in pair)]
+        return Case((*read, *between), *first, tuple(more))
 
     def metric(self, case: Case, answer: Answer) -> float:
         return exact(case, answer)

@@ -28,8 +28,8 @@ class SharedFacts:
     spread: int = 2
 
     def stated(self, seed: int, *, vocab_size: int) -> list[Ids]:
-        """Each fact once."""
-        return [tuple(token for fact in part for token in fact) for part in self._texts(seed, vocab_size)]
+        """Each fact once, and a token of neither kind: the last token of a document is read by nobody, so it is no entry."""
+        return [(*(token for fact in part for token in fact), vocab_size - 1) for part in self._texts(seed, vocab_size)]
 
     def cases(self, seed: int, *, vocab_size: int) -> list[Case]:
         """Case i asks for facts of the texts that part i + 1 of the memories has read."""

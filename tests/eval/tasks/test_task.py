@@ -98,6 +98,16 @@ def test_the_last_value_of_a_key_is_right() -> None:
             assert len(places) == 2 and case.context[places[-1] + 1] == value
 
 
+def test_pairs_are_read_again_after_a_pause_and_questions_stand_anywhere_in_a_window() -> None:
+    task = KeyValueRecall(count=30, pairs=4, between=10, questions=4, rehearsed=4, between_readings=20, jitter=15)
+    cases = task.cases(1, vocab_size=300)
+    for case in cases:
+        first, again = case.context[:8], case.context[28:36]
+        assert {*zip(first[::2], first[1::2], strict=True)} == {*zip(again[::2], again[1::2], strict=True)}
+        assert all(token >= 200 for token in case.context[8:28] + case.context[36:])
+    assert len({len(case.context) for case in cases}) > 8 and {len(case.context) for case in cases} <= {*range(46, 62)}
+
+
 def test_needles_stand_once_in_the_text_at_their_depth() -> None:
     task = Needles(count=5, needles=3, length=200, width=2, depth=0.25)
     cases = task.cases(0, vocab_size=64)
@@ -118,8 +128,8 @@ def test_shared_facts_are_stated_once_and_asked_of_another_part(subject: int) ->
     texts, cases = task.stated(3, vocab_size=256), task.cases(3, vocab_size=256)
     assert cases == task.cases(3, vocab_size=256) and len(texts) == 16 and len(cases) == 8
     stated = {text[at:at + subject]: (text[at + subject], number % 4) for number, text in enumerate(texts)
-              for at in range(0, len(text), subject + 1)}
-    assert len(stated) == 64
+              for at in range(0, len(text) - 1, subject + 1)}
+    assert len(stated) == 64 and {text[-1] for text in texts} == {255}, "the last token of a document is never an entry"
     for number, case in enumerate(cases):
         for question, (answer,) in case.asked():
             assert stated[question] == (answer, (number + 1) % 4), "what part i asks, part i + 1 has read"
