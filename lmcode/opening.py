@@ -17,7 +17,7 @@ from lmcode.config import RECIPES, ConfigError, RunConfig, build, near_match, wi
 from lmcode.dist import Group, on_rank_0
 from lmcode.files import durable
 from lmcode.language_model import LMCODE
-from lmcode.memories.files import load_memory
+from lmcode.memories.files import load_memory, prepare_search
 from lmcode.presets import load_run_config
 from lmcode.saved import checkpoint, pretrained
 from lmcode.saved.places import Kind, Place, place_of
@@ -140,16 +140,10 @@ def open_model(path: str | Path, overrides: Sequence[str] = (), *, group: Group 
         config = build(RunConfig, with_overrides(values, overrides))
         if config.model != model.config:
             raise ConfigError(f"the model in '{path}' has its settings: leave out what begins with model.")
-        _prepare(model)
+        prepare_search(place.folder, model.memories)
         return Opened(model, place, place.folder, config, 0)
     folder = on_rank_0(group, lambda: checkpoint.find(Path(path)))  # found once: a run may be saving newer ones
     config = load_run_config(folder / "config.yaml", overrides)
     model = checkpoint.read_model(folder, kind_of(config), config, group=group, device=device, memory=memory)
-    _prepare(model)
+    prepare_search(folder, model.memories)
     return Opened(model, place, folder, config, durable.read_manifest(folder).facts.step)
-
-
-def _prepare(model: Backbone) -> None:
-    """Gives banks that are searched approximately, and were not saved so, what that takes. A collective."""
-    for bank in model.banks.values():
-        bank.prepare()

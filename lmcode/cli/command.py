@@ -460,6 +460,7 @@ def config_check(arguments: argparse.Namespace) -> int:
     from lmcode.train.ds_config import load_sharding
 
     config = _run_config(arguments)
+    config.check_trains()
     stage = load_sharding(config.train.deepspeed)["zero_optimization"]["stage"]
     if arguments.world is not None:
         config.check_world_size(arguments.world)

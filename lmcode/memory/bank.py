@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,7 @@ class LongTermMemory:
         self.next_id = self.rejected = self.clipped = 0
         nobody_N = torch.zeros(0, dtype=torch.int64)
         self._sample = measure.Sample(torch.zeros(heads, 0, head_dim), nobody_N, nobody_N, config.scope)
+        self._unmeasured = False  # graphs have come into use, and no query has shown yet what they find
 
     @property
     def blind_queries(self) -> int:
@@ -110,9 +112,11 @@ class LongTermMemory:
         scope = self.config.scope if scope is None else scope
         document_N = self._documents(namespace_N, document_N)
         self._check(query_HND, namespace_N, document_N, scope, k)
-        tier = tier or self.tier_for(scope)
         self._sample = measure.sample_of_all(query_HND, namespace_N, document_N, scope, self.config.recall_queries,
                                              group=self.group)
+        if tier is None:
+            self._tend_graphs(scope)
+            tier = self.tier_for(scope)
         return self._reader.search(query_HND.transpose(0, 1), namespace_N, document_N, scope=scope, k=k, tier=tier,
                                    ragged=ragged)
 
@@ -122,7 +126,7 @@ class LongTermMemory:
             return self._tiers["document"]
         if self.config.tier == "auto" and self.plan.probing:
             return "ivf"
-        if self.config.tier == "ivf" and not self.plan.probing:
+        if self.config.tier in ("ivf", "hnsw") and not self.plan.probing:
             return "exact"
         return self._tiers["global"]
 
@@ -241,6 +245,8 @@ class LongTermMemory:
         """
         slot_E = self.shard.matching(ids=ids, namespace=namespace, before_step=before_step, predicate=predicate)
         deleted = measure.totals(self.inside, self.device, self.shard.delete(slot_E))[0]
+        if deleted:
+            self.shard.forget(slot_E)
         if deleted and self.plan.centroid_HLD is not None:  # they are means of what is to be gone
             self.use(Plan(self.plan.probing))
         return deleted
@@ -297,27 +303,64 @@ class LongTermMemory:
     def review(self) -> float | None:
         """`recall`, and what follows from it for how the bank is searched from now on, with a line in the log. Collective.
 
-        Only the tiers `ivf` and `auto` have anything to decide: see `search.plan.revise`.
+        Only the tiers `ivf`, `hnsw` and `auto` have anything to decide: see `search.plan.revise`.
         """
         recall = self.recall()
-        if self.config.tier in ("ivf", "auto"):
+        if self.config.tier in ("ivf", "hnsw", "auto"):
             self._revise(recall if self._sample.scope != "document" else None)
         return recall
 
-    def prepare(self) -> None:
-        """What `review` does before anything was measured: a bank that was filled gets its centroids. Collective."""
+    def prepare(self, *, graphs: Path | None = None) -> None:
+        """What `review` does before anything was measured: a bank that was filled gets its centroids, or graphs are begun.
+        These come into use when a search finds that all ranks have theirs; `build_graphs` waits for it. Collective.
+
+        Args:
+            graphs: a folder in which graphs are kept for the next process.
+        """
         if self.config.tier in ("ivf", "auto") and self.config.scope != "document":
             self._revise(None)
+        if self._makes_graphs:
+            self.shard.graphs.try_again()
+            self._unmeasured |= planning.tend_graphs(self.shard, self.group, graphs)
 
-    def _revise(self, recall: float | None) -> None:
+    def build_graphs(self, *, graphs: Path | None = None) -> None:
+        """Makes the graphs that reads by the tier `hnsw` go through, whatever `memory.tier` says, and waits for them.
+        Collective. `graphs` is as in `prepare`."""
+        self.shard.graphs.try_again()
+        self._unmeasured |= planning.settle_graphs(self.shard, self.group, graphs) and self._makes_graphs
+
+    @property
+    def _makes_graphs(self) -> bool:
+        return self.config.tier == "hnsw" and self.config.scope == "global"
+
+    def _tend_graphs(self, scope: Scope) -> None:
+        """What a search does for graphs first: lets them come into use, and measures once what they find. Collective."""
+        if not self._makes_graphs or scope != "global" or not self.plan.probing:
+            return
+        self._unmeasured |= planning.tend_graphs(self.shard, self.group)
+        if not self._unmeasured or not self.config.recall_queries:
+            return
+        self._unmeasured = False
+        while (recall := self.recall()) is not None and self._revise(recall):
+            pass  # each change is measured again
+        self._unmeasured = recall is None
+        if recall is not None:
+            log.info("memory.tier = hnsw: graphs of %d entries of this rank are in use; recall@%d %.4f",
+                     self.shard.graphs.nodes, self.top_k, recall)
+
+    def _revise(self, recall: float | None) -> bool:
+        """Whether anything changes."""
         change = planning.review(self.shard, self.group, self.inside, recall)
         if change is None:
-            return
+            return False
         plan, lists = change.plan, change.plan.centroid_HLD
         how = f"{plan.probes} of {0 if lists is None else lists.shape[1]} lists" if plan.probing else "exactly"
+        if self.config.tier == "hnsw" and plan.probing:
+            how = f"by graphs with {plan.width} entries in view"
         say = log.warning if change.alarming else log.info
         say("memory.tier = %s: the bank is searched %s from now on%s: %s", self.config.tier, how,
             ", with new centroids" if change.train else "", change.reason)
+        return True
 
     def check_recall(self, query_HND: Tensor, namespace_N: Tensor, hits: Hits, *, document_N: Tensor | None = None,
                      scope: Scope | None = None) -> float | None:
@@ -341,12 +384,19 @@ class LongTermMemory:
         return other
 
     def fork(self, *, empty: bool, slots: int | None = None) -> LongTermMemory:
-        """An independent bank with the same settings: empty (only then may `slots` differ) or a copy of all entries."""
+        """An independent bank with the same settings: empty (only then may `slots` differ) or a copy of all entries.
+
+        With memory.tier=hnsw a copy waits for graphs, shares them and makes none of its own: what it finds must not hang on
+        the clock. Collective then.
+        """
         if slots not in (None, self.slots) and not empty:
             raise ValueError(f"a copy must have the slots of its original, {self.slots}: got {slots}")
         other = self.like(slots=slots)
         for shard in () if empty else self.owned:
             other.load(shard, self.state(shard))
+        if self._makes_graphs and not empty:
+            self.build_graphs()
+            other.shard.graphs.share(self.shard.graphs)
         return other
 
     def state(self, shard: int) -> dict[str, Tensor]:

@@ -7,7 +7,9 @@ Letters: P live entries of this rank, S entries of the sample, L lists.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,10 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lmcode.dist import Group
-from lmcode.memory.search import faiss_index
+from lmcode.memory.search import faiss_index, hnsw
 from lmcode.memory.search.plan import SAMPLE_PER_LIST, Change, Facts, Plan, lists_for, revise, sampled
 from lmcode.memory.shard import Shard
 
+log = logging.getLogger("lmcode")
 SEED = 1
 
 
@@ -69,4 +72,35 @@ def train(shard: Shard, group: Group, inside: Group, live: int) -> Tensor:
 
 def first_plan(tier: str) -> Plan:
     """The plan of an empty bank whose settings name this tier."""
-    return Plan(probing=tier == "ivf")
+    return Plan(probing=tier in ("ivf", "hnsw"))
+
+
+def tend_graphs(shard: Shard, group: Group, folder: Path | None = None) -> bool:
+    """Begins to make graphs that are due on any rank, or puts those that are made on all ranks into use; whether it did the
+    latter. Collective of all ranks; one number travels.
+
+    Args:
+        folder: see `HnswTier.begin`.
+    """
+    tier = shard.graphs
+    states = group.all_gather_int(tier.state(shard.columns["id"]), phase="stats", device=shard.key_HMD.device)
+    if not tier.building:
+        if hnsw.DUE in states:
+            tier.begin(shard.all_rows(), folder)
+        return False
+    if hnsw.BUILDING in states:
+        return False
+    if failed := hnsw.FAILED in states:
+        log.warning("memory.tier = hnsw: graphs could not be made, and search stays exact: %s",
+                    tier.problem or "another rank says why")
+    tier.finish(use=not failed)
+    return not failed
+
+
+def settle_graphs(shard: Shard, group: Group, folder: Path | None = None) -> bool:
+    """`tend_graphs` until no graph is in the making; whether any came into use. Collective of all ranks."""
+    came = tend_graphs(shard, group, folder)
+    while shard.graphs.building:  # on all ranks or on none
+        shard.graphs.wait()
+        came = tend_graphs(shard, group) or came
+    return came

@@ -25,6 +25,7 @@ from lmcode.memory.ledger import Ledger
 from lmcode.memory.placement import capacity_of, virtual_shard_of
 from lmcode.memory.search.decide import no_hits
 from lmcode.memory.search.exact import Stack, attend_best, stack_rows
+from lmcode.memory.search.hnsw import HnswTier
 from lmcode.memory.search.ivf import IvfTier
 from lmcode.memory.search.plan import Plan
 from lmcode.memory.search.tier import Found, Hidden, Rows, Tier, tier_of
@@ -322,9 +323,26 @@ class Shard:
         assert isinstance(tier, IvfTier)
         return tier.lengths(self._table(None))
 
+    @property
+    def graphs(self) -> HnswTier:
+        """The tier of graphs."""
+        tier = self._tier("hnsw")
+        assert isinstance(tier, HnswTier)
+        return tier
+
+    def all_rows(self) -> Rows:
+        """All slots."""
+        return self._table(None)
+
+    def forget(self, slot_E: np.ndarray) -> None:
+        """Has no tier keep a copy of what was in these slots."""
+        for tier in self._tiers.values():
+            tier.forget(slot_E)
+
     def _tier(self, name: str) -> Tier:
         if name not in self._tiers:
             self._tiers[name] = tier_of(name)()
+            self._tiers[name].placed(self.range_of)
             self._tiers[name].use(self.plan)
         return self._tiers[name]
 

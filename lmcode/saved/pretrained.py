@@ -39,7 +39,7 @@ from lmcode.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, load_tokenizer, s
 from lmcode.dist import Group, on_rank_0, raise_together
 from lmcode.files.durable import is_stray
 from lmcode.files.replace import link
-from lmcode.memories.files import BANKS, EXPERIENCES, load_memory, make_folders, save_memory
+from lmcode.memories.files import BANKS, EXPERIENCES, forget_graphs, load_memory, make_folders, save_memory
 from lmcode.model.lm import MemoryLM
 from lmcode.saved import files
 from lmcode.saved.files import CARD, CONFIG, MODEL_TYPE
@@ -145,6 +145,7 @@ def rewrite_memory(model: Backbone, place: Path, change: Callable[[], Any]) -> A
                 link((place / name).resolve(), draft / name)
         make_folders(draft, model.memories)
         save_memory(draft, model.memories)
+        forget_graphs(place, model.memories)
         files.put_in_place(place, card(model, include_memory=True) if (place / CARD).is_file() else None)
     except OSError as error:
         raise ConfigError(f"'{place}' was not changed: {error}") from None

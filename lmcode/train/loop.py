@@ -51,6 +51,7 @@ def run(config: RunConfig, *, resume: str | None = None) -> int:
             cannot be resumed.
     """
     me = dist.discover()
+    config.check_trains()
     config.check_world_size(me.world_size)
     resolve(config, me.world_size)
     clock = Clock()

@@ -1,4 +1,5 @@
-"""What all ranks agree on about how a bank is searched: the tier, and for `ivf` the centroids and how many lists are probed.
+"""What all ranks agree on about how a bank is searched: the tier, for `ivf` the centroids and how many lists are probed, for
+`hnsw` how far a search of a graph looks.
 
 A plan is the same on every rank, and only `LongTermMemory.review` changes it, on all at once. Centroids are truth that a
 checkpoint keeps, since hits hang on them; which list an entry is in follows from its key, and lists are a cache. `revise`
@@ -23,6 +24,7 @@ from lmcode.memory.placement import splitmix64
 
 FORMAT = 1
 FIRST_PROBES = 8
+FIRST_WIDTH, MOST_WIDTH = 64, 512
 MOST_SHARE = 4  # a query that must probe more than 1 / MOST_SHARE of all lists is better off with exact search
 GROWN = 4.0  # a bank that has grown by this factor since its centroids were trained gets new ones
 CHANGED = 1.25  # and by this one has changed enough for new ones to help
@@ -40,12 +42,14 @@ class Plan:
     probes: lists that a query looks into.
     trained_on: live entries when the centroids were trained; 0: there are none yet.
     centroid_HLD: fp32 on the CPU; None: there are none, and a search is exact.
+    width: of `hnsw`, entries that a search of a graph keeps in view, and proposes (efSearch). Not saved.
     """
 
     probing: bool = False
     probes: int = FIRST_PROBES
     trained_on: int = 0
     centroid_HLD: Tensor | None = None
+    width: int = FIRST_WIDTH
 
 
 class Facts(NamedTuple):
@@ -79,8 +83,11 @@ def revise(plan: Plan, facts: Facts, config: MemoryConfig) -> Change | None:
 
     In this order: a bank that has no centroids yet, or has outgrown them, gets some, and so does one with uneven lists; a
     recall below `memory.recall_target` is answered by twice the probes as long as that is less work than exact search, then
-    by new centroids if the bank has grown since, at last by exact search, until the bank is `GROWN` times as large.
+    by new centroids if the bank has grown since, at last by exact search, until the bank is `GROWN` times as large. Graphs
+    are searched twice as wide up to `MOST_WIDTH`, then not any more.
     """
+    if config.tier == "hnsw":
+        return _revise_graphs(plan, facts, config)
     if facts.live < (AUTO_ENTRIES if config.tier == "auto" else LEAST_ENTRIES) or config.tier not in ("ivf", "auto"):
         return None
     grown = facts.live / max(1, plan.trained_on)
@@ -99,6 +106,15 @@ def revise(plan: Plan, facts: Facts, config: MemoryConfig) -> Change | None:
     if grown >= CHANGED:
         return Change(replace(plan, probes=FIRST_PROBES), True, missed, alarming=True)
     return Change(replace(plan, probing=False), False, f"{missed} with {plan.probes} of {lists} lists", alarming=True)
+
+
+def _revise_graphs(plan: Plan, facts: Facts, config: MemoryConfig) -> Change | None:
+    if not plan.probing or facts.recall is None or facts.recall >= config.recall_target:
+        return None
+    missed = f"recall {facts.recall:.4f} is below {config.recall_target}"
+    if 2 * plan.width <= MOST_WIDTH:
+        return Change(replace(plan, width=2 * plan.width), False, missed)
+    return Change(replace(plan, probing=False), False, f"{missed} with {plan.width} entries in view", alarming=True)
 
 
 def sampled(id_P: np.ndarray, live: int, count: int) -> np.ndarray:
