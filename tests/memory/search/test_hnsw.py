@@ -41,7 +41,7 @@ def clustered(seed: int, count: int) -> Tensor:
 
 def make_bank(*, slots: int = 2000, group: Group | None = None, **settings: object) -> LongTermMemory:
     hnsw.LEAST_ENTRIES = 50  # in processes of their own; put back by the fixture elsewhere
-    config = MemoryConfig(**{"tier": "hnsw", "scope": "global", "virtual_shards": S, "recall_queries": 12, **settings})
+    config = MemoryConfig(**{"tier": "hnsw", "scope": "global", "virtual_shards": S, "recall_queries": 0, **settings})
     return LongTermMemory(heads=H, head_dim=D, slots=slots, top_k=K, config=config, group=group or Group.world())
 
 
@@ -106,6 +106,11 @@ def test_a_query_that_may_not_see_its_neighbours_is_answered_with_others() -> No
     wanted = bank.search(query, names(3), about, tier="exact")
     assert torch.equal(hits.id_HNK[:, [0, 2]], wanted.id_HNK[:, [0, 2]]) and bool((hits.id_HNK[:, [0, 2]] >= 700).all())
     assert bool((hits.id_HNK[:, 1] < 700).all())
+    nodes, later = bank.shard.graphs.nodes, F.normalize(torch.ones(H, 60, D) + 0.01 * clustered(8, 60), dim=-1)
+    bank.write(later, later, torch.ones(60).long(), None, 0, (torch.arange(60) < 50).long())
+    hits = bank.search(query, names(3), about)
+    wanted = bank.search(query, names(3), about, tier="exact")
+    assert bank.shard.graphs.nodes == nodes and torch.equal(hits.id_HNK[:, [0, 2]], wanted.id_HNK[:, [0, 2]])
 
 
 def test_who_is_deleted_or_overwritten_is_never_found_and_who_came_last_is() -> None:
@@ -126,6 +131,7 @@ def test_who_is_deleted_or_overwritten_is_never_found_and_who_came_last_is() -> 
     assert torch.equal(hits.id_HNK[0, :, 0], ids), "the newest are found by the next search"
     live = set(bank.shard.columns["id"].tolist())
     assert set(hits.id_HNK.flatten().tolist()) <= live
+    assert all(len(set(row)) == K for row in hits.id_HNK.flatten(0, 1).tolist()), "nobody twice"
     gone = sorted(former - live)
     at_gone = bank.search(7 * clustered(0, 1200)[:, gone], names(len(gone)))
     assert not np.isin(at_gone.id_HNK.numpy(), gone).any() and len(gone) > 1
@@ -175,7 +181,7 @@ def life(group: Group | None = None, **settings: object) -> tuple[list[Tensor], 
         seen.extend(torch.cat([part[kind] for part in parts], 1) for kind in range(2))
         bank.commit([], [hits], step=seed)
 
-    bank = filled(group=group, slots=1300, recall_target=0.5, **settings)
+    bank = filled(group=group, slots=1300, **settings)
     ask(1)
     bank.build_graphs()
     bank.use(replace(bank.plan, width=K))  # misses, and must miss the same everywhere
@@ -249,8 +255,10 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[graphs.threading.Event]:
     may_go.set()
 
 
-def test_until_graphs_are_ready_answers_are_exact_and_what_changes_meanwhile_is_seen(held: graphs.threading.Event) -> None:
-    bank, query = filled(), 7 * clustered(9, 30)
+def test_until_graphs_are_ready_answers_are_exact_and_what_changes_meanwhile_is_seen(
+        held: graphs.threading.Event, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "lmcode")
+    bank, query = filled(recall_queries=12), 7 * clustered(9, 30)
     bank.prepare()
     assert bank.shard.graphs.building
     exact = bank.search(query, names(30), tier="exact").id_HNK
@@ -258,9 +266,10 @@ def test_until_graphs_are_ready_answers_are_exact_and_what_changes_meanwhile_is_
     new = clustered(50, 20)
     ids = bank.write(new, new, names(20))
     held.set()
-    bank.build_graphs()
-    assert bank.shard.graphs.nodes == 1200, "those that were there when it was begun"
+    bank.shard.graphs.wait()
     assert torch.equal(bank.search(7 * new, names(20)).id_HNK[0, :, 0], ids)
+    assert bank.shard.graphs.nodes == 1200, "those that were there when it was begun"
+    assert "graphs of 1200 entries of this rank are in use; recall@8" in caplog.text
 
 
 def test_a_deletion_ends_what_is_in_the_making(held: graphs.threading.Event) -> None:
@@ -346,7 +355,7 @@ def test_damaged_and_foreign_files_are_made_anew(tmp_path: Path, caplog: pytest.
     write_graph(file, origin_of(made_of), built(made_of))
     whole = file.read_bytes()
     assert read_graph(file, origin_of(made_of), made_of) is not None and not caplog.text
-    for damage, reason in ((whole[:-100], "made anew"), (whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:], "damaged"),
+    for damage, reason in ((whole[:-100], "made anew"), (whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:], "it is damaged"),
                            (b"", "made anew"), (b"x" * 99, "made anew")):
         file.write_bytes(damage)
         assert read_graph(file, origin_of(made_of), made_of) is None and reason in caplog.text
