@@ -133,13 +133,14 @@ def open_model(path: str | Path, overrides: Sequence[str] = (), *, group: Group 
         config: RunConfig = build(RunConfig, resolved(with_overrides(plain_values(place.folder, overrides), overrides)))
         return Opened(make_model(config, group=group, device=torch.device(device)).eval(), place, place.folder, config, 0)
     if place.kind is Kind.SAVED_MODEL:
-        saved = RunConfig().model_copy(update={"model": pretrained.settings(place.folder)[0]})
-        model: Backbone = pretrained.read(place.folder, kind_of(saved), include_memory=memory, group=group, device=device)
-        values = {"preset": "saved", "model": model.config.model_dump(), "memory": model.memory_config.model_dump(),
-                  "train": {"sequence_length": model.config.context_length}}
+        shape, storage, _ = pretrained.settings(place.folder)
+        values = {"preset": "saved", "model": shape.model_dump(), "memory": storage.model_dump(),
+                  "train": {"sequence_length": shape.context_length}}
         config = build(RunConfig, with_overrides(values, overrides))
-        if config.model != model.config:
+        if config.model != shape:
             raise ConfigError(f"the model in '{path}' has its settings: leave out what begins with model.")
+        model: Backbone = pretrained.read(place.folder, kind_of(config), include_memory=memory, group=group, device=device,
+                                          storage=config.memory)
         prepare_search(place.folder, model.memories)
         return Opened(model, place, place.folder, config, 0)
     folder = on_rank_0(group, lambda: checkpoint.find(Path(path)))  # found once: a run may be saving newer ones

@@ -193,6 +193,11 @@ def test_an_opened_model_has_its_graphs_beside_it_and_a_deletion_takes_them_away
     assert kept == graph_folder(tmp_path / "model", 1) and len([*kept.iterdir()]) == 2
     assert graph_folder(Path("runs/one/checkpoints/step-00000300"), 1) == Path("runs/one/graphs/layer-01")
     LMCODE.from_pretrained(tmp_path / "model")  # it holds what it held
+    other = open_model(tmp_path / "model", ["memory.tier=exact"])
+    assert other.model.memory_config.tier == other.config.memory.tier == "exact"
+    assert other.model.banks[1].content_hash() == opened.banks[1].content_hash()
+    with pytest.raises(ConfigError, match="virtual shard"):
+        open_model(tmp_path / "model", ["memory.virtual_shards=3"])
     with files.replacing(tmp_path / "model"):
         pretrained.rewrite_memory(opened, tmp_path / "model", lambda: opened.banks[1].delete(ids=[3]))
     assert not kept.exists() and opened.banks[1].stats()["live"] == 149

@@ -283,9 +283,13 @@ def has_tokenizer(folder: Path) -> bool:
     return content.get("lmcode_tokenizer") is not False and (folder / TOKENIZER_FILE).is_file()
 
 
-def read(folder: Path, make: Callable[..., Made], *, include_memory: bool, group: Group,
-         device: torch.device | str) -> Made:
-    """A model of the class `make` from a saved model's folder. A collective of `group`: see `LMCODE.from_pretrained`."""
+def read(folder: Path, make: Callable[..., Made], *, include_memory: bool, group: Group, device: torch.device | str,
+         storage: MemoryConfig | None = None) -> Made:
+    """A model of the class `make` from a saved model's folder. A collective of `group`: see `LMCODE.from_pretrained`.
+
+    Args:
+        storage: how its banks store and search, if not as they were saved.
+    """
 
     problem, with_memory = None, False
     if strays := sorted(name for part in (BANKS, EXPERIENCES) for path in (folder / part).rglob("*")
@@ -294,6 +298,7 @@ def read(folder: Path, make: Callable[..., Made], *, include_memory: bool, group
     try:
         check_links(folder)
         config, memory, holds_memory = settings(folder)
+        memory = storage or memory
         weights = {} if config.recipe else load_weights(folder / WEIGHTS, config)
     except ConfigError as error:
         problem = str(error)
