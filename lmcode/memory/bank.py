@@ -25,7 +25,7 @@ from lmcode.memory.joining import join_nearest
 from lmcode.memory.placement import shards_of
 from lmcode.memory.read import SCOPES, Reader, check_search, turned
 from lmcode.memory.rounds import consolidate_shards
-from lmcode.memory.search.choice import choose_tier
+from lmcode.memory.search.choice import choose_tier, reason_of
 from lmcode.memory.search.faiss_index import check_top_k
 from lmcode.memory.search.plan import Plan
 from lmcode.memory.search.tier import tier_of
@@ -81,6 +81,7 @@ class LongTermMemory:
         self.next_id = self.rejected = self.clipped = 0
         nobody_N = torch.zeros(0, dtype=torch.int64)
         self._sample = measure.Sample(torch.zeros(heads, 0, head_dim), nobody_N, nobody_N, config.scope)
+        self._picked: dict[str, str] = {}  # by kind of scope, what `auto` was last said to search with
         self._unmeasured = False  # graphs have come into use, and no query has shown yet what they find
 
     @property
@@ -110,13 +111,14 @@ class LongTermMemory:
         """
         k = self.top_k if top_k is None else top_k
         scope = self.config.scope if scope is None else scope
-        document_N = self._documents(namespace_N, document_N)
+        namespace_N, document_N = self._names(namespace_N, document_N)
         self._check(query_HND, namespace_N, document_N, scope, k)
         self._sample = measure.sample_of_all(query_HND, namespace_N, document_N, scope, self.config.recall_queries,
                                              group=self.group)
         if tier is None:
             self._tend_graphs(scope)
             tier = self.tier_for(scope)
+            self._say_pick(tier, scope, k, query_HND.shape[1])
         return self._reader.search(query_HND.transpose(0, 1), namespace_N, document_N, scope=scope, k=k, tier=tier,
                                    ragged=ragged)
 
@@ -139,8 +141,19 @@ class LongTermMemory:
         """Searches by this plan from now on; every rank must be given the same."""
         self.shard.use(plan)
 
-    def _documents(self, namespace_N: Tensor, document_N: Tensor | None) -> Tensor:
-        return torch.full_like(namespace_N, entry.UNKNOWN) if document_N is None else document_N
+    def _say_pick(self, tier: str, scope: Scope, k: int, queries: int) -> None:
+        """What `auto` searches with, the first time and whenever that changes."""
+        kind = "document" if scope == "document" else "global"
+        if self.config.tier == "auto" and self._picked.get(kind) != tier:
+            self._picked[kind] = tier
+            log.info("memory.tier = auto: '%s' for reads of scope '%s' (%d entries of this rank, K = %d, %d queries of each "
+                     "rank and head): %s", tier, kind, self.shard.ledger.tally.live, k, queries,
+                     reason_of(kind, self.slots, self.device, self.plan))
+
+    def _names(self, namespace_N: Tensor, document_N: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Namespaces and documents on the device of the bank, wherever the caller has them."""
+        document_N = torch.full_like(namespace_N, entry.UNKNOWN) if document_N is None else document_N
+        return namespace_N.to(self.device), document_N.to(self.device)
 
     def _check(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor, scope: Scope, k: int) -> None:
         check_search(query_HND, namespace_N, document_N, scope, k, heads=self.heads, head_dim=self.head_dim)
@@ -150,9 +163,10 @@ class LongTermMemory:
     def look_up(self, query_HND: Tensor, namespace_N: Tensor,
                 document_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`attend` to a fresh `search`, without gradient; faster for few queries on one rank. Collective."""
-        document_N = self._documents(namespace_N, document_N)
+        namespace_N, document_N = self._names(namespace_N, document_N)
         self._check(query_HND, namespace_N, document_N, self.config.scope, self.top_k)
-        approximate = tier_of(self.tier_for(self.config.scope)).approximate
+        self._say_pick(tier := self.tier_for(self.config.scope), self.config.scope, self.top_k, query_HND.shape[1])
+        approximate = tier_of(tier).approximate
         found = None if approximate else self._reader.look_up(query_HND.transpose(0, 1), namespace_N, document_N, self.top_k)
         if found is None:
             return self.attend(query_HND, self.search(query_HND, namespace_N, document_N))
@@ -189,6 +203,7 @@ class LongTermMemory:
         return tuple(part_NHKD.transpose(0, 1) for part_NHKD in parts)
 
     @torch.no_grad()
+    @without_autocast()
     def commit(self, candidates: Sequence[Candidates], hits: Sequence[Hits], *, step: int) -> entry.CommitReport:
         """Counts the attention that entries received in this step, then writes what the policy chooses. Collective.
 
@@ -211,6 +226,7 @@ class LongTermMemory:
                                   sum(self.shard.evicted.values()) - evicted)
 
     @torch.no_grad()
+    @without_autocast()
     def write(self, key_HED: Tensor, value_HED: Tensor, namespace_E: Tensor, importance_E: Tensor | None = None,
               step: int = 0, document_E: Tensor | None = None) -> Tensor:
         """Writes entries directly; every rank passes the same batch. Returns their ids, int64 [E], -1 where rejected.
@@ -251,6 +267,7 @@ class LongTermMemory:
             self.use(Plan(self.plan.probing))
         return deleted
 
+    @without_autocast()
     def consolidate(self, threshold: float = 0.1) -> ConsolidationReport:
         """Merges pairs of entries of one text whose keys are less than a cosine distance apart. Collective.
 
@@ -300,6 +317,7 @@ class LongTermMemory:
         self._sample = sample
         return share
 
+    @without_autocast()
     def review(self) -> float | None:
         """`recall`, and what follows from it for how the bank is searched from now on, with a line in the log. Collective.
 
@@ -310,6 +328,7 @@ class LongTermMemory:
             self._revise(recall if self._sample.scope != "document" else None)
         return recall
 
+    @without_autocast()
     def prepare(self, *, graphs: Path | None = None) -> None:
         """What `review` does before anything was measured: a bank that was filled gets its centroids, or graphs are begun.
         These come into use when a search finds that all ranks have theirs; `build_graphs` waits for it. Collective.
@@ -323,6 +342,7 @@ class LongTermMemory:
             self.shard.graphs.try_again()
             self._unmeasured |= planning.tend_graphs(self.shard, self.group, graphs)
 
+    @without_autocast()
     def build_graphs(self, *, graphs: Path | None = None) -> None:
         """Makes the graphs that reads by the tier `hnsw` go through, whatever `memory.tier` says, and waits for them.
         Collective. `graphs` is as in `prepare`."""
@@ -369,7 +389,7 @@ class LongTermMemory:
         None where there was nothing to find. Documents and `scope` are those of the search.
         """
         scope, count = self.config.scope if scope is None else scope, self.config.recall_queries
-        sample = measure.sample_of(query_HND, namespace_N, self._documents(namespace_N, document_N), scope, count)
+        sample = measure.sample_of(query_HND, *self._names(namespace_N, document_N), scope, count)
         exact = self.search(*sample[:3], scope=scope, top_k=hits.id_HNK.shape[-1], tier="exact", ragged=True)
         counts = measure.found_of(measure.spread(hits.id_HNK, count), exact)
         found, wanted = measure.totals(self.group, self.device, *counts)
@@ -381,8 +401,10 @@ class LongTermMemory:
         other = LongTermMemory(heads=self.heads, head_dim=self.head_dim, slots=slots or self.slots, top_k=self.top_k,
                                config=config or self.config, group=group or self.group, device=device or self.device)
         other.use(self.plan)
+        other._picked = dict(self._picked)
         return other
 
+    @without_autocast()
     def fork(self, *, empty: bool, slots: int | None = None) -> LongTermMemory:
         """An independent bank with the same settings: empty (only then may `slots` differ) or a copy of all entries.
 

@@ -1,4 +1,4 @@
-"""Which tier searches: what `memory.tier` names, or what `auto` takes."""
+"""Which tier searches: what `memory.tier` names, or what `auto` takes, and why."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from lmcode.config import MemoryConfig
 from lmcode.memory.search import faiss_index
+from lmcode.memory.search.plan import AUTO_ENTRIES, Plan
 from lmcode.memory.search.tier import tier_of
 
 log = logging.getLogger("lmcode")
@@ -30,3 +31,17 @@ def choose_tier(config: MemoryConfig, scope: str, slots: int, device: torch.devi
     if not usable and config.scope == "global":
         log.warning("memory.tier = auto: no FAISS build for %s, so torch searches %d slots", device.type, slots)
     return "faiss-flat" if usable else "exact"
+
+
+def reason_of(scope: str, slots: int, device: torch.device, plan: Plan) -> str:
+    """Why `auto` takes the tier that it takes, for a line in the log."""
+    if scope == "document":
+        return "each query sees the entries of one document only"
+    if plan.probing and plan.centroid_HLD is not None:
+        return f"{plan.trained_on:,} entries or more; {plan.probes} of {plan.centroid_HLD.shape[1]} lists are probed"
+    if slots < AUTO_FAISS_SLOTS:
+        return f"fewer than {AUTO_FAISS_SLOTS:,} slots"
+    if not faiss_index.available(device):
+        return f"no FAISS build for {device.type}"
+    return (f"{AUTO_FAISS_SLOTS:,} slots or more, and at the last review fewer than {AUTO_ENTRIES:,} entries, or a recall "
+            "that lists did not reach")

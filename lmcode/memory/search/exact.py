@@ -28,6 +28,7 @@ from lmcode.protocol import NO_SCORE
 QUERY_BLOCK = 256
 CHUNK = 2048  # rows whose scores are held at once: 2 MB of them with a block of queries, which stay in a cache
 GROUP = 16  # most rows of a group
+HELD = 4096  # candidates of a query, beyond k, from which on they are decided at once, so that equals do not pile up
 ROUNDING = 4e-6  # more than fp32 products over a few hundred components are off, relative to the lengths
 
 
@@ -78,8 +79,8 @@ def search_head(query_ND: Tensor, rows: HeadRows, k: int, *, hidden: Hidden = ()
 
 def rounding(query_ND: Tensor, rows: HeadRows) -> Tensor:
     """How far from exact, at most, the score of each query and any of these rows is in fp32: [N]."""
-    longest = max(float(part_PD.norm(dim=1, dtype=torch.float32).max()) for part_PD in rows.key_PD.split(CHUNK))
-    addend = float(rows.addend_P.where(rows.id_P >= 0, 0.0).abs().max())
+    longest = torch.stack([part_PD.norm(dim=1, dtype=torch.float32).max() for part_PD in rows.key_PD.split(CHUNK)]).max()
+    addend = rows.addend_P.where(rows.id_P >= 0, 0.0).abs().max()
     slack_N: Tensor = ROUNDING * (query_ND.norm(dim=1) * longest + addend)
     return slack_N
 
@@ -87,7 +88,7 @@ def rounding(query_ND: Tensor, rows: HeadRows) -> Tensor:
 def _candidates(query_QD: Tensor, rows: HeadRows, k: int, hidden: Hidden, slack_Q: Tensor) -> Tensor:
     """Rows that can be among the k best of each query, int64 [Q, C], -1 where there are fewer; not many more than k."""
     P, best_QX = len(rows.id_P), query_QD.new_empty(len(query_QD), 0)
-    size, found = group_size(P, k), []
+    size, found, held_Q = group_size(P, k), [], torch.zeros(len(query_QD), dtype=torch.int64, device=query_QD.device)
     for start in range(0, P, CHUNK):
         chunk = slice(start, start + CHUNK)
         score_QP = torch.mm(query_QD, rows.key_PD[chunk].float().T).add_(rows.addend_P[chunk])
@@ -100,9 +101,24 @@ def _candidates(query_QD: Tensor, rows: HeadRows, k: int, hidden: Hidden, slack_
         bound_Q = kth_largest(best_QX, k) - 2 * slack_Q
         query_W, row_W, score_W = _reaching(score_QGg, top_Qg, bound_Q)
         found.append((query_W, row_W + start, score_W))
+        held_Q = held_Q + query_W.bincount(minlength=len(query_QD))
+        if int(held_Q.max()) > HELD + k:
+            found = [_thinned(query_QD, rows, k, found, bound_Q)]
+            held_Q = found[0][0].bincount(minlength=len(query_QD))
     query_W, row_W, score_W = (torch.cat(parts) for parts in zip(*found, strict=True))
     keep_W = (score_W >= bound_Q[query_W]) & (score_W > REAL)
     return as_lists(query_W[keep_W], row_W[keep_W], len(query_QD))
+
+
+def _thinned(query_QD: Tensor, rows: HeadRows, k: int, found: list[tuple[Tensor, Tensor, Tensor]],
+             bound_Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of pairs that were found so far those that can still be among the k best of a query; the k best of them at most."""
+    query_W, row_W, score_W = (torch.cat(parts) for parts in zip(*found, strict=True))
+    keep_W = (score_W >= bound_Q[query_W]) & (score_W > REAL)
+    row_QC = as_lists(query_W[keep_W], row_W[keep_W], len(query_QD))
+    score_QK, _, row_QK = decide(query_QD, rows, row_QC, k)
+    at_V = where(row_QK >= 0)
+    return at_V // k, row_QK.flatten()[at_V], score_QK.flatten()[at_V]
 
 
 def group_size(rows: int, k: int) -> int:

@@ -170,10 +170,10 @@ def search_lists(query_ND: Tensor, rows: HeadRows, k: int, *, probe_NP: Tensor, 
     """
     N, device = len(query_ND), query_ND.device
     found = no_hits((N, k), device)
-    if rows.key_PD.dtype != torch.float32:
-        rows = rows._replace(key_PD=rows.key_PD.float())
     probe_np = probe_NP.cpu().numpy()
     count_N = lists.length_L[probe_np].sum(axis=1)
+    if rows.key_PD.dtype != torch.float32 and count_N.sum() > len(rows.key_PD):  # else less is converted pair by pair
+        rows = rows._replace(key_PD=rows.key_PD.float())
     # Neighbours in this order share lists, whose rows then are in a cache; and have about as many candidates.
     order_N = np.lexsort((count_N, probe_np[:, 0]))
     for at_Q in _portions(order_N, count_N):
