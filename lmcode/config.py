@@ -24,7 +24,7 @@ from pydantic import (
 
 # What a setting may name besides its other values, and where that is, "module:name". Who adds a line can choose it.
 TIERS = {"exact": "lmcode.memory.search.exact:ExactTier", "faiss-flat": "lmcode.memory.search.flat:FlatTier",
-         "ivf": "lmcode.memory.search.ivf:IvfTier"}
+         "ivf": "lmcode.memory.search.ivf:IvfTier", "hnsw": "lmcode.memory.search.hnsw:HnswTier"}
 EVICTIONS = {name: f"lmcode.memory.evict:{name}" for name in ("clock", "fifo", "lru", "oldest", "importance", "random")}
 RECIPES = {"camelot": "lmcode.recipes.camelot:Camelot", "lmcode": "lmcode.recipes.own_read:OwnRead",
            "longmem": "lmcode.recipes.longmem:LongMem", "memorag": "lmcode.recipes.memorag:MemoRAG",
@@ -377,6 +377,17 @@ class RunConfig(Section):
             raise ValueError("eval.slots must be left out with memory.scope=global, where an evaluation reads a copy of the "
                              f"bank: got {self.eval.slots}")
         return self
+
+    def check_trains(self) -> None:
+        """Refuses settings that are for memories which are read and not written.
+
+        Raises:
+            ConfigError: for memory.tier=hnsw.
+        """
+        if self.memory.tier == "hnsw" and self.model.long_term_memory_slots:
+            others = ", ".join(repr(name) for name in ("auto", *TIERS) if name != "hnsw")
+            raise ConfigError(f"memory.tier of a training must be one for banks that every step writes, {others}: got "
+                              "'hnsw', whose graphs are for memories that are only read. Did you mean 'ivf'?")
 
     def check_world_size(self, world_size: int) -> None:
         """Refuses a number of ranks that this run cannot be spread over.

@@ -24,6 +24,7 @@ MIB = 2**20
 # of it, the rest belongs to DeepSpeed, gloo and the allocator. GPU: a CUDA context and NCCL, not measured.
 BASE_BYTES = {"cpu": 450 * MIB, "gpu": 1200 * MIB}
 FAISS_GPU_BYTES = 256 * MIB  # the limit that memory/search/faiss_index.py sets
+NODE_BYTES = 4 + 8 + 4 * 33  # of a graph, beside the key: how many levels, where its neighbours are, 33 of them on average
 COLUMN_BYTES = 61  # of one slot's metadata: seven int64, one fp32, one bool
 ADDEND_BYTES = 4  # of one slot's addend to its scores
 FACT_BYTES = 24  # what is known of a candidate: its namespace, its document and its surprise
@@ -188,7 +189,10 @@ def bank_bytes(config: RunConfig, R: int, device: Device) -> dict[str, int]:
     queries = 3 * G * N * H * D * 4
     rows = H * D * 4 * slots  # a copy of the rows that a group of queries sees; in fp32
     faiss = FAISS_GPU_BYTES if device == "gpu" and memory.tier != "exact" else 0
+    # Each graph has a copy of its keys in fp32, and is made from another one.
+    graphs = layers * slots * H * (2 * D * 4 + NODE_BYTES) if memory.tier == "hnsw" and memory.scope == "global" else 0
     return {"bank": layers * slots * slot, "evaluation's bank": layers * evaluation * slot,
+            **({"graphs": graphs} if graphs else {}),
             "search": queries + lists + (rows if memory.scope == "global" else 0) + faiss}
 
 

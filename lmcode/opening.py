@@ -17,8 +17,7 @@ from lmcode.config import RECIPES, ConfigError, RunConfig, build, near_match, wi
 from lmcode.dist import Group, on_rank_0
 from lmcode.files import durable
 from lmcode.language_model import LMCODE
-from lmcode.memories.files import load_memory
-from lmcode.memory import planning
+from lmcode.memories.files import load_memory, prepare_search
 from lmcode.presets import load_run_config
 from lmcode.saved import checkpoint, pretrained
 from lmcode.saved.places import Kind, Place, place_of
@@ -134,23 +133,18 @@ def open_model(path: str | Path, overrides: Sequence[str] = (), *, group: Group 
         config: RunConfig = build(RunConfig, resolved(with_overrides(plain_values(place.folder, overrides), overrides)))
         return Opened(make_model(config, group=group, device=torch.device(device)).eval(), place, place.folder, config, 0)
     if place.kind is Kind.SAVED_MODEL:
-        saved = RunConfig().model_copy(update={"model": pretrained.settings(place.folder)[0]})
-        model: Backbone = pretrained.read(place.folder, kind_of(saved), include_memory=memory, group=group, device=device)
-        values = {"preset": "saved", "model": model.config.model_dump(), "memory": model.memory_config.model_dump(),
-                  "train": {"sequence_length": model.config.context_length}}
+        shape, storage, _ = pretrained.settings(place.folder)
+        values = {"preset": "saved", "model": shape.model_dump(), "memory": storage.model_dump(),
+                  "train": {"sequence_length": shape.context_length}}
         config = build(RunConfig, with_overrides(values, overrides))
-        if config.model != model.config:
+        if config.model != shape:
             raise ConfigError(f"the model in '{path}' has its settings: leave out what begins with model.")
-        _prepare(model)
+        model: Backbone = pretrained.read(place.folder, kind_of(config), include_memory=memory, group=group, device=device,
+                                          storage=config.memory)
+        prepare_search(place.folder, model.memories)
         return Opened(model, place, place.folder, config, 0)
     folder = on_rank_0(group, lambda: checkpoint.find(Path(path)))  # found once: a run may be saving newer ones
     config = load_run_config(folder / "config.yaml", overrides)
     model = checkpoint.read_model(folder, kind_of(config), config, group=group, device=device, memory=memory)
-    _prepare(model)
+    prepare_search(folder, model.memories)
     return Opened(model, place, folder, config, durable.read_manifest(folder).facts.step)
-
-
-def _prepare(model: Backbone) -> None:
-    """Gives banks that are searched approximately, and were not saved so, what that takes. A collective."""
-    for bank in model.banks.values():
-        planning.prepare(bank)

@@ -41,7 +41,7 @@ def test_overrides_win_and_leave_the_rest_alone() -> None:
     ("model.long_term_memory_slots=11", ["11"]),
     ("model.memory_layers=[4]", ["0..3", "4"]),
     ("model.memory_layers=[1, 1]", ["repeat"]),
-    ("memory.tier=hnsw", ["tier", "exact", "hnsw"]),
+    ("memory.tier=annoy", ["tier", "exact", "annoy"]),
     ("memory.group_size=13", ["virtual_shards", "group_size", "12 < 13"]),
     ("memory.group_size=-2", ["group_size", "-2"]),
     ("train.sequence_length=512", ["sequence_length", "context_length", "512"]),

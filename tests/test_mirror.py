@@ -64,6 +64,7 @@ TESTED_IN = {
     "memory/search/choice": "memory/search/test_faiss_index",
     "memory/search/decide": "memory/search/test_exact",
     "memory/search/flat": "memory/search/test_faiss_index",
+    "memory/search/graphs": "memory/search/test_hnsw",
     "memory/search/pairs": "memory/search/test_exact",
     "memory/search/plan": "memory/search/test_ivf",
     "memory/ticket": "memory/test_shard",

@@ -11,10 +11,16 @@ import torch
 
 from lmcode import LMCODE, LMCODEConfig, MemoryAwareTrainer, MemoryDataset
 from lmcode.cli import command as cli
-from lmcode.config import ConfigError
+from lmcode.config import ConfigError, MemoryConfig
 from lmcode.files.replace import beside
+from lmcode.memories.files import graph_folder
+from lmcode.memory import planning
+from lmcode.memory.search import hnsw
 from lmcode.opening import open_model, shape_of
+from lmcode.presets import load_run_config
+from lmcode.saved import files, pretrained
 from lmcode.saved.places import Kind, place_of
+from lmcode.train import loop
 from tests.helpers.ranks import run_on_ranks
 
 SHAPE = LMCODEConfig(vocab_size=257, hidden_size=16, num_layers=2, num_heads=2, context_length=16, short_term_memory_size=4,
@@ -160,3 +166,39 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="resume needs run_dir"):
         trainer_in(None).resume()
     assert trainer_in(tmp_path / "new").resume() == 0, "a folder that is yet to be made"
+
+
+GRAPHS = MemoryConfig(tier="hnsw", scope="global", virtual_shards=2)
+
+
+def test_graphs_are_refused_in_training_with_the_tiers_that_it_may_have() -> None:
+    config = load_run_config("tiny", ["memory.tier=hnsw"])
+    trainer = MemoryAwareTrainer(LMCODE(SHAPE, memory=GRAPHS), {"total_steps": 1})
+    for refuses in (config.check_trains, lambda: loop.run(config),
+                    lambda: trainer.train(MemoryDataset(SAMPLES), batch_size=2)):
+        with pytest.raises(ConfigError, match=r"memory.tier of a training must .*'faiss-flat', 'ivf': got 'hnsw'.* 'ivf'\?"):
+            refuses()
+    load_run_config("tiny", ["memory.tier=hnsw", "model.long_term_memory_slots=0"]).check_trains()
+
+
+def test_an_opened_model_has_its_graphs_beside_it_and_a_deletion_takes_them_away(tmp_path: Path,
+                                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(hnsw, "LEAST_ENTRIES", 20)
+    key, model = torch.randn(1, 150, 8), LMCODE(SHAPE, memory=GRAPHS)
+    model.banks[1].write(key, key, torch.zeros(150).long())
+    model.save_pretrained(tmp_path / "model")
+    opened = open_model(tmp_path / "model").model
+    planning.build_graphs(opened.banks[1])
+    kept = tmp_path / "model.graphs" / "layer-01"
+    assert kept == graph_folder(tmp_path / "model", 1) and len([*kept.iterdir()]) == 2
+    assert graph_folder(Path("runs/one/checkpoints/step-00000300"), 1) == Path("runs/one/graphs/layer-01")
+    LMCODE.from_pretrained(tmp_path / "model")  # it holds what it held
+    other = open_model(tmp_path / "model", ["memory.tier=exact"])
+    assert other.model.memory_config.tier == other.config.memory.tier == "exact"
+    assert other.model.banks[1].content_hash() == opened.banks[1].content_hash()
+    with pytest.raises(ConfigError, match="virtual shard"):
+        open_model(tmp_path / "model", ["memory.virtual_shards=3"])
+    with files.replacing(tmp_path / "model"):
+        pretrained.rewrite_memory(opened, tmp_path / "model", lambda: opened.banks[1].delete(ids=[3]))
+    assert not kept.exists() and opened.banks[1].stats()["live"] == 149

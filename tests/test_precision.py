@@ -199,3 +199,30 @@ def test_a_region_without_autocast_ends_where_it_ends() -> None:
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     with without_autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_products_are_in_fp32_whatever_precision_is_allowed() -> None:
+    before = torch.get_float32_matmul_precision()
+    bank = LMCODE(LMCODEConfig(**SHAPE), memory=MemoryConfig(virtual_shards=4, scope="global", tier="exact")).banks[0]
+    key, names, seen = torch.randn(2, 40, 8), torch.zeros(40, dtype=torch.int64), set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function.name() in ("aten::mm", "aten::bmm"):
+                seen.add(torch.get_float32_matmul_precision())
+            return function(*args, **(kwargs or {}))
+
+    try:
+        for precision in ("medium", "high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            with Watch():
+                bank.write(key, key, names)
+                bank.attend(key, bank.search(key, names))
+                bank.consolidate(0.01)
+            with pytest.raises(ZeroDivisionError), without_autocast():
+                assert torch.get_float32_matmul_precision() == "highest"
+                1 / 0  # noqa: B018  (the way out is what is tested)
+            assert torch.get_float32_matmul_precision() == precision
+        assert seen == {"highest"}
+    finally:
+        torch.set_float32_matmul_precision(before)

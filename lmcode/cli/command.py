@@ -221,11 +221,12 @@ def _recipe(arguments: argparse.Namespace) -> list[str]:
 
 def _add_generate(commands: Any) -> None:
     parser = _command(
-        commands, "generate", generate, overrides=False, help="continue a text with a trained model",
-        usage="lmcode generate RUN --prompt TEXT [--recipe NAME] [options]",
+        commands, "generate", generate, overrides=True, help="continue a text with a trained model",
+        usage="lmcode generate RUN --prompt TEXT [--recipe NAME] [options] [section.key=value ...]",
         examples="  lmcode generate runs/books --prompt 'Call me'\n"
                  "  lmcode generate runs/books --prompt 'def main(' --temperature 0 --no-memory\n"
-                 "  lmcode generate my_model --prompt 'The key is' --namespace house")
+                 "  lmcode generate my_model --prompt 'The key is' --namespace house\n"
+                 "  lmcode generate runs/books --prompt 'Call me' memory.tier=hnsw memory.scope=global")
     parser.add_argument("path", metavar="RUN", type=Path, help="a run folder, one checkpoint in it, or a saved model")
     _add_recipe(parser)
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="what comes before; at least one token")
@@ -383,7 +384,7 @@ def generate(arguments: argparse.Namespace) -> int:
         text = generate_text(arguments.path, arguments.prompt, max_new_tokens=arguments.max_new_tokens,
                              temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
                              seed=arguments.seed, namespace=arguments.namespace, memory=arguments.memory,
-                             overrides=_recipe(arguments))
+                             overrides=[*_recipe(arguments), *arguments.overrides])
     if me.rank == 0:
         print(text)
     return DONE
@@ -460,6 +461,7 @@ def config_check(arguments: argparse.Namespace) -> int:
     from lmcode.train.ds_config import load_sharding
 
     config = _run_config(arguments)
+    config.check_trains()
     stage = load_sharding(config.train.deepspeed)["zero_optimization"]["stage"]
     if arguments.world is not None:
         config.check_world_size(arguments.world)

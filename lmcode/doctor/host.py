@@ -103,7 +103,8 @@ def faiss_build_row(installed: Mapping[str, str]) -> Row:
     if len(builds) == 2:
         return Row("faiss", "fail", "faiss-cpu and faiss-gpu are both installed; remove both, then install one")
     if not builds:
-        return Row("faiss", "warn", "not installed; memory.tier=exact is used, slower on large banks")
+        return Row("faiss", "warn", "not installed; memory.tier=exact is used, slower on large banks; ivf and "
+                   "hnsw are refused")
     return Row("faiss", "ok", f"{builds[0]} {installed[builds[0]]}")
 
 

@@ -17,7 +17,9 @@ from lmcode.files.durable import Parts
 from lmcode.memories.experience_files import experience_parts, load_experiences
 from lmcode.memories.experiences import name_documents
 from lmcode.memories.memories import Memories
+from lmcode.memory import planning
 from lmcode.memory.bank import LongTermMemory
+from lmcode.memory.search.graphs import remove_graphs
 from lmcode.memory.search.plan import first_plan, load_plan, save_plan
 from lmcode.memory.store import load_bank, save_shard, shard_file
 
@@ -61,12 +63,33 @@ def load_plan_of(bank: LongTermMemory, path: Path) -> None:
     """
     plan, problem = first_plan(bank.config.tier), None
     try:
-        if path.exists():
+        if path.exists() and bank.config.tier != "hnsw":  # another tier's
             plan = load_plan(path, heads=bank.heads, head_dim=bank.head_dim)
     except ValueError as error:
         problem = str(error)
     raise_together(bank.group, problem)
     bank.use(plan)
+
+
+def graph_folder(folder: Path, layer: int) -> Path:
+    """Where the graphs of a layer's bank are kept (`memory.tier=hnsw`) that were made of what lies in the folder of a
+    checkpoint or of a saved model: beside it, since they are no part of it, and one for all checkpoints of a run."""
+    beside = folder.parent.parent / "graphs" if folder.parent.name == "checkpoints" else folder.with_name(
+        f"{folder.name}.graphs")
+    return beside / f"layer-{layer:02d}"
+
+
+def prepare_search(folder: Path, memories: Memories) -> None:
+    """Gives banks that were filled from a folder, and are searched approximately, what that takes and was not saved with
+    them. A collective."""
+    for layer, bank in memories.banks.items():
+        planning.prepare(bank, graphs=graph_folder(folder, layer))
+
+
+def forget_graphs(folder: Path, memories: Memories) -> None:
+    """Removes the graphs that are kept beside a folder, of which something is to be gone."""
+    for layer in memories.banks:
+        remove_graphs(graph_folder(folder, layer))
 
 
 def on_host(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,12 +19,12 @@ from torch import Tensor
 
 from lmcode.config import ConfigError, MemoryConfig
 from lmcode.dist import Group
-from lmcode.memory import entry, measure
+from lmcode.memory import entry, measure, planning
 from lmcode.memory.joining import join_nearest
 from lmcode.memory.placement import shards_of
 from lmcode.memory.read import SCOPES, Reader, check_search, turned
 from lmcode.memory.rounds import consolidate_shards
-from lmcode.memory.search.choice import choose_tier, tier_now
+from lmcode.memory.search.choice import choose_tier, reason_of, tier_now
 from lmcode.memory.search.faiss_index import check_top_k
 from lmcode.memory.search.plan import Plan, first_plan
 from lmcode.memory.search.tier import tier_of
@@ -33,6 +34,8 @@ from lmcode.memory.states import COUNTERS, check_moments, digest_of
 from lmcode.memory.write import Admitted, batch_of, count_hits, gather_candidates
 from lmcode.precision import without_autocast
 from lmcode.protocol import Candidates, ConsolidationReport, Hits, check_threshold
+
+log = logging.getLogger("lmcode")
 
 
 class LongTermMemory:
@@ -53,6 +56,7 @@ class LongTermMemory:
         next_id, rejected, clipped: ids given out, rows refused and rows scaled down so far; the same on every rank.
         reader: goes through the phases of a read, and counts its seconds and the queries that were not finite.
         sample: some queries of the latest search, on which `measure.recall` measures.
+        unmeasured: whether graphs have come into use, and no query has shown yet what they find.
     """
 
     def __init__(self, *, heads: int, head_dim: int, slots: int, top_k: int, config: MemoryConfig,
@@ -81,6 +85,8 @@ class LongTermMemory:
         self.next_id = self.rejected = self.clipped = 0
         nobody_N = torch.zeros(0, dtype=torch.int64)
         self.sample = measure.Sample(torch.zeros(heads, 0, head_dim), nobody_N, nobody_N, config.scope)
+        self.unmeasured = False
+        self._picked: dict[str, str] = {}  # by kind of scope, what `auto` was last said to search with
 
     @torch.no_grad()
     @without_autocast()
@@ -104,12 +110,14 @@ class LongTermMemory:
         """
         k = self.top_k if top_k is None else top_k
         scope = self.config.scope if scope is None else scope
-        document_N = self._checked(query_HND, namespace_N, document_N, scope, k)
-        tier = tier or tier_now(self._tiers, scope, self.config, self.plan)
+        namespace_N, document_N = self._checked(query_HND, namespace_N, document_N, scope, k)
         self.sample = measure.sample_of_all(query_HND, namespace_N, document_N, scope, self.config.recall_queries,
                                             group=self.group)
+        if tier is None:
+            planning.before_search(self, scope)
+            tier = self._pick(scope, k, query_HND.shape[1])
         return self.reader.search(query_HND.transpose(0, 1), namespace_N, document_N, scope=scope, k=k, tier=tier,
-                                   ragged=ragged)
+                                  ragged=ragged)
 
     @without_autocast()
     def attend(self, query_HND: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
@@ -141,8 +149,8 @@ class LongTermMemory:
     def look_up(self, query_HND: Tensor, namespace_N: Tensor,
                 document_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`attend` to a fresh `search`, without gradient; faster for few queries on one rank. Collective."""
-        document_N = self._checked(query_HND, namespace_N, document_N, self.config.scope, self.top_k)
-        approximate = tier_of(tier_now(self._tiers, self.config.scope, self.config, self.plan)).approximate
+        namespace_N, document_N = self._checked(query_HND, namespace_N, document_N, self.config.scope, self.top_k)
+        approximate = tier_of(self._pick(self.config.scope, self.top_k, query_HND.shape[1])).approximate
         found = None if approximate else self.reader.look_up(query_HND.transpose(0, 1), namespace_N, document_N, self.top_k)
         if found is None:
             return self.attend(query_HND, self.search(query_HND, namespace_N, document_N))
@@ -153,15 +161,29 @@ class LongTermMemory:
             value_HND[:, doubtful_N], lse_HN[:, doubtful_N] = parts[0].float(), parts[1]
         return value_HND.to(query_HND.dtype), lse_HN
 
-    def _checked(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None, scope: Scope, k: int) -> Tensor:
-        """The documents of queries, where none are given unknown ones; ValueError for queries that do not fit."""
+    def _checked(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None, scope: Scope,
+                 k: int) -> tuple[Tensor, Tensor]:
+        """Namespaces and documents of queries, unknown ones where no documents are given, on the device of the bank wherever
+        the caller has them; ValueError for queries that do not fit."""
         document_N = torch.full_like(namespace_N, entry.UNKNOWN) if document_N is None else document_N
         check_search(query_HND, namespace_N, document_N, scope, k, heads=self.heads, head_dim=self.head_dim)
-        return document_N
+        return namespace_N.to(self.device), document_N.to(self.device)
+
+    def _pick(self, scope: Scope, k: int, queries: int) -> str:
+        """The tier of a search with this scope, as things are now; what `auto` picks is logged the first time and whenever
+        that changes."""
+        tier = tier_now(self._tiers, scope, self.config, self.plan)
+        kind = "document" if scope == "document" else "global"
+        if self.config.tier == "auto" and self._picked.get(kind) != tier:
+            self._picked[kind] = tier
+            log.info("memory.tier = auto: '%s' for reads of scope '%s' (%d entries of this rank, K = %d, %d queries of each "
+                     "rank and head): %s", tier, kind, self.shard.ledger.tally.live, k, queries,
+                     reason_of(kind, self.slots, self.device, self.plan))
+        return tier
 
     @property
     def plan(self) -> Plan:
-        """How searches of the whole bank go: the same on every rank, and changed by `planning.review` only."""
+        """How searches of the whole bank go: the same on every rank, and changed by `planning` only."""
         return self.shard.searcher.plan
 
     def use(self, plan: Plan) -> None:
@@ -191,6 +213,7 @@ class LongTermMemory:
                                   sum(self.shard.evicted.values()) - evicted)
 
     @torch.no_grad()
+    @without_autocast()
     def write(self, key_HED: Tensor, value_HED: Tensor, namespace_E: Tensor, importance_E: Tensor | None = None,
               step: int = 0, document_E: Tensor | None = None) -> Tensor:
         """Writes entries directly; every rank passes the same batch. Returns their ids, int64 [E], -1 where rejected.
@@ -225,10 +248,13 @@ class LongTermMemory:
         """
         slot_E = self.shard.matching(ids=ids, namespace=namespace, before_step=before_step, predicate=predicate)
         deleted = measure.totals(self.inside, self.device, self.shard.delete(slot_E))[0]
+        if deleted:
+            self.shard.searcher.forget(slot_E)
         if deleted and self.plan.centroid_HXD is not None:  # they are means of what is to be gone
             self.use(Plan(self.plan.probing))
         return deleted
 
+    @without_autocast()
     def consolidate(self, threshold: float = 0.1) -> ConsolidationReport:
         """Merges pairs of entries of one text whose keys are less than a cosine distance apart. Collective.
 
@@ -259,15 +285,24 @@ class LongTermMemory:
         other = LongTermMemory(heads=self.heads, head_dim=self.head_dim, slots=slots or self.slots, top_k=self.top_k,
                                config=config or self.config, group=group or self.group, device=device or self.device)
         other.use(self.plan)
+        other._picked = dict(self._picked)
         return other
 
+    @without_autocast()
     def fork(self, *, empty: bool, slots: int | None = None) -> LongTermMemory:
-        """An independent bank with the same settings: empty (only then may `slots` differ) or a copy of all entries."""
+        """An independent bank with the same settings: empty (only then may `slots` differ) or a copy of all entries.
+
+        With memory.tier=hnsw a copy waits for graphs, shares them and makes none of its own: what it finds must not hang on
+        the clock. Collective then.
+        """
         if slots not in (None, self.slots) and not empty:
             raise ValueError(f"a copy must have the slots of its original, {self.slots}: got {slots}")
         other = self.like(slots=slots)
         for shard in () if empty else self.owned:
             other.load(shard, self.state(shard))
+        if planning.makes_graphs(self) and not empty:
+            planning.build_graphs(self)
+            other.shard.searcher.graphs.share(self.shard.searcher.graphs)
         return other
 
     def state(self, shard: int) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lmcode.memory.ledger import Ledger
 from lmcode.memory.search.decide import no_hits
 from lmcode.memory.search.exact import attend_best
+from lmcode.memory.search.hnsw import HnswTier
 from lmcode.memory.search.ivf import IvfTier
 from lmcode.memory.search.plan import Plan
 from lmcode.memory.search.tier import Found, Hidden, Rows, Tier, tier_of
@@ -48,6 +49,11 @@ class Searcher:
         """Tells the tiers which slots have other keys, other entries or none now."""
         for tier in self._tiers.values() if len(slot_E) else ():
             tier.changed(slot_E)
+
+    def forget(self, slot_E: np.ndarray) -> None:
+        """Has no tier keep a copy of what was in these slots."""
+        for tier in self._tiers.values():
+            tier.forget(slot_E)
 
     def search(self, query_NHD: Tensor, namespace_N: np.ndarray, document_N: np.ndarray, k: int, *, scope: Scope,
                tier: str) -> Found:
@@ -114,10 +120,18 @@ class Searcher:
         assert isinstance(tier, IvfTier)
         return tier.lengths(self._views.table())
 
+    @property
+    def graphs(self) -> HnswTier:
+        """The tier of graphs."""
+        tier = self.tier("hnsw")
+        assert isinstance(tier, HnswTier)
+        return tier
+
     def tier(self, name: str) -> Tier:
         """This shard's object of a tier, made when it is first asked for."""
         if name not in self._tiers:
             self._tiers[name] = tier_of(name)()
+            self._tiers[name].placed(self._ledger.range_of)
             self._tiers[name].use(self.plan)
         return self._tiers[name]
 

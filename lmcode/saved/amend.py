@@ -25,7 +25,7 @@ from lmcode.files import durable
 from lmcode.files.durable import Parts, write_json
 from lmcode.files.replace import beside, clear, link, take_place
 from lmcode.memories.experiences import Namespace
-from lmcode.memories.files import BANKS, EXPERIENCES, make_folders, save_memory
+from lmcode.memories.files import BANKS, EXPERIENCES, forget_graphs, make_folders, save_memory
 from lmcode.presets import load_run_config
 from lmcode.saved.checkpoint import stored_sizes
 from lmcode.saved.places import place_of
@@ -84,6 +84,7 @@ def amend(folder: Path, model: Backbone, change: Callable[[Draft], Any]) -> Amen
     manifest = durable.read_manifest(folder)
     draft = Draft(folder, model, manifest.facts)
     result = change(draft)
+    forget_graphs(folder, model.memories)
     durable.check_space(folder.parent, manifest.total_bytes)
     if place_of(folder).run is None:
         try:

@@ -39,7 +39,7 @@ from lmcode.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, load_tokenizer, s
 from lmcode.dist import Group, on_rank_0, raise_together
 from lmcode.files.durable import is_stray
 from lmcode.files.replace import link
-from lmcode.memories.files import BANKS, EXPERIENCES, load_memory, make_folders, save_memory
+from lmcode.memories.files import BANKS, EXPERIENCES, forget_graphs, load_memory, make_folders, save_memory
 from lmcode.model.lm import MemoryLM
 from lmcode.saved import files
 from lmcode.saved.files import CARD, CONFIG, MODEL_TYPE
@@ -145,6 +145,7 @@ def rewrite_memory(model: Backbone, place: Path, change: Callable[[], Any]) -> A
                 link((place / name).resolve(), draft / name)
         make_folders(draft, model.memories)
         save_memory(draft, model.memories)
+        forget_graphs(place, model.memories)
         files.put_in_place(place, card(model, include_memory=True) if (place / CARD).is_file() else None)
     except OSError as error:
         raise ConfigError(f"'{place}' was not changed: {error}") from None
@@ -282,9 +283,13 @@ def has_tokenizer(folder: Path) -> bool:
     return content.get("lmcode_tokenizer") is not False and (folder / TOKENIZER_FILE).is_file()
 
 
-def read(folder: Path, make: Callable[..., Made], *, include_memory: bool, group: Group,
-         device: torch.device | str) -> Made:
-    """A model of the class `make` from a saved model's folder. A collective of `group`: see `LMCODE.from_pretrained`."""
+def read(folder: Path, make: Callable[..., Made], *, include_memory: bool, group: Group, device: torch.device | str,
+         storage: MemoryConfig | None = None) -> Made:
+    """A model of the class `make` from a saved model's folder. A collective of `group`: see `LMCODE.from_pretrained`.
+
+    Args:
+        storage: how its banks store and search, if not as they were saved.
+    """
 
     problem, with_memory = None, False
     if strays := sorted(name for part in (BANKS, EXPERIENCES) for path in (folder / part).rglob("*")
@@ -293,6 +298,7 @@ def read(folder: Path, make: Callable[..., Made], *, include_memory: bool, group
     try:
         check_links(folder)
         config, memory, holds_memory = settings(folder)
+        memory = storage or memory
         weights = {} if config.recipe else load_weights(folder / WEIGHTS, config)
     except ConfigError as error:
         problem = str(error)

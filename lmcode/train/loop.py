@@ -51,6 +51,7 @@ def run(config: RunConfig, *, resume: str | None = None) -> int:
             cannot be resumed.
     """
     me = dist.discover()
+    config.check_trains()
     config.check_world_size(me.world_size)
     resolve(config, me.world_size)
     clock = Clock()
@@ -105,11 +106,12 @@ def fit(session: Session) -> None:
         profile.before(session.step + 1)
         started = time.perf_counter()
         result = train_step(session)
-        synchronise(session.engine.device)
+        log_now = session.step % config.train.log_every == 0 or session.step == last_step
+        if log_now:  # a step ends when its loss is known; what a GPU has left to do then is the next one's, until asked
+            synchronise(session.engine.device)
         seconds = time.perf_counter() - started
         clock.add("step", seconds)
         profile.after(session.step, ends=result.asked or session.step == last_step)
-        log_now = session.step % config.train.log_every == 0 or session.step == last_step
         progress.step(session.step, loss=result.loss, tokens_per_s=result.tokens / seconds, log_line=log_now)
         if log_now:
             observe.log_step(session, result)

@@ -250,6 +250,7 @@ class MemoryAwareTrainer:
             "preset": "trainer", "model": self.model.config, "memory": self.model.memory_config,
             "train": {**self.config.model_dump(), **called, "sequence_length": self._window(data)},
             "data": {"packing": False}, "eval": {"every": 0, "streams": batch_size}})
+        config.check_trains()
         config.check_world_size(self.group.size)
         return config
 

@@ -512,6 +512,21 @@ def test_scopes() -> None:
         assert ids[:, 3].eq(-1).all()
 
 
+def test_names_on_the_cpu_go_to_the_device_of_the_bank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On `meta` nothing can be searched; so what the reader is given is looked at."""
+    config, seen = MemoryConfig(virtual_shards=S, tier="exact"), []
+    bank = LongTermMemory(heads=H, head_dim=D, slots=90, top_k=K, config=config, device="meta")
+    for name in ("search", "look_up"):
+        monkeypatch.setattr(bank.reader, name, lambda query, *names, **_: seen.append((query, *names[:2])) or [torch.zeros(
+            1, 1, 1), torch.zeros(1, 1), torch.zeros(1).bool()])
+    query, names = torch.zeros(H, 3, D, device="meta"), torch.zeros(3, dtype=torch.int64)
+    for document in (None, names):
+        bank.search(query, names, document)
+        bank.look_up(query, names, document)
+    assert len(seen) == 4 and {part.device.type for parts in seen for part in parts} == {"meta"}
+    assert {part.device.type for part in bank.sample[:3]} == {"meta"}
+
+
 def test_recall_counts_what_was_missed() -> None:
     bank, *_ = filled(recall_queries=3)
     query, names = unit(H, 8, D, seed=1), torch.arange(8) % 4

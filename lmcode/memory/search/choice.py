@@ -1,4 +1,6 @@
-"""Which tier searches: what `memory.tier` names, or what `auto` takes; and which one stands in for `ivf` without lists."""
+"""Which tier searches: what `memory.tier` names, or what `auto` takes, and why; and which one stands in for `ivf` without
+lists and `hnsw` without graphs.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import torch
 
 from lmcode.config import MemoryConfig
 from lmcode.memory.search import faiss_index
-from lmcode.memory.search.plan import Plan
+from lmcode.memory.search.plan import AUTO_ENTRIES, Plan
 from lmcode.memory.search.tier import tier_of
 
 log = logging.getLogger("lmcode")
@@ -44,6 +46,20 @@ def tier_now(chosen: Mapping[str, str], scope: str | Sequence[int], config: Memo
         return chosen["document"]
     if config.tier == "auto" and plan.probing:
         return "ivf"
-    if config.tier == "ivf" and not plan.probing:
+    if config.tier in ("ivf", "hnsw") and not plan.probing:
         return "exact"
     return chosen["global"]
+
+
+def reason_of(scope: str, slots: int, device: torch.device, plan: Plan) -> str:
+    """Why `auto` takes the tier that it takes, for a line in the log."""
+    if scope == "document":
+        return "each query sees the entries of one document only"
+    if plan.probing and plan.centroid_HXD is not None:
+        return f"{plan.trained_on:,} entries or more; {plan.probes} of {plan.centroid_HXD.shape[1]} lists are probed"
+    if slots < AUTO_FAISS_SLOTS:
+        return f"fewer than {AUTO_FAISS_SLOTS:,} slots"
+    if not faiss_index.available(device):
+        return f"no FAISS build for {device.type}"
+    return (f"{AUTO_FAISS_SLOTS:,} slots or more, and at the last review fewer than {AUTO_ENTRIES:,} entries, or a recall "
+            "that lists did not reach")

@@ -27,6 +27,7 @@ from lmcode.protocol import NO_SCORE
 QUERY_BLOCK = 256
 CHUNK = 2048  # rows whose scores are held at once: 2 MB of them with a block of queries, which stay in a cache
 GROUP = 16  # most rows of a group
+HELD = 4096  # candidates of a query, beyond k, from which on they are decided at once, so that equals do not pile up
 ROUNDING = 4e-6  # more than fp32 products over a few hundred components are off, relative to the lengths
 
 
@@ -77,8 +78,8 @@ def search_head(query_ND: Tensor, rows: HeadRows, k: int, *, hidden: Hidden = ()
 
 def rounding(query_ND: Tensor, rows: HeadRows) -> Tensor:
     """How far from exact, at most, the score of each query and any of these rows is in fp32: [N]."""
-    longest = max(float(part_MD.norm(dim=1, dtype=torch.float32).max()) for part_MD in rows.key_MD.split(CHUNK))
-    addend = float(rows.addend_M.where(rows.id_M >= 0, 0.0).abs().max())
+    longest = torch.stack([part_MD.norm(dim=1, dtype=torch.float32).max() for part_MD in rows.key_MD.split(CHUNK)]).max()
+    addend = rows.addend_M.where(rows.id_M >= 0, 0.0).abs().max()
     slack_N: Tensor = ROUNDING * (query_ND.norm(dim=1) * longest + addend)
     return slack_N
 
@@ -86,7 +87,7 @@ def rounding(query_ND: Tensor, rows: HeadRows) -> Tensor:
 def _candidates(query_ND: Tensor, rows: HeadRows, k: int, hidden: Hidden, slack_N: Tensor) -> Tensor:
     """Rows that can be among the k best of each query, int64 [N, K], -1 where there are fewer; not many more than k."""
     M, best_NK = len(rows.id_M), query_ND.new_empty(len(query_ND), 0)
-    size, found = group_size(M, k), []
+    size, found, held_N = group_size(M, k), [], torch.zeros(len(query_ND), dtype=torch.int64, device=query_ND.device)
     for start in range(0, M, CHUNK):
         chunk = slice(start, start + CHUNK)
         score_NM = torch.mm(query_ND, rows.key_MD[chunk].float().T).add_(rows.addend_M[chunk])
@@ -99,9 +100,24 @@ def _candidates(query_ND: Tensor, rows: HeadRows, k: int, hidden: Hidden, slack_
         bound_N = kth_largest(best_NK, k) - 2 * slack_N
         query_X, row_X, score_X = _reaching(grouped, tops, bound_N)
         found.append((query_X, row_X + start, score_X))
+        held_N = held_N + query_X.bincount(minlength=len(query_ND))
+        if int(held_N.max()) > HELD + k:
+            found = [_thinned(query_ND, rows, k, found, bound_N)]
+            held_N = found[0][0].bincount(minlength=len(query_ND))
     query_X, row_X, score_X = (torch.cat(parts) for parts in zip(*found, strict=True))
     keep_X = (score_X >= bound_N[query_X]) & (score_X > REAL)
     return as_lists(query_X[keep_X], row_X[keep_X], len(query_ND))
+
+
+def _thinned(query_ND: Tensor, rows: HeadRows, k: int, found: list[tuple[Tensor, Tensor, Tensor]],
+             bound_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of pairs that were found so far those that can still be among the k best of a query; the k best of them at most."""
+    query_X, row_X, score_X = (torch.cat(parts) for parts in zip(*found, strict=True))
+    keep_X = (score_X >= bound_N[query_X]) & (score_X > REAL)
+    candidate_NX = as_lists(query_X[keep_X], row_X[keep_X], len(query_ND))
+    score_NK, _, row_NK = decide(query_ND, rows, candidate_NX, k)
+    at_X = where(row_NK >= 0)
+    return at_X // k, row_NK.flatten()[at_X], score_NK.flatten()[at_X]
 
 
 def group_size(rows: int, k: int) -> int:

@@ -21,6 +21,7 @@ from lmcode.memory.search.tier import Found, HeadRows, Hidden, Rows, Tier
 from lmcode.protocol import NO_SCORE
 
 ROW_BLOCK = 65536  # rows that FAISS sees at once
+QUERY_BLOCK = 8192  # queries whose proposals of all blocks are held at once
 
 
 class FlatTier(Tier):
@@ -68,6 +69,10 @@ def _search_head(query_ND: Tensor, rows: HeadRows, k: int) -> Found:
     N, M = len(query_ND), len(rows.id_M)
     if N == 0 or M == 0:
         return no_hits((N, k), query_ND.device)
+    if N > QUERY_BLOCK:
+        parts = [_search_head(block_ND, rows, k) for block_ND in query_ND.split(QUERY_BLOCK)]
+        score_NK, id_NK, row_NK = (torch.cat(part) for part in zip(*parts, strict=True))
+        return score_NK, id_NK, row_NK
     wanted = min(k + 1, M, FAISS_GPU_MAX_K)
     row_NK, bound_N, longest = _proposals(query_ND, rows, wanted)
     found = decide(query_ND, rows, row_NK, k)

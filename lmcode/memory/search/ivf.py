@@ -171,10 +171,10 @@ def search_lists(query_ND: Tensor, rows: HeadRows, k: int, *, probe_NX: Tensor, 
     """
     N, device = len(query_ND), query_ND.device
     found = no_hits((N, k), device)
-    if rows.key_MD.dtype != torch.float32:
-        rows = rows._replace(key_MD=rows.key_MD.float())
     probes = probe_NX.cpu().numpy()
     count_N = lists.length_X[probes].sum(axis=1)
+    if rows.key_MD.dtype != torch.float32 and count_N.sum() > len(rows.key_MD):  # else less is converted pair by pair
+        rows = rows._replace(key_MD=rows.key_MD.float())
     # Neighbours in this order share lists, whose rows then are in a cache; and have about as many candidates.
     order_N = np.lexsort((count_N, probes[:, 0]))
     for portion in _portions(order_N, count_N):

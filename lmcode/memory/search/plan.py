@@ -1,4 +1,5 @@
-"""What all ranks agree on about how a bank is searched: the tier, and for `ivf` the centroids and how many lists are probed.
+"""What all ranks agree on about how a bank is searched: the tier, for `ivf` the centroids and how many lists are probed, for
+`hnsw` how far a search of a graph looks.
 
 A plan is the same on every rank, and only `planning.review` changes it, on all at once. Centroids are kept in checkpoints,
 since hits depend on them; which list an entry is in follows from its key, so lists are a cache. `revise` decides by numbers
@@ -23,12 +24,13 @@ from lmcode.memory.placement import splitmix64
 
 FORMAT = 1
 FIRST_PROBES = 8
+FIRST_WIDTH, MOST_WIDTH = 64, 512
 MOST_SHARE = 4  # a query that must probe more than 1 / MOST_SHARE of all lists takes longer than an exact search
 GROWN = 4.0  # a bank that has grown by this factor since its centroids were trained gets new ones
 CHANGED = 1.25  # and by this one has changed enough for new ones to help
 UNBALANCED = 4.0  # times the rows that equal lists would make a query score
 LEAST_ENTRIES = 4096  # of a bank with centroids
-AUTO_ENTRIES = 500_000  # from here on tier = auto probes; a guess, until it is measured on a quiet machine
+AUTO_ENTRIES = 1_000_000  # from here on tier = auto probes: at half as many FAISS flat was faster (tools/README.md)
 SAMPLE_PER_LIST = 48  # entries that k-means sees
 
 
@@ -40,17 +42,19 @@ class Plan:
     probes: lists that a query looks into.
     trained_on: live entries when the centroids were trained; 0: there are none yet.
     centroid_HXD: fp32 on the CPU; None: there are none, and a search is exact.
+    width: of `hnsw`, entries that a search of a graph keeps in view, and proposes (efSearch). Not saved.
     """
 
     probing: bool = False
     probes: int = FIRST_PROBES
     trained_on: int = 0
     centroid_HXD: Tensor | None = None
+    width: int = FIRST_WIDTH
 
 
 def first_plan(tier: str) -> Plan:
     """The plan of an empty bank whose settings name this tier."""
-    return Plan(probing=tier == "ivf")
+    return Plan(probing=tier in ("ivf", "hnsw"))
 
 
 class Measurements(NamedTuple):
@@ -84,8 +88,11 @@ def revise(plan: Plan, measured: Measurements, config: MemoryConfig) -> Change |
 
     In this order: a bank that has no centroids yet, or has outgrown them, gets some, and so does one with uneven lists; a
     recall below `memory.recall_target` is answered by twice the probes as long as that is less work than exact search, then
-    by new centroids if the bank has grown since, at last by exact search, until the bank is `GROWN` times as large.
+    by new centroids if the bank has grown since, at last by exact search, until the bank is `GROWN` times as large. Graphs
+    are searched twice as wide up to `MOST_WIDTH`, then not any more.
     """
+    if config.tier == "hnsw":
+        return _revise_graphs(plan, measured, config)
     if measured.live < (AUTO_ENTRIES if config.tier == "auto" else LEAST_ENTRIES) or config.tier not in ("ivf", "auto"):
         return None
     grown = measured.live / max(1, plan.trained_on)
@@ -104,6 +111,15 @@ def revise(plan: Plan, measured: Measurements, config: MemoryConfig) -> Change |
     if grown >= CHANGED:
         return Change(replace(plan, probes=FIRST_PROBES), True, missed, alarming=True)
     return Change(replace(plan, probing=False), False, f"{missed} with {plan.probes} of {lists} lists", alarming=True)
+
+
+def _revise_graphs(plan: Plan, measured: Measurements, config: MemoryConfig) -> Change | None:
+    if not plan.probing or measured.recall is None or measured.recall >= config.recall_target:
+        return None
+    missed = f"recall {measured.recall:.4f} is below {config.recall_target}"
+    if 2 * plan.width <= MOST_WIDTH:
+        return Change(replace(plan, width=2 * plan.width), False, missed)
+    return Change(replace(plan, probing=False), False, f"{missed} with {plan.width} entries in view", alarming=True)
 
 
 def sampled(id_E: np.ndarray, live: int, count: int) -> np.ndarray:

@@ -12,7 +12,7 @@ Letters: N queries, M rows.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -88,12 +88,18 @@ class Tier:
         """
         raise NotImplementedError
 
+    def placed(self, places: Mapping[int, slice]) -> None:
+        """Which slots are those of each virtual shard; called once, before anything else."""
+
     def use(self, plan: Plan) -> None:
         """How all ranks search from now on; the first call comes before the first search."""
 
     def changed(self, slot_E: np.ndarray) -> None:
         """These slots of the shard, int64, have other keys, other entries or none now. A tier that keeps nothing ignores
         it."""
+
+    def forget(self, slot_E: np.ndarray) -> None:
+        """What was in these slots of the shard, int64, is to be gone for good: no copy of a key of theirs may stay."""
 
 
 def tier_of(name: str) -> type[Tier]:

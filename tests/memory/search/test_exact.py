@@ -31,6 +31,24 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(search_exact(*arguments, 30), whole)
 
 
+@pytest.mark.parametrize("louder", [0.0, 1e-3])
+def test_equals_and_ever_better_rows_do_not_pile_up(louder: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows reach the bound when it is their turn."""
+    query = torch.ones(1, 6, 4)
+    rows = Rows(torch.ones(1, 9000, 4), louder * torch.arange(9000.0), torch.randperm(9000))
+    wanted, held, as_lists = search_by_sorting(query, rows, 7), [], exact.as_lists
+    monkeypatch.setattr(exact, "HELD", 300)
+    monkeypatch.setattr(exact, "CHUNK", 256)
+
+    def watched(*arguments: object) -> torch.Tensor:
+        held.append(as_lists(*arguments).shape[1])
+        return as_lists(*arguments)
+
+    monkeypatch.setattr(exact, "as_lists", watched)
+    assert_same(search_exact(query, rows, 7, hidden=[(torch.tensor([1, 4]), torch.arange(0))]), wanted)
+    assert max(held) <= 300 + 7 + 256
+
+
 def test_rows_may_be_anywhere() -> None:
     query, rows = with_twins(0, 70, 1300)
     score, found, slot = search_exact(query, rows, 20)

@@ -27,6 +27,15 @@ def test_equals_sorting_everything(N: int, M: int, k: int) -> None:
         assert_same(search_flat(*arguments, k), search_by_sorting(*arguments, k) if M else search_exact(*arguments, k))
 
 
+def test_blocks_of_queries_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, asked, knn = with_twins(0, 200, 1500), [], faiss_index.knn
+    whole = search_flat(*arguments, 32)
+    monkeypatch.setattr(flat, "QUERY_BLOCK", 64)
+    monkeypatch.setattr(faiss_index, "knn", lambda query, *rest: asked.append(len(query)) or knn(query, *rest))
+    assert_same(search_flat(*arguments, 32), whole)
+    assert max(asked) == 64
+
+
 def test_agrees_with_exact_on_real_numbers() -> None:
     arguments = with_twins(0, 200, 1500)
     score, ids, _ = search_flat(*arguments, 32)

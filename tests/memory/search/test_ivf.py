@@ -207,6 +207,39 @@ def test_a_review_probes_more_until_recall_is_reached_and_says_so(caplog: pytest
     assert any(record.levelname == "WARNING" for record in caplog.records) != bank.plan.probing
 
 
+def test_few_queries_convert_no_whole_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, kinds, score_pairs = filled(dtype="bf16"), [], ivf.score_pairs
+    planning.prepare(bank)
+    bank.use(replace(bank.plan, probes=1))
+    monkeypatch.setattr(ivf, "score_pairs", lambda query, rows, row: kinds.append(rows.key_MD.dtype) or score_pairs(
+        query, rows, row))
+    query, names = 7 * clustered(9, 200), torch.zeros(200).long()
+    whole = bank.search(query, names)
+    assert {*kinds} == {torch.float32}
+    kinds.clear()
+    few = bank.search(query[:, :2], names[:2])
+    assert {*kinds} == {torch.bfloat16}
+    assert torch.equal(few.id_HNK, whole.id_HNK[:, :2]) and torch.equal(few.score_HNK, whole.score_HNK[:, :2])
+
+
+def test_auto_says_what_it_picked_and_why_at_first_and_when_that_changes(caplog: pytest.LogCaptureFixture,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    caplog.set_level(logging.INFO, "lmcode")
+    bank, query, names = filled(tier="auto"), 7 * clustered(9, 6), torch.zeros(6).long()
+    for _ in range(2):
+        bank.search(query, names)
+        bank.fork(empty=False).search(query, names)
+    said = "'exact' for reads of scope 'global' (400 entries of this rank, K = 5, 6 queries of each rank and head): fewer"
+    assert caplog.text.count("for reads of scope") == caplog.text.count(said) == 1
+    monkeypatch.setattr(plan, "AUTO_ENTRIES", 300)
+    planning.review(bank)
+    bank.search(query, names)
+    assert "'ivf' for reads of scope 'global'" in caplog.text and "lists are probed" in caplog.text
+    bank.look_up(query, names)
+    bank.search(query, names, scope="document")
+    assert "'exact' for reads of scope 'document'" in caplog.text and caplog.text.count("for reads of scope") == 3
+
+
 def test_centroids_are_of_entries_chosen_by_id_and_deleting_takes_them_away(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = np.arange(10_000)
     chosen = plan.sampled(ids, 10_000, 2_000)

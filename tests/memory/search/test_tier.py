@@ -94,7 +94,7 @@ def test_a_shard_says_which_slots_have_changed() -> None:
 
 
 def test_an_unknown_tier_is_refused_with_those_that_there_are() -> None:
-    names = "'exact', 'faiss-flat', 'ivf', 'doubles'"
+    names = "'exact', 'faiss-flat', 'ivf', 'hnsw', 'doubles'"
     with pytest.raises(ConfigError, match=rf"tier: must be one of 'auto', {names}: got 'double'\."):
         build(MemoryConfig, {"tier": "double"})
     bank = LongTermMemory(heads=H, head_dim=D, slots=40, top_k=3, config=MemoryConfig())
