@@ -373,8 +373,8 @@ class LongTermMemory:
         change = planning.review(self.shard, self.group, self.inside, recall)
         if change is None:
             return False
-        plan, lists = change.plan, change.plan.centroid_HLD
-        how = f"{plan.probes} of {0 if lists is None else lists.shape[1]} lists" if plan.probing else "exactly"
+        plan = change.plan
+        how = f"{plan.probes} of {plan.lists} lists" if plan.probing else "exactly"
         if self.config.tier == "hnsw" and plan.probing:
             how = f"by graphs with {plan.width} entries in view"
         say = log.warning if change.alarming else log.info

@@ -88,7 +88,7 @@ def rounding(query_ND: Tensor, rows: HeadRows) -> Tensor:
 def _candidates(query_QD: Tensor, rows: HeadRows, k: int, hidden: Hidden, slack_Q: Tensor) -> Tensor:
     """Rows that can be among the k best of each query, int64 [Q, C], -1 where there are fewer; not many more than k."""
     P, best_QX = len(rows.id_P), query_QD.new_empty(len(query_QD), 0)
-    size, found, held_Q = group_size(P, k), [], torch.zeros(len(query_QD), dtype=torch.int64, device=query_QD.device)
+    size, found, held_N = group_size(P, k), [], torch.zeros(len(query_QD), dtype=torch.int64, device=query_QD.device)
     for start in range(0, P, CHUNK):
         chunk = slice(start, start + CHUNK)
         score_QP = torch.mm(query_QD, rows.key_PD[chunk].float().T).add_(rows.addend_P[chunk])
@@ -101,24 +101,24 @@ def _candidates(query_QD: Tensor, rows: HeadRows, k: int, hidden: Hidden, slack_
         bound_Q = kth_largest(best_QX, k) - 2 * slack_Q
         query_W, row_W, score_W = _reaching(score_QGg, top_Qg, bound_Q)
         found.append((query_W, row_W + start, score_W))
-        held_Q = held_Q + query_W.bincount(minlength=len(query_QD))
-        if int(held_Q.max()) > HELD + k:
+        held_N = held_N + query_W.bincount(minlength=len(query_QD))
+        if int(held_N.max()) > HELD + k:
             found = [_thinned(query_QD, rows, k, found, bound_Q)]
-            held_Q = found[0][0].bincount(minlength=len(query_QD))
+            held_N = found[0][0].bincount(minlength=len(query_QD))
     query_W, row_W, score_W = (torch.cat(parts) for parts in zip(*found, strict=True))
     keep_W = (score_W >= bound_Q[query_W]) & (score_W > REAL)
     return as_lists(query_W[keep_W], row_W[keep_W], len(query_QD))
 
 
-def _thinned(query_QD: Tensor, rows: HeadRows, k: int, found: list[tuple[Tensor, Tensor, Tensor]],
-             bound_Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _thinned(query_ND: Tensor, rows: HeadRows, k: int, found: list[tuple[Tensor, Tensor, Tensor]],
+             bound_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of pairs that were found so far those that can still be among the k best of a query; the k best of them at most."""
-    query_W, row_W, score_W = (torch.cat(parts) for parts in zip(*found, strict=True))
-    keep_W = (score_W >= bound_Q[query_W]) & (score_W > REAL)
-    row_QC = as_lists(query_W[keep_W], row_W[keep_W], len(query_QD))
-    score_QK, _, row_QK = decide(query_QD, rows, row_QC, k)
-    at_V = where(row_QK >= 0)
-    return at_V // k, row_QK.flatten()[at_V], score_QK.flatten()[at_V]
+    query_X, row_X, score_X = (torch.cat(parts) for parts in zip(*found, strict=True))
+    keep_X = (score_X >= bound_N[query_X]) & (score_X > REAL)
+    row_NX = as_lists(query_X[keep_X], row_X[keep_X], len(query_ND))
+    score_NK, _, row_NK = decide(query_ND, rows, row_NX, k)
+    at_X = where(row_NK >= 0)
+    return at_X // k, row_NK.flatten()[at_X], score_NK.flatten()[at_X]
 
 
 def group_size(rows: int, k: int) -> int:

@@ -167,15 +167,15 @@ class HnswTier(Tier):
 
     # --- searching -------------------------------------------------------------------------------------------------
 
-    def search(self, query_HQD: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
-        if rows.slot_P is not None or not self._graphs or query_HQD.shape[1] == 0:
-            return search_exact(query_HQD, rows, k, hidden=hidden)
+    def search(self, query_HND: Tensor, rows: Rows, k: int, *, hidden: Hidden = ()) -> Found:
+        if rows.slot_P is not None or not self._graphs or query_HND.shape[1] == 0:
+            return search_exact(query_HND, rows, k, hidden=hidden)
         rest = self._rest = self._rest or self._rest_of(rows)
-        lists = [self._ask(self._places[shard], graph, query_HQD, rows, k, hidden)
+        lists = [self._ask(self._places[shard], graph, query_HND, rows, k, hidden)
                  for shard, graph in sorted(self._graphs.items())]
         if len(rest.slots):
             seen = Rows(rest.key_HED, rows.addend_P[rest.slots], rest.id_E)
-            score_HNK, id_HNK, at_HNK = search_exact(query_HQD, seen, k, hidden=among(hidden, rest.slots))
+            score_HNK, id_HNK, at_HNK = search_exact(query_HND, seen, k, hidden=among(hidden, rest.slots))
             lists.append((score_HNK, id_HNK, rest.slots[at_HNK.clamp(min=0)].where(at_HNK >= 0, -1)))
         score_HNX, id_HNX, row_HNX = (torch.cat(parts, dim=-1) for parts in zip(*lists, strict=True))
         return in_order(score_HNX, id_HNX, row_HNX, k)

@@ -51,6 +51,11 @@ class Plan:
     centroid_HLD: Tensor | None = None
     width: int = FIRST_WIDTH
 
+    @property
+    def lists(self) -> int:
+        """Of each head; 0 without centroids."""
+        return 0 if self.centroid_HLD is None else self.centroid_HLD.shape[1]
+
 
 class Facts(NamedTuple):
     """What a revision looks at, of the whole bank.
