@@ -36,6 +36,7 @@ def test_what_a_preset_brings_along_is_no_choice_of_the_users(preset: str, witho
     ("memory.second_chance_importance=3", [], ["model.long_term_memory_slots=0"]),
     ("eval.slots=4096", [], ["model.long_term_memory_slots=0"]),
     ("memory.dtype=bf16", [], ["model.memory_layers=[]"]),
+    ("memory.tier=hnsw", ["memory.scope=global"], []),
     ("model.memory_heads=4", [], ["model.memory_layers=[]"]),
     ("model.short_term_dim=7", [], ["model.short_term_memory_size=0"]),
     ("train.min_learning_rate=0.5", [], ["train.total_steps=10"]),

@@ -25,6 +25,7 @@ from lmcode.estimate import (
 )
 from lmcode.language_model import LMCODE
 from lmcode.memory.bank import LongTermMemory
+from lmcode.memory.search import faiss_index
 from lmcode.presets import ALL, load_run_config
 from lmcode.protocol import Candidates
 from tests.helpers.ranks import run_on_ranks
@@ -187,3 +188,15 @@ def test_bf16_on_a_processor_that_emulates_it_is_a_warning() -> None:
     for warnings in (estimate(config, 1, has_bf16=True).warnings, estimate(config, 1, has_bf16=False, device="gpu").warnings,
                      estimate(load_run_config("tiny"), 1, has_bf16=False).warnings):
         assert warnings == ()
+
+
+def test_graphs_are_counted_where_they_are_made_and_as_large_as_they_are() -> None:
+    faiss = pytest.importorskip("faiss")
+    assert "graphs" not in bank_bytes(config_of(scope="global"), 1, "cpu")
+    memory = MemoryConfig(virtual_shards=4, tier="hnsw", scope="global")
+    config = config_of().model_copy(update={"memory": memory})
+    assert "graphs" not in bank_bytes(config.model_copy(update={"memory": MemoryConfig(tier="hnsw")}), 1, "cpu")
+    key = torch.randn(4000, 4)
+    size = faiss.serialize_index(faiss_index.build_graph(key.numpy(), unwanted=lambda: False)).nbytes / 4000
+    told = bank_bytes(config, 1, "cpu")["graphs"] / (48 * 2) - 4 * 4  # without the copies that graphs are made from
+    assert 0.9 * size < told < 1.1 * size

@@ -131,8 +131,7 @@ def _revise(bank: LongTermMemory, recall: float | None) -> bool:
     if change.train:
         plan = replace(plan, centroid_HXD=train(shard, bank.group, inside, live), trained_on=live)
     bank.use(plan)
-    lists = 0 if plan.centroid_HXD is None else plan.centroid_HXD.shape[1]
-    how = f"{plan.probes} of {lists} lists" if plan.probing else "exactly"
+    how = f"{plan.probes} of {plan.lists} lists" if plan.probing else "exactly"
     if bank.config.tier == "hnsw" and plan.probing:
         how = f"by graphs with {plan.width} entries in view"
     say = log.warning if change.alarming else log.info

@@ -55,8 +55,8 @@ def reason_of(scope: str, slots: int, device: torch.device, plan: Plan) -> str:
     """Why `auto` takes the tier that it takes, for a line in the log."""
     if scope == "document":
         return "each query sees the entries of one document only"
-    if plan.probing and plan.centroid_HXD is not None:
-        return f"{plan.trained_on:,} entries or more; {plan.probes} of {plan.centroid_HXD.shape[1]} lists are probed"
+    if plan.probing and plan.lists:
+        return f"{plan.trained_on:,} entries or more; {plan.probes} of {plan.lists} lists are probed"
     if slots < AUTO_FAISS_SLOTS:
         return f"fewer than {AUTO_FAISS_SLOTS:,} slots"
     if not faiss_index.available(device):

@@ -51,6 +51,11 @@ class Plan:
     centroid_HXD: Tensor | None = None
     width: int = FIRST_WIDTH
 
+    @property
+    def lists(self) -> int:
+        """Of each head; 0 without centroids."""
+        return 0 if self.centroid_HXD is None else self.centroid_HXD.shape[1]
+
 
 def first_plan(tier: str) -> Plan:
     """The plan of an empty bank whose settings name this tier."""
