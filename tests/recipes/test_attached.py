@@ -95,6 +95,22 @@ def test_texts_are_written_alike_with_a_cache_without_and_among_others(family: s
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+def test_a_cache_beyond_a_sliding_window_is_as_none(recipe: str) -> None:
+    """Mistral's layers see 48 tokens here: 90 are read at once, or 40 and then single ones, or seven at a time."""
+    model, ids_BT = attached("mistral", recipe), tokens(2, 90)
+    model.lmcode.store_experience(tokens(3, 30, seed=1))
+    with torch.no_grad():
+        expected_BTV, shifted_BTV = model(ids_BT).logits, model(ids_BT[:, 30:]).logits
+        for step in (1, 7):
+            cache, parts = foreign.new_cache(model), []
+            for start in (0, *range(40, 90, step)):
+                part_BT = ids_BT[:, start:start + (step if start else 40)]
+                parts.append(model(part_BT, past_key_values=cache, use_cache=True).logits)
+            torch.testing.assert_close(torch.cat(parts, dim=1), expected_BTV, rtol=0, atol=1e-4)
+    assert not torch.allclose(shifted_BTV[:, 5], expected_BTV[:, 35], atol=1e-3), "what lies in the window is read"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_recomputed_layers_give_the_same_and_search_once(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     grads, searches = [], []
     for recompute in (False, True):
