@@ -77,10 +77,9 @@ class MPlus(recipe.Recipe):
 
     @staticmethod
     def settings(sizes: Mapping[str, int], options: Any) -> dict[str, Any]:
-        """Memories in the upper half of the layers with a bias of -2, as in the recipe camelot: see README.md."""
-        layers = sizes["num_layers"]
-        return {"memory_layers": tuple(range(layers // 2, layers)), "memory_heads": sizes["kv_heads"],
-                "memory_head_dim": 2 * sizes["head_dim"], "memory_bias": -2.0, "successor_values": False}
+        """Memories in all layers and no bias, as the papers have it: fewer layers or a bias lose facts (see README.md)."""
+        return {"memory_layers": "all", "memory_heads": sizes["kv_heads"], "memory_head_dim": 2 * sizes["head_dim"],
+                "memory_bias": 0.0, "successor_values": False}
 
     @staticmethod
     def check(model: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
