@@ -120,8 +120,6 @@ OWN_LETTERS = {
                        "search/tier": "Q", "shard": "FGLQW", "ticket": "GQRUW", "values": "C", "write": "R"},
     "lmcode/model/": {"attention": "ACL", "cache": "S", "generation/decode": "ACFGLOQS", "layer": "CLS", "lm": "CLSV",
                       "long_term": "CGLS", "past": "CLU", "short_term": "CGLS"},
-    "lmcode/recipes/": {"anatomy": "Q", "attached": "CRV", "camelot": "Q", "carried": "R", "chunks": "JW", "joint": "GQ",
-                        "longmem": "CQW", "mplus": "GQ", "own_read": "C", "recipe": "CQ"},
 }
 STORED_NAMES = {"initial_slots_SE", "address_SE"}  # parameters: their names are in every checkpoint
 

@@ -53,18 +53,18 @@ class OwnRead(recipe.Recipe):
         """One memory at two thirds of the depth, two heads of 64: as in the presets of our own model."""
         return {"memory_layers": (2 * sizes["num_layers"] // 3,), "memory_heads": 2, "memory_head_dim": 64}
 
-    def after_layer(self, layer: int, hidden_BTC: Tensor, current: Pass, call: LayerCall) -> Tensor:
-        B, T, _ = hidden_BTC.shape
+    def after_layer(self, layer: int, hidden_BTD: Tensor, current: Pass, call: LayerCall) -> Tensor:
+        B, T, _ = hidden_BTD.shape
         state, own_BTN = current.state, call.seen_B1TN[:, 0]
         pending_BHD = None if state is None else state.recipe[self._number(layer)]
-        pending_valid_B = (torch.zeros(B, dtype=torch.bool, device=hidden_BTC.device) if state is None
+        pending_valid_B = (torch.zeros(B, dtype=torch.bool, device=hidden_BTD.device) if state is None
                            else state.pending_valid_B)
         with_past = None if call.cache is None else partial(self._with_past, call.cache, layer, own_BTN.shape[-1])
         window = Window(current.namespace_B, pending_valid_B, current.reset_B, current.valid_BT, seen_BTT=own_BTN,
                         pending_key_BHD=pending_BHD, document_B=current.document_B, with_past=with_past)
-        recalled_BTC: Tensor = self.reads[str(layer)](self.norms[str(layer)](hidden_BTC), window=window,
+        recalled_BTD: Tensor = self.reads[str(layer)](self.norms[str(layer)](hidden_BTD), window=window,
                                                       retriever=current.retrievers[layer], tape=current.tape(layer))
-        return hidden_BTC + recalled_BTC
+        return hidden_BTD + recalled_BTD
 
     def _number(self, layer: int) -> int:
         return self.config.memory_layer_indices.index(layer)
