@@ -62,9 +62,11 @@ class OwnRead(recipe.Recipe):
         with_past = None if call.cache is None else partial(self._with_past, call.cache, layer, own_BTN.shape[-1])
         window = Window(current.namespace_B, pending_valid_B, current.reset_B, current.valid_BT, seen_BTT=own_BTN,
                         pending_key_BHD=pending_BHD, document_B=current.document_B, with_past=with_past)
-        recalled_BTD: Tensor = self.reads[str(layer)](self.norms[str(layer)](hidden_BTD), window=window,
-                                                      retriever=current.retrievers[layer], tape=current.tape(layer))
-        return hidden_BTD + recalled_BTD
+        read: Any = self.reads[str(layer)]
+        own_BTD = hidden_BTD.to(read.output.weight.dtype)  # the backbone may be bf16, and the read's weights are not
+        recalled_BTD: Tensor = read(self.norms[str(layer)](own_BTD), window=window, retriever=current.retrievers[layer],
+                                    tape=current.tape(layer))
+        return hidden_BTD + recalled_BTD.to(hidden_BTD.dtype)
 
     def _number(self, layer: int) -> int:
         return self.config.memory_layer_indices.index(layer)
