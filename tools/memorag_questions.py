@@ -58,7 +58,7 @@ def embedding(model: object, text: str) -> torch.Tensor:
     """The mean of the last hidden states of a text, normalised: [C]."""
     ids = torch.tensor([model.tokenizer.encode(text)])  # type: ignore[attr-defined]
     with torch.no_grad(), model.reading_from({}):  # type: ignore[attr-defined]
-        hidden = model.backbone.base_model(input_ids=ids).last_hidden_state[0].mean(0)  # type: ignore[attr-defined]
+        hidden = model.backbone.base_model(input_ids=ids).last_hidden_state[0].float().mean(0)  # type: ignore[attr-defined]
     return torch.nn.functional.normalize(hidden, dim=0)
 
 
@@ -69,13 +69,15 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=10**6)
     parser.add_argument("--store", type=int, default=10**6)
     parser.add_argument("--clue-tokens", type=int, default=32)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the backbone (%(default)s)")
     arguments = parser.parse_args()
     questions, passages = read(arguments.file, arguments.store)
     asked = questions[:arguments.questions]
     print(f"{len(passages):,} passages stored, {len(asked):,} questions")
     if arguments.backbone:
         model = open_model(arguments.backbone, ["model.recipe=memorag", f"memory.experience_slots={8 * len(passages)}",
-                                                "model.long_term_memory_slots=262144"]).model
+                                                f"model.long_term_memory_slots={128 * len(passages)}"]).model
+        model.backbone.to(getattr(torch, arguments.dtype))
     else:
         model = LMCODE(SMALLEST, memory=MemoryConfig(experience_slots=8 * len(passages)), group=dist.Group())
     started = time.perf_counter()
