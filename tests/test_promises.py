@@ -109,11 +109,6 @@ def test_security_names_only_what_exists() -> None:
         assert any(CHECKOUT.glob(name)) or any((CHECKOUT / "lmcode").rglob(name)), f"SECURITY.md names {name}: there is none"
 
 
-# Files some of whose tensors still have letters of their own, which the files' docstrings explain.
-OWN_LETTERS = {
-    "lmcode/recipes/": {"anatomy": "Q", "attached": "CRV", "camelot": "Q", "carried": "R", "chunks": "JW", "joint": "GQ",
-                        "longmem": "CQW", "mplus": "GQ", "own_read": "C", "recipe": "CQ"},
-}
 STORED_NAMES = {"initial_slots_SE", "address_SE"}  # parameters: their names are in every checkpoint
 
 
@@ -131,8 +126,7 @@ def test_the_letters_of_shapes_are_those_of_the_one_legend() -> None:
     assert len(legend) == 10
     assert shape_letters(ast.parse("x_BTD.y_GHE = [z_X1 for z_X1 in g(k_HN)]")) == {
         "x_BTD": "BTD", "y_GHE": "GHE", "z_X1": "X", "k_HN": "HN"}
-    own = {f"{folder}{name}.py": letters for folder, files in OWN_LETTERS.items() for name, letters in files.items()}
     for file in FILES:
         wrong = {name for name, letters in shape_letters(tree(file)).items()
-                 if name not in STORED_NAMES and not {*letters} <= legend | {*own.get(file, "")}}
+                 if name not in STORED_NAMES and not {*letters} <= legend}
         assert not wrong, f"{file}: {wrong} have letters that the legend in lmcode/protocol.py lacks"

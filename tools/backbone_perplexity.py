@@ -5,18 +5,21 @@
 
 A book is read window by window up to the last mark, with sinks and a cache of 128 and no memory; what leaves the cache
 goes into the memory of every setting. At each mark a copy of each setting's memory reads on and the next tokens are
-scored; all settings have the same past and are scored on the same tokens. "equal bytes" gives the memory's bytes to a
-longer sliding cache in all layers; "full" reads all before it, as far as the model has positions. Lines are printed as
-soon as they are known.
+scored; all settings have the same past and are scored on the same tokens. "equal bytes" gives the bytes that a memory in the
+upper half of the layers holds at the mark to a longer sliding cache in all layers; "full" is one window, which ends with
+the scored tokens. Lines are printed as soon as they are known, and go to a file with --results; what stands there already
+is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +33,10 @@ from lmcode.recipes.attached import Attached
 
 
 class Setting(NamedTuple):
-    """A memory. layers: 'upper' or 'all'. merge: similarity above which a newcomer joins its nearest slot; None: none does.
-    cache: whether sinks and the cache stay visible beside it."""
+    """A memory. layers: 'upper', 'all' or their numbers. merge: similarity above which a newcomer joins its nearest slot;
+    None: none does. cache: whether sinks and the cache stay visible beside it."""
 
-    layers: str = "upper"
+    layers: str | tuple[int, ...] = "upper"
     merge: float | None = None
     cache: bool = True
     bias: float = -2.0
@@ -46,21 +49,21 @@ SETTINGS = {"nothing merged (our default)": Setting(), "merged above .95": Setti
             "as in the paper, R .9": Setting("all", 0.9, cache=False, bias=0.0, distance=256)}
 
 
-def stored(setting: Setting) -> tuple[str, float | None]:
+def stored(setting: Setting) -> tuple[str | tuple[int, ...], float | None]:
     """What decides the contents of a memory."""
     return setting.layers, setting.merge
 
 
 def nll(logits_TV: torch.Tensor, target_T: torch.Tensor) -> float:
     """Summed loss, nats."""
-    return float(torch.nn.functional.cross_entropy(logits_TV, target_T, reduction="sum"))
+    return float(torch.nn.functional.cross_entropy(logits_TV.float(), target_T, reduction="sum"))
 
 
 class Lab:
     """A model with hooks, tokens of a book, and how they are scored."""
 
-    def __init__(self, folder: str, *, slots: int) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    def __init__(self, folder: str, *, slots: int, dtype: torch.dtype = torch.float32) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         self.memory = MemoryConfig(importance_weight=0.0, virtual_shards=1, tier="exact", max_norm=1e6)
         attach(self.model, "camelot", memory=self.memory, long_term_memory_slots=slots,
                memory_layers=tuple(range(self.model.config.num_hidden_layers)))
@@ -68,6 +71,8 @@ class Lab:
         self.slots, self.layers = slots, self.model.config.num_hidden_layers
 
     def layers_of(self, setting: Setting) -> list[int]:
+        if not isinstance(setting.layers, str):
+            return [*setting.layers]
         return list(range(self.layers // 2 if setting.layers == "upper" else 0, self.layers))
 
     def banks(self, setting: Setting) -> dict[int, LongTermMemory]:
@@ -110,16 +115,16 @@ def score_plain(lab: Lab, ids_N: torch.Tensor, mark: int, scored: int, window: i
     total = 0.0
     for start in range(mark, mark + scored, window):
         part_T = ids_N[start:start + window + 1]
-        with torch.no_grad():
+        with torch.no_grad(), lab.attached.reading_from({}):
             total += nll(lab.model(part_T[None, :-1]).logits[0], part_T[1:])
     return total
 
 
-def score_full(lab: Lab, ids_N: torch.Tensor, mark: int, scored: int) -> float:
-    """All that there is before, as far as the model has positions."""
-    begin = max(0, mark + scored - lab.model.config.max_position_embeddings)
+def score_full(lab: Lab, ids_N: torch.Tensor, mark: int, scored: int, window: int) -> float:
+    """One window that ends with the scored tokens."""
+    begin = max(0, mark + scored - window)
     part_T = ids_N[begin:mark + scored + 1]
-    with torch.no_grad():
+    with torch.no_grad(), lab.attached.reading_from({}):
         hidden = lab.model.base_model(part_T[None, :-1]).last_hidden_state[0, -scored:]
         return nll(lab.model.get_output_embeddings()(hidden), part_T[-scored:])
 
@@ -165,40 +170,60 @@ def score_memory(lab: Lab, ids_N: torch.Tensor, mark: int, scored: int, window: 
     return total
 
 
-def measure(lab: Lab, book: Path, window: int, marks: list[int], scored: int, names: list[str], tokenizer: Any,
-            baselines: bool) -> None:
+class Rows:
+    """Lines of results: said as soon as they are known, kept in a file, and not measured twice."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file, self.known = file, set()
+        for line in file.read_text(encoding="utf-8").splitlines() if file is not None and file.exists() else ():
+            self.known.add(self.name_of(json.loads(line)))
+
+    @staticmethod
+    def name_of(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("book", "window", "mark", "scored", "slots", "dtype", "setting"))
+
+    def measure(self, row: dict[str, Any], call: Callable[[], float]) -> None:
+        """Adds the perplexity of the scored tokens, whose summed loss `call` finds."""
+        if self.name_of(row) in self.known:
+            return
+        began = time.perf_counter()
+        perplexity = math.exp(call() / row["scored"])
+        line = json.dumps({**row, "perplexity": round(perplexity, 3), "seconds": round(time.perf_counter() - began, 1)})
+        print(line, flush=True)
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as lines:
+                lines.write(line + "\n")
+
+
+def measure(lab: Lab, book: Path, window: int, arguments: argparse.Namespace, tokenizer: Any, rows: Rows) -> None:
     """All numbers of a book with windows of one length."""
+    marks, scored, full = sorted(arguments.marks), arguments.scored, arguments.full
     ids_N = torch.tensor(tokenizer(book.read_text(encoding="utf-8"))["input_ids"])[:max(marks) + scored + 1]
-    settings = {name: SETTINGS[name] for name in names}
+    settings = {name: SETTINGS[name] for name in arguments.settings}
     banks = {stored(setting): lab.banks(setting) for setting in settings.values()}
 
-    def say(mark: int, name: str, total: float, seconds: float) -> None:
-        print(json.dumps({"book": book.stem[:40], "window": window, "mark": mark, "setting": name,
-                          "perplexity": round(math.exp(total / scored), 3), "seconds": round(seconds, 1)}), flush=True)
-
-    def timed(mark: int, name: str, call: Any) -> None:
-        began = time.perf_counter()
-        say(mark, name, call(), time.perf_counter() - began)
+    def said(mark: int, name: str, call: Callable[[], float]) -> None:
+        rows.measure({"book": book.stem[:40], "window": window, "mark": mark, "scored": scored, "slots": lab.slots,
+                      "dtype": arguments.dtype, "setting": name}, call)
 
     state, at = None, 0
-    for mark in sorted(marks):
+    for mark in marks:
         while at < mark and banks:
             length = min(window, mark - at)
             output = lab.read(ids_N[at:at + length], state, {})
             for some in banks.values():
                 commit(some, output, at, hits=False)
             state, at = output.state, at + length
-        if baselines:
-            timed(mark, "plain", lambda mark=mark: score_plain(lab, ids_N, mark, scored, window))
-            timed(mark, "sinks and cache of 128", lambda mark=mark: score_cache(lab, ids_N, mark, scored, window, 128))
-            equal = 128 + min(lab.slots // 2, mark)
-            timed(mark, f"sinks and cache of equal bytes, {equal}",
-                  lambda mark=mark, equal=equal: score_cache(lab, ids_N, mark, scored, window, equal))
-            timed(mark, "full", lambda mark=mark: score_full(lab, ids_N, mark, scored))
+        if not arguments.no_baselines:
+            equal = 128 + min(lab.slots, mark) // 2
+            said(mark, "plain", functools.partial(score_plain, lab, ids_N, mark, scored, window))
+            said(mark, "sinks and cache of 128", functools.partial(score_cache, lab, ids_N, mark, scored, window, 128))
+            said(mark, f"sinks and cache of equal bytes, {equal}",
+                 functools.partial(score_cache, lab, ids_N, mark, scored, window, equal))
+            said(mark, f"full, {full}", functools.partial(score_full, lab, ids_N, mark, scored, full))
         for name, setting in settings.items():
-            past = Past(state, banks[stored(setting)])
-            timed(mark, name, lambda mark=mark, setting=setting, past=past: score_memory(
-                lab, ids_N, mark, scored, window, past=past, setting=setting))
+            said(mark, name, functools.partial(score_memory, lab, ids_N, mark, scored, window, setting=setting,
+                                               past=Past(state, banks[stored(setting)])))
 
 
 def main() -> None:
@@ -210,17 +235,21 @@ def main() -> None:
     parser.add_argument("--scored", type=int, default=2048, help="tokens behind each mark (%(default)s)")
     parser.add_argument("--slots", type=int, default=8192, help="of a memory (%(default)s)")
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), help=f"of {', '.join(SETTINGS)}; or JSON")
+    parser.add_argument("--full", type=int, default=2048, help="tokens of the one full window (%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (%(default)s)")
     parser.add_argument("--no-baselines", action="store_true")
+    parser.add_argument("--results", type=Path, help="file that lines are added to, and whose rows are not measured again")
     arguments = parser.parse_args()
     for name in arguments.settings:
         if name.startswith("{"):
-            SETTINGS[name] = Setting(**json.loads(name))
-    lab = Lab(arguments.model, slots=arguments.slots)
+            given = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(name).items()}
+            SETTINGS[name] = Setting(**given)
+    lab = Lab(arguments.model, slots=arguments.slots, dtype=getattr(torch, arguments.dtype))
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    rows = Rows(arguments.results)
     for window in arguments.windows:
         for book in arguments.books:
-            measure(lab, book, window, arguments.marks, arguments.scored, arguments.settings, tokenizer,
-                    not arguments.no_baselines)
+            measure(lab, book, window, arguments, tokenizer, rows)
 
 
 if __name__ == "__main__":

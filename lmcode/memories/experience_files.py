@@ -70,7 +70,7 @@ def load_experiences(folder: Path | str, experiences: Experiences) -> None:
     problems = [one for one in experiences.group.all_gather_object(problem) if one]
     if problems:
         raise ValueError("; ".join(problems))
-    experiences.held = held
+    experiences.hold(held)
 
 
 def _read_texts(path: Path, shard: int, experiences: Experiences) -> dict[int, Experience]:

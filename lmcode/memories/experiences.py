@@ -1,9 +1,11 @@
 """Experiences: texts that a model was told to remember, found again by what they say and returned verbatim.
 
-The one thing to know: an experience is there whole or not at all. Its key (made from the text alone, see
-`memories.lexical`) is an entry of the experience bank, a `LongTermMemory` with one head; its text stands beside that entry
-on the rank that holds it; and its token entries are in the banks of the layers, where generation reads them. Whatever
-removes one of the three (eviction from the experience bank, deletion, expiry) removes them all.
+The one thing to know: an experience is there whole or not at all. It is an entry of the experience bank, a `LongTermMemory`
+with one head, which gives it its id and its place and takes both again; its text stands beside that entry on the rank that
+holds it, where it is found by its words (`memories.lexicon`); and its token entries are in the banks of the layers, where
+generation reads them. Whatever removes one of the three (eviction from the experience bank, deletion, expiry) removes them
+all. The entry's key is made from the text, too (`memories.lexical`): former versions of this package, which read the same
+files, search by it.
 
 In the experience bank the step of an entry is the Unix second in which it was stored. All methods that say so are
 collectives: every rank passes the same arguments and gets the same answer.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,6 +29,7 @@ from torch import Tensor
 from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, near_match
 from lmcode.dist import Group
 from lmcode.memories.lexical import text_key
+from lmcode.memories.lexicon import Entry, Lexicon, question_of, summed
 from lmcode.memory.bank import LongTermMemory
 from lmcode.memory.entry import MAX_IMPORTANCE, UNKNOWN, choose, importance_of
 from lmcode.memory.placement import virtual_shard_of
@@ -34,7 +38,8 @@ from lmcode.protocol import Candidates
 # The namespaces that users number lie below those of names, and these below those that training takes, one for each visit
 # of a document. So what is stored under a number, or under none (0), is never mixed with what was trained on.
 NAMES, VISITS = 2**61, 2**62
-KEY_DIM = 256  # components of a key; with 128 recall by half a sentence falls by 0.3 points, with 512 it gains 0.2
+KEY_DIM = 256  # components of a key
+MOST = 2048  # hits of one question
 
 Namespace = Union[int, str]  # noqa: UP007  (evaluated at run time)
 Ranges = dict[int, tuple[int, int]]  # layer -> ids of token entries in its bank, first and end
@@ -45,7 +50,8 @@ class Retrieved:
     """A retrieved experience.
 
     text: verbatim, or what the tokenizer decodes if ids were stored.
-    score: cosine of the two texts' features in 0..1, plus the (small) weighted log of the importance.
+    score: how much of what was asked for is in the text, rare words weighing most: 0 where they share nothing, 1 for the
+        text itself (see `memories.lexicon`); plus the (small) weighted log of the importance.
     id: of the experience; never reused.
     layer: the layers whose banks received its token entries, ascending.
     namespace: the number or name that it was stored under.
@@ -138,7 +144,7 @@ class Experiences:
     Attributes:
         group: all ranks.
         bank: the entries' keys, sharded, evicted and stored like any other bank.
-        held: this rank's experiences by id, exactly those whose entries it holds.
+        held: this rank's experiences by id, exactly those whose entries it holds; `hold` replaces them all.
     """
 
     def __init__(self, model: LMCODEConfig, memory: MemoryConfig, *, group: Group, device: torch.device) -> None:
@@ -148,7 +154,12 @@ class Experiences:
         self.bank = LongTermMemory(heads=1, head_dim=KEY_DIM, slots=memory.experience_slots, top_k=1, config=config,
                                    group=group, device=device)
         self.group = group
-        self.held: dict[int, Experience] = {}
+        self.hold({})
+
+    def hold(self, held: dict[int, Experience]) -> None:
+        """Takes these for all the experiences of this rank: those whose entries the bank now holds."""
+        self.held = held
+        self._lexicon, self._unread = Lexicon(), dict(held)  # indexed when somebody asks
 
     def store(self, batch: Sequence[Experience]) -> tuple[list[int], list[Ranges]]:
         """Stores experiences; returns their ids, and the token entries of those that had to go. Collective."""
@@ -169,34 +180,45 @@ class Experiences:
                               step=batch[0].stored_at).tolist()
         mine = set(self.bank.owned)
         shard_E = virtual_shard_of(np.array(ids), self.bank.config.virtual_shards).tolist()
-        self.held.update({id: replace(one, id=id) for id, one, shard in zip(ids, batch, shard_E, strict=True)
-                          if shard in mine})
+        new = {id: replace(one, id=id) for id, one, shard in zip(ids, batch, shard_E, strict=True) if shard in mine}
+        self.held.update(new)
+        self._unread.update(new)
         return ids
 
     def _drop_what_is_gone(self) -> list[Ranges]:
         """Forgets the texts whose entries are gone; returns the token entries of those on all ranks. Collective."""
         live = set(self.bank.shard.columns["id"].tolist())
         gone = {id: self.held.pop(id).entries or {} for id in self.held.keys() - live}
+        self._lexicon.remove(gone)
+        self._unread = {id: one for id, one in self._unread.items() if id not in gone}
         everyones = {id: ranges for part in self.bank.inside.all_gather_object(gone) for id, ranges in part.items()}
         return [everyones[id] for id in sorted(everyones)]
 
     def find(self, text: str, *, top_k: int, namespace: Namespace | None, now: int) -> list[Retrieved]:
-        """The best experiences for a text, best first; fewer than `top_k` if there are fewer. Collective.
+        """The best experiences for a text, best first, equal ones by id; fewer than `top_k` if there are fewer. Collective.
 
         Raises:
-            ValueError: for an unknown namespace, or `top_k` outside 1..2048.
+            ValueError: for text without words, an unknown namespace, or `top_k` outside 1..2048.
         """
-        scope: str | list[int] = "global"
-        if namespace is not None:
-            scope = [self.known(namespace)]
-        query_1ND = torch.from_numpy(text_key(text, KEY_DIM)).view(1, 1, -1).to(self.bank.device)
-        hits = self.bank.search(query_1ND, torch.zeros(1, dtype=torch.int64, device=self.bank.device), scope=scope,
-                                top_k=top_k)
-        found = [(id, score) for id, score in zip(hits.id_HNK.flatten().tolist(), hits.score_HNK.flatten().tolist(),
-                                                  strict=True) if id >= 0]
-        mine = {id: self.held[id] for id, _ in found if id in self.held}
-        everyones = {id: one for part in self.bank.inside.all_gather_object(mine) for id, one in part.items()}
-        return [_retrieved(everyones[id], score, now) for id, score in found]
+        if not 1 <= top_k <= MOST:
+            raise ValueError(f"top_k must be an integer in 1..{MOST}: got {top_k!r}")
+        number = None if namespace is None else self.known(namespace)
+        asked, lexicon = question_of(text), self._indexed()
+        rarity = summed(self.bank.inside.all_gather_object(lexicon.rarity(asked, number)))
+        id_E, score_E = lexicon.scores(asked, rarity, number)
+        best_E = np.lexsort((id_E, -score_E))[:top_k]
+        ids, scores = id_E[best_E].tolist(), score_E[best_E].tolist()
+        mine = [(-score, id, self.held[id]) for id, score in zip(ids, scores, strict=True)]
+        everyones = sorted(itertools.chain(*self.bank.inside.all_gather_object(mine)), key=lambda hit: hit[:2])
+        return [_retrieved(one, -score, now) for score, _, one in everyones[:top_k]]
+
+    def _indexed(self) -> Lexicon:
+        """The lexicon of what is held."""
+        weight = self.bank.config.importance_weight
+        self._lexicon.add([Entry(id, one.searchable, namespace_number(one.namespace), weight * math.log(one.importance))
+                           for id, one in self._unread.items()])
+        self._unread = {}
+        return self._lexicon
 
     def known(self, namespace: Namespace) -> int:
         """The number of a namespace; ConfigError, with near matches, if there is no experience in it. Collective."""

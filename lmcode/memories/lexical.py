@@ -1,6 +1,7 @@
-"""Keys made from text alone: a signed feature hash of its words and letters, so that half a sentence finds the whole.
+"""Words and runs of letters of a text, hashed; and keys made from them: a signed feature hash of all of them.
 
-The one thing to know: nothing here is trained, so a key means the same in every model, fresh or trained, for ever. The
+The one thing to know: nothing here is trained, so a key means the same in every model, fresh or trained, for ever; texts are
+found by the words themselves (`memories.lexicon`), which 256 numbers of a key blur. The
 features of a text are its distinct runs of `WORDS` words and of `LETTERS` characters, after composing letters and marks
 (NFC) and folding case and white space; each is hashed to a component and a sign (Weinberger et al. 2009), whose inner
 products are unbiased estimates of the number of features that two texts share. Keys have length 1: a score is the cosine
@@ -54,10 +55,21 @@ def text_key(text: str, dim: int) -> np.ndarray:
 
 def features_of(text: str) -> np.ndarray:
     """The distinct features of a text, hashed: uint64, ascending."""
+    words, letters = _units(text)
+    return np.unique(np.concatenate([*(_runs(words, n, 0) for n in WORDS), *(_runs(letters, n, 1) for n in LETTERS)]))
+
+
+def words_and_runs(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """The words of a text and its runs of `LETTERS` characters, hashed: uint64 both, in their order, with repetitions."""
+    words, letters = _units(text)
+    return _runs(words, 1, 0), np.concatenate([_runs(letters, n, 1) for n in LETTERS])
+
+
+def _units(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """A number for each word and for each character, uint64, after folding."""
     text = " ".join(unicodedata.normalize("NFC", text).casefold().split())
     letters = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.uint64)
-    words = np.array([zlib.crc32(word.encode("utf-8")) for word in _WORD.findall(text)], np.uint64)
-    return np.unique(np.concatenate([*(_runs(words, n, 0) for n in WORDS), *(_runs(letters, n, 1) for n in LETTERS)]))
+    return np.array([zlib.crc32(word.encode("utf-8")) for word in _WORD.findall(text)], np.uint64), letters
 
 
 def _runs(units: np.ndarray, n: int, kind: int) -> np.ndarray:

@@ -148,9 +148,10 @@ class Remembering:
 
     def query_memory(self, text: Content, top_k: int = 5, namespace: Namespace | None = None
                      ) -> tuple[list[Retrieved], Tensor]:
-        """The stored experiences that share most with a text, best first, and their ids, int64 [hits]. Collective.
+        """The stored experiences that say most of what a text asks for, best first, and their ids, int64 [hits]. Collective.
 
-        What is compared are words and runs of letters, not what the model makes of them: see `memories.lexical`.
+        What is compared are words and runs of letters, the rarer the more (BM25), not what the model makes of them: see
+        `memories.lexicon`.
 
         Args:
             text: text or a row of token ids.

@@ -96,4 +96,4 @@ def move_experiences(experiences: Experiences, other: Experiences) -> None:
     move(experiences.bank, other.bank)
     everyones = {id: one for part in experiences.group.all_gather_object(experiences.held) for id, one in part.items()}
     mine = set(other.bank.shard.columns["id"].tolist())
-    other.held = {id: one for id, one in everyones.items() if id in mine}
+    other.hold({id: one for id, one in everyones.items() if id in mine})

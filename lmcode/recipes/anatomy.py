@@ -63,10 +63,10 @@ class Anatomy:
             turned = torch.cat([turned[..., :part] / scale**2, turned[..., part:]], dim=-1)
         return turned
 
-    def at_distance(self, query_BQTD: Tensor, distance: int) -> Tensor:
+    def at_distance(self, query_BXTD: Tensor, distance: int) -> Tensor:
         """Queries, given as they are before their rotation, turned so that keys before theirs lie `distance` positions
         behind them; which is as good as turning every key back by it."""
-        return self.rotate(query_BQTD, self.tables(torch.full((1, 1), distance, device=query_BQTD.device), query_BQTD))
+        return self.rotate(query_BXTD, self.tables(torch.full((1, 1), distance, device=query_BXTD.device), query_BXTD))
 
 
 def hash_of(model: nn.Module) -> str:

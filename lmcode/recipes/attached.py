@@ -161,18 +161,18 @@ class Attached(Backbone):
         self._running.tables = tables
 
     def _after_layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
-                     hidden_BTC: Tensor) -> Tensor:
+                     hidden_BTD: Tensor) -> Tensor:
         given = [*args, *kwargs.values()]
         mask = kwargs.get("attention_mask", args[2] if len(args) > 2 else None)
         cache = foreign.cache_in(given)
-        B, T, _ = hidden_BTC.shape
+        B, T, _ = hidden_BTD.shape
         keys = T if mask is None else mask.shape[-1]
-        seen = seen_of(mask, rows=B, queries=T, keys=keys, device=hidden_BTC.device)
-        return self.recipe.after_layer(layer, hidden_BTC, kwargs[foreign.PASS], LayerCall(seen, cache))
+        seen = seen_of(mask, rows=B, queries=T, keys=keys, device=hidden_BTD.device)
+        return self.recipe.after_layer(layer, hidden_BTD, kwargs[foreign.PASS], LayerCall(seen, cache))
 
     def _watched(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
-                 hidden_BTC: Tensor) -> None:
-        self.recipe.watched(layer, args, kwargs, hidden_BTC, kwargs[foreign.PASS])
+                 hidden_BTD: Tensor) -> None:
+        self.recipe.watched(layer, args, kwargs, hidden_BTD, kwargs[foreign.PASS])
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
         output.last_hidden_state = self.recipe.after_model(output.last_hidden_state, self._running)
@@ -213,15 +213,15 @@ class Attached(Backbone):
     def _row(self, current: Pass, layer: int, length: int, sliding_window: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """The carried row of a layer as keys at their places, values, and who sees them."""
         state: Any = current.state
-        key_BHRD, count_B = state.key[layer], state.count_B
-        place_R = torch.arange(key_BHRD.shape[2], device=key_BHRD.device)
-        seen_BTR = (place_R < count_B[:, None])[:, None].expand(-1, length, -1)
+        key_BHMD, count_B = state.key[layer], state.count_B
+        place_M = torch.arange(key_BHMD.shape[2], device=key_BHMD.device)
+        seen_BTM = (place_M < count_B[:, None])[:, None].expand(-1, length, -1)
         if sliding_window is not None:
             place_BT1 = (count_B[:, None] + torch.arange(length, device=count_B.device))[..., None]
-            seen_BTR = seen_BTR & (place_BT1 - place_R < sliding_window)
+            seen_BTM = seen_BTM & (place_BT1 - place_M < sliding_window)
         if current.row_tables is None and self.anatomy.rotary is not None:
-            current.row_tables = self.anatomy.tables(place_R[None], key_BHRD)
-        return self.anatomy.rotate(key_BHRD, current.row_tables), state.value[layer], seen_BTR[:, None]
+            current.row_tables = self.anatomy.tables(place_M[None], key_BHMD)
+        return self.anatomy.rotate(key_BHMD, current.row_tables), state.value[layer], seen_BTM[:, None]
 
     # Reading in our way
 
@@ -243,17 +243,17 @@ class Attached(Backbone):
         namespace_B = torch.arange(B, device=device) if namespace_B is None else namespace_B
         seen_BT = torch.ones_like(input_ids, dtype=torch.bool) if valid_BT is None else valid_BT
         current = Pass(self._retrievers, namespace_B, document_B, seen_BT, reset_B, state, self._at_once)
-        logits_BTV = self._run(current, input_ids)
+        logits_BTX = self._run(current, input_ids)
         loss = token_loss_BT = None
         target_BT = aligned_targets(labels, targets_BT, valid_BT)
         if target_BT is not None:
-            loss, token_loss_BT = self._with_auxiliary(current, target_BT, *next_token_loss(logits_BTV, target_BT))
+            loss, token_loss_BT = self._with_auxiliary(current, target_BT, *next_token_loss(logits_BTX, target_BT))
         known_BT = (torch.zeros(B, T, dtype=torch.float32, device=device) if token_loss_BT is None
                     else token_loss_BT.detach())
         window = Window(namespace_B, state.pending_valid_B, reset_B, valid_BT)
         surprise_BT, pending_surprise_B = surprises(known_BT, window, state)
         memory, after = self._after(current, surprise_BT, pending_surprise_B)
-        return LMCODEOutput(logits_BTV, loss, token_loss_BT, after, memory)  # type: ignore[arg-type]  # its own state
+        return LMCODEOutput(logits_BTX, loss, token_loss_BT, after, memory)  # type: ignore[arg-type]  # its own state
 
     def _with_auxiliary(self, current: Pass, target_BT: Tensor, loss: Tensor,
                         token_loss_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,17 +289,17 @@ class Attached(Backbone):
         places = 0 if self._at_once else self.places
         sinks = min(self.options.sinks, places)
         count_B = state.count_B if places else torch.zeros_like(state.count_B)
-        row_BR = state.surprise_BR[:, :places]
+        row_BM = state.surprise_BM[:, :places]
         moved = moves(count_B, length_B, sinks=sinks, places=places, window=T)
-        both_BX = torch.cat([row_BR, surprise_BT], dim=1)
+        both_BX = torch.cat([row_BM, surprise_BT], dim=1)
         memory: dict[int, LayerMemory] = {}
         keys, values = [], []
         for layer in range(self.rows):
             key_BHTD, value_BHTD = current.own[layer]
             row = (state.key[layer], state.value[layer]) if places else (key_BHTD[:, :, :0], value_BHTD[:, :, :0])
             if places:
-                keys.append(pick(row[0], key_BHTD, moved.kept_BR))
-                values.append(pick(row[1], value_BHTD, moved.kept_BR))
+                keys.append(pick(row[0], key_BHTD, moved.kept_BM))
+                values.append(pick(row[1], value_BHTD, moved.kept_BM))
             if layer in self.config.memory_layer_indices:
                 left = Left(pick(row[0], key_BHTD, moved.left_BT), pick(row[1], value_BHTD, moved.left_BT),
                             both_BX.gather(1, moved.left_BT), moved.left_valid_BT)
@@ -307,10 +307,10 @@ class Attached(Backbone):
                 memory[layer] = self._layer_memory(current, layer, candidates)
         any_B = current.valid_BT.any(dim=1) | state.pending_valid_B
         if not places:
-            keys, values, kept_BR = list(state.key), list(state.value), state.surprise_BR
+            keys, values, kept_BM = list(state.key), list(state.value), state.surprise_BM
         else:
-            kept_BR = both_BX.gather(1, moved.kept_BR)
-        after = Carried(tuple(keys), tuple(values), moved.kept_B, kept_BR, self.recipe.next_state(current), any_B,
+            kept_BM = both_BX.gather(1, moved.kept_BM)
+        after = Carried(tuple(keys), tuple(values), moved.kept_B, kept_BM, self.recipe.next_state(current), any_B,
                         pending_surprise_B)
         return memory, after
 
@@ -324,7 +324,7 @@ class Attached(Backbone):
 
     @property
     def places(self) -> int:
-        """R, the tokens that a stream carries."""
+        """M, the tokens that a stream carries."""
         return int(self.options.sinks + self.options.cache)
 
     @property
@@ -333,10 +333,10 @@ class Attached(Backbone):
         return self.anatomy.sizes["num_layers"] + self.recipe.own_layers
 
     def blank_state(self, num_streams: int, *, device: torch.device | None = None) -> Carried:
-        B, sizes, R = num_streams, self.anatomy.sizes, self.places
-        row_BHRD = torch.zeros(B, sizes["kv_heads"], R, sizes["head_dim"], device=device)
-        rows = (row_BHRD,) * (self.rows if R else 0)
-        return Carried(rows, rows, torch.zeros(B, dtype=torch.int64, device=device), torch.zeros(B, R, device=device),
+        B, sizes, M = num_streams, self.anatomy.sizes, self.places
+        row_BHMD = torch.zeros(B, sizes["kv_heads"], M, sizes["head_dim"], device=device)
+        rows = (row_BHMD,) * (self.rows if M else 0)
+        return Carried(rows, rows, torch.zeros(B, dtype=torch.int64, device=device), torch.zeros(B, M, device=device),
                        self.recipe.blank_state(B, device), torch.zeros(B, dtype=torch.bool, device=device),
                        torch.zeros(B, device=device))
 
@@ -441,9 +441,9 @@ class Attached(Backbone):
         given_BT, live_B = ids_BT, torch.ones(len(rows), dtype=torch.bool, device=ids_BT.device)
         while new > 0 and bool(live_B.any()):
             place_BT = (valid_BT.long().cumsum(dim=1) - 1).clamp(min=0)[:, -given_BT.shape[1]:]
-            logits_BV = self.backbone(input_ids=given_BT, attention_mask=valid_BT.long(), position_ids=place_BT,
+            logits_BX = self.backbone(input_ids=given_BT, attention_mask=valid_BT.long(), position_ids=place_BT,
                                       use_cache=True, **{name: past}).logits[:, -1]
-            token_B = self.group.all_gather(next_token(logits_BV, rows, decoding, generator), phase="tokens")[:len(rows)]
+            token_B = self.group.all_gather(next_token(logits_BX, rows, decoding, generator), phase="tokens")[:len(rows)]
             if decoding.eos_id is not None:
                 token_B = token_B.where(live_B, decoding.eos_id)
                 live_B = live_B & (token_B != decoding.eos_id)
@@ -470,17 +470,17 @@ class Attached(Backbone):
         parts = [[row[start:start + window] for row in rows] for start in range(0, max(map(len, rows)), window)]
         live_B = torch.ones(len(rows), dtype=torch.bool, device=device)
         state: Any = None
-        last_BV: Any = None
+        last_BX: Any = None
         new = decoding.num_new_tokens(ids_BT.shape[1])
         with in_eval_mode(self):
             while True:
                 for part in parts:
-                    output, last_BV = self._read_part(part, state, last_BV)
+                    output, last_BX = self._read_part(part, state, last_BX)
                     state = output.state
                     commit(output)
                 if new == 0 or not bool(live_B.any()):
                     return Generation(ids_BT, valid_BT, state)
-                token_B = agree(next_token(last_BV, rows, decoding, generator))
+                token_B = agree(next_token(last_BX, rows, decoding, generator))
                 if decoding.eos_id is not None:
                     token_B = token_B.where(live_B, decoding.eos_id)
                 ids_BT = torch.cat([ids_BT, token_B[:, None]], dim=1)
@@ -492,14 +492,14 @@ class Attached(Backbone):
                     live_B = live_B & (token_B != decoding.eos_id)
                 new -= 1
 
-    def _read_part(self, part: list[list[int]], state: Any, last_BV: Tensor | None) -> tuple[Any, Tensor]:
+    def _read_part(self, part: list[list[int]], state: Any, last_BX: Tensor | None) -> tuple[Any, Tensor]:
         """One window of streams that may have different lengths, and the logits behind the last token of each."""
         device, longest = next(self.parameters()).device, max(map(len, part))
         ids_BT = torch.tensor([[*row, *[0] * (longest - len(row))] for row in part], device=device)
         count_B = torch.tensor([len(row) for row in part], device=device)
         output = self(ids_BT, state=state, valid_BT=torch.arange(longest, device=device) < count_B[:, None])
-        logits_BV = output.logits[torch.arange(len(part), device=device), (count_B - 1).clamp(min=0)]
-        return output, logits_BV if last_BV is None else torch.where((count_B > 0)[:, None], logits_BV, last_BV)
+        logits_BX = output.logits[torch.arange(len(part), device=device), (count_B - 1).clamp(min=0)]
+        return output, logits_BX if last_BX is None else torch.where((count_B > 0)[:, None], logits_BX, last_BX)
 
     def save_pretrained(self, save_directory: str | Path, *, include_memory: bool = True) -> None:
         """Writes what was trained, the banks, and which backbone it was, into a folder: see `LMCODE.save_pretrained`."""

@@ -44,15 +44,15 @@ class Camelot(recipe.Recipe):
         check_settings("camelot", model, {"memory_heads": sizes["kv_heads"], "memory_head_dim": sizes["head_dim"],
                                           "retrieval_stride": 1, "successor_values": False})
 
-    def recall(self, layer: int, query_BQTD: Tensor, current: Pass, *, scaling: float) -> tuple[Tensor, Tensor] | None:
+    def recall(self, layer: int, query_BXTD: Tensor, current: Pass, *, scaling: float) -> tuple[Tensor, Tensor] | None:
         """The slots nearest to each query, under a softmax of their own, with its log-sum-exp."""
         tape, retriever = current.tape(layer), current.retrievers[layer]
-        heads, (B, Q, T, _) = self.config.memory_heads, query_BQTD.shape
-        namespace_N, document_N = current.asking(Q // heads)
-        query_HND = queries_of(self.anatomy.at_distance(query_BQTD, self.options.distance), heads).float()
+        heads, (B, X, T, _) = self.config.memory_heads, query_BXTD.shape
+        namespace_N, document_N = current.asking(X // heads)
+        query_HND = queries_of(self.anatomy.at_distance(query_BXTD, self.options.distance), heads).float()
         if isinstance(retriever, NullRetriever):
             tape.record(hits=retriever.search(query_HND, namespace_N))
-            self.joined(layer, query_HND.new_zeros(B, Q, T), current)
+            self.joined(layer, query_HND.new_zeros(B, X, T), current)
             return None
         if current.state is None:  # nobody will ask for the hits
             value_HND, lse_HN = (retriever.look_up(query_HND, namespace_N) if not query_HND.requires_grad
@@ -63,11 +63,11 @@ class Camelot(recipe.Recipe):
             assert tape.hits is not None
             value_HND, lse_HN = retriever.attend(query_HND, tape.hits)
         lse_HN = torch.where(lse_HN > NO_SCORE / 2, lse_HN + self.config.memory_bias, lse_HN)
-        return (answers_of(value_HND.float(), query_BQTD), answers_of(lse_HN.unsqueeze(-1), query_BQTD).squeeze(-1))
+        return (answers_of(value_HND.float(), query_BXTD), answers_of(lse_HN.unsqueeze(-1), query_BXTD).squeeze(-1))
 
-    def joined(self, layer: int, share_BQT: Tensor, current: Pass) -> None:
+    def joined(self, layer: int, share_BXT: Tensor, current: Pass) -> None:
         open_BT = torch.ones_like(current.valid_BT, dtype=torch.float32)
-        current.record_share(layer, share_BQT.float(), open_BT, self.config.memory_heads)
+        current.record_share(layer, share_BXT.float(), open_BT, self.config.memory_heads)
 
     def offered(self, layer: int, current: Pass, left: Left, known_BT: Tensor) -> Candidates:
         """What has left the row, keys scaled as the attention scales its logits."""

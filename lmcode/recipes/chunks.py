@@ -4,7 +4,8 @@ An entry holds the keys of c tokens side by side, and their values. A query that
 with such a row of keys the inner product that it has with their mean: so a bank that knows nothing of chunks searches by
 their mean keys, and what it returns is all that a softmax over the single tokens needs.
 
-Letters: c tokens of a chunk, J = K * c tokens of the hits, X = c * D width of an entry, W = c - 1 places for what waits.
+Letters: c tokens of a chunk, T tokens of a window or the K * c of the hits, X = c * D width of an entry, M = c - 1 places
+for what waits.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from lmcode.recipes.recipe import Left
 class Waiting(NamedTuple):
     """Tokens of each stream that are too few for a chunk so far; fp32, detached.
 
-    key_BHWD, value_BHWD; surprise_BW. count_B: int64, how many there are.
+    key_BHMD, value_BHMD; surprise_BM. count_B: int64, how many there are.
     """
 
-    key_BHWD: Tensor
-    value_BHWD: Tensor
-    surprise_BW: Tensor
+    key_BHMD: Tensor
+    value_BHMD: Tensor
+    surprise_BM: Tensor
     count_B: Tensor
 
 
@@ -55,16 +56,16 @@ def in_chunks(waiting: Waiting, left: Left, *, chunk: int, fill_up: bool = False
     most = (places + T + places) // chunk
     order_BX = torch.arange(most * chunk, device=device).expand(B, -1)
     order_BX = order_BX.minimum((total_B - 1).clamp(min=0)[:, None])
-    rest_BW = whole_B[:, None] * chunk + torch.arange(places, device=device)
-    at_BX, stay_BW = (place_of(order, waiting.count_B, places, T) for order in (order_BX, rest_BW))
+    rest_BM = whole_B[:, None] * chunk + torch.arange(places, device=device)
+    at_BX, stay_BM = (place_of(order, waiting.count_B, places, T) for order in (order_BX, rest_BM))
 
-    both_BX = torch.cat([waiting.surprise_BW, left.surprise_BT], dim=1)
+    both_BX = torch.cat([waiting.surprise_BM, left.surprise_BT], dim=1)
     key_BHNX, value_BHNX = (pick(row, window.float(), at_BX).unflatten(2, (most, chunk)).flatten(3)
-                            for row, window in ((waiting.key_BHWD, left.key_BHTD), (waiting.value_BHWD, left.value_BHTD)))
+                            for row, window in ((waiting.key_BHMD, left.key_BHTD), (waiting.value_BHMD, left.value_BHTD)))
     made = Chunks(key_BHNX, value_BHNX, both_BX.gather(1, at_BX).unflatten(1, (most, chunk)).mean(dim=2),
                   torch.arange(most, device=device) < whole_B[:, None])
-    stay = Waiting(pick(waiting.key_BHWD, left.key_BHTD.float(), stay_BW),
-                   pick(waiting.value_BHWD, left.value_BHTD.float(), stay_BW), both_BX.gather(1, stay_BW),
+    stay = Waiting(pick(waiting.key_BHMD, left.key_BHTD.float(), stay_BM),
+                   pick(waiting.value_BHMD, left.value_BHTD.float(), stay_BM), both_BX.gather(1, stay_BM),
                    (total_B - whole_B * chunk).clamp(min=0))
     return made, stay
 
@@ -79,7 +80,7 @@ def attend_chunks(query_HND: Tensor, key_HNKX: Tensor, value_HNKX: Tensor, valid
 
     Differentiable with respect to the query.
     """
-    key_HNJD, value_HNJD = (part.unflatten(-1, (chunk, -1)).flatten(2, 3) for part in (key_HNKX, value_HNKX))
-    valid_HNJ = valid_HNK.repeat_interleave(chunk, dim=-1)
-    score_HNJ = torch.einsum("hnd,hnjd->hnj", query_HND.float(), key_HNJD).masked_fill(~valid_HNJ, NO_SCORE)
-    return torch.einsum("hnj,hnjd->hnd", score_HNJ.softmax(dim=-1) * valid_HNJ, value_HNJD)
+    key_HNTD, value_HNTD = (part.unflatten(-1, (chunk, -1)).flatten(2, 3) for part in (key_HNKX, value_HNKX))
+    valid_HNT = valid_HNK.repeat_interleave(chunk, dim=-1)
+    score_HNT = torch.einsum("hnd,hntd->hnt", query_HND.float(), key_HNTD).masked_fill(~valid_HNT, NO_SCORE)
+    return torch.einsum("hnt,hntd->hnd", score_HNT.softmax(dim=-1) * valid_HNT, value_HNTD)

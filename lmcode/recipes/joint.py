@@ -1,6 +1,7 @@
 """Attention over several sets of keys in one softmax, as pure functions: a window's own keys and a memory's.
 
-Letters: B rows, Q query heads, H key-value heads, G = Q / H query heads that share one, T queries, N keys, D width.
+Letters: B rows, H key-value heads, T queries, N keys, D width; X behind B are the query heads, X behind H (or T) those that
+share one of the H.
 """
 
 from __future__ import annotations
@@ -12,29 +13,29 @@ from torch.nn import functional as F
 from lmcode.protocol import NO_SCORE
 
 
-def attend_own(query_BQTD: Tensor, key_BHND: Tensor, value_BHND: Tensor, seen_B1TN: Tensor, *, scaling: float,
+def attend_own(query_BXTD: Tensor, key_BHND: Tensor, value_BHND: Tensor, seen_B1TN: Tensor, *, scaling: float,
                dropout: float = 0.0) -> tuple[Tensor, Tensor]:
     """Softmax attention with its log-sum-exp, which scaled_dot_product_attention does not return.
 
     Returns:
-        fp32 value [B, Q, T, D] and log-sum-exp [B, Q, T].
+        fp32 value [B, X, T, D] and log-sum-exp [B, X, T].
     """
     H = key_BHND.shape[1]
-    query_BHGTD = query_BQTD.float().unflatten(1, (H, -1))
-    score_BHGTN = query_BHGTD @ key_BHND.float().unsqueeze(2).transpose(-1, -2) * scaling
-    score_BHGTN = score_BHGTN.masked_fill(~seen_B1TN.unsqueeze(2), NO_SCORE)
-    lse_BHGT = score_BHGTN.logsumexp(-1)
-    weight_BHGTN = (score_BHGTN - lse_BHGT.unsqueeze(-1)).exp()
+    query_BHXTD = query_BXTD.float().unflatten(1, (H, -1))
+    score_BHXTN = query_BHXTD @ key_BHND.float().unsqueeze(2).transpose(-1, -2) * scaling
+    score_BHXTN = score_BHXTN.masked_fill(~seen_B1TN.unsqueeze(2), NO_SCORE)
+    lse_BHXT = score_BHXTN.logsumexp(-1)
+    weight_BHXTN = (score_BHXTN - lse_BHXT.unsqueeze(-1)).exp()
     if dropout:
-        weight_BHGTN = F.dropout(weight_BHGTN, dropout)
-    value_BHGTD = weight_BHGTN @ value_BHND.float().unsqueeze(2)
-    return value_BHGTD.flatten(1, 2), lse_BHGT.flatten(1, 2)
+        weight_BHXTN = F.dropout(weight_BHXTN, dropout)
+    value_BHXTD = weight_BHXTN @ value_BHND.float().unsqueeze(2)
+    return value_BHXTD.flatten(1, 2), lse_BHXT.flatten(1, 2)
 
 
-def queries_of(query_BQTD: Tensor, kv_heads: int) -> Tensor:
-    """The queries as a bank takes them: [H, N, D] with N = B * T * G, by row, token and head of the group."""
-    query_HBTGD: Tensor = query_BQTD.unflatten(1, (kv_heads, -1)).permute(1, 0, 3, 2, 4)
-    return query_HBTGD.flatten(1, 3)
+def queries_of(query_BXTD: Tensor, kv_heads: int) -> Tensor:
+    """The queries as a bank takes them: [H, N, D] with N = B * T * X, by row, token and head of the group."""
+    query_HBTXD: Tensor = query_BXTD.unflatten(1, (kv_heads, -1)).permute(1, 0, 3, 2, 4)
+    return query_HBTXD.flatten(1, 3)
 
 
 def per_query(of_BT: Tensor, group: int) -> Tensor:
@@ -42,17 +43,17 @@ def per_query(of_BT: Tensor, group: int) -> Tensor:
     return of_BT.flatten().repeat_interleave(group)
 
 
-def answers_of(part_HNX: Tensor, like_BQTD: Tensor) -> Tensor:
-    """What came back for `queries_of`, in the model's layout: [B, Q, T, X]."""
-    B, Q, T, _ = like_BQTD.shape
-    H = part_HNX.shape[0]
-    part_BHGTX: Tensor = part_HNX.unflatten(1, (B, T, Q // H)).permute(1, 0, 3, 2, 4)
-    return part_BHGTX.reshape(B, Q, T, -1)
+def answers_of(part_HND: Tensor, like_BXTD: Tensor) -> Tensor:
+    """What came back for `queries_of`, in the model's layout: [B, X, T, D]."""
+    B, X, T, _ = like_BXTD.shape
+    H = part_HND.shape[0]
+    part_BHXTD: Tensor = part_HND.unflatten(1, (B, T, X // H)).permute(1, 0, 3, 2, 4)
+    return part_BHXTD.reshape(B, X, T, -1)
 
 
-def share_per_query(share_BQT: Tensor, kv_heads: int) -> Tensor:
+def share_per_query(share_BXT: Tensor, kv_heads: int) -> Tensor:
     """From the model's layout to the bank's: [H, N]."""
-    return queries_of(share_BQT.unsqueeze(-1), kv_heads).squeeze(-1)
+    return queries_of(share_BXT.unsqueeze(-1), kv_heads).squeeze(-1)
 
 
 def seen_of(mask: Tensor | None, *, rows: int, queries: int, keys: int, device: torch.device) -> Tensor:

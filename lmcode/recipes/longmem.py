@@ -44,7 +44,7 @@ class Called(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    hidden_BTC: Tensor
+    hidden_BTD: Tensor
 
 
 def sources_of(num_layers: int) -> list[int]:
@@ -74,8 +74,8 @@ class LongMem(recipe.Recipe):
         self.layers = nn.ModuleList(side_layer(anatomy, source, number=anatomy.sizes["num_layers"] + place)
                                     for place, source in enumerate(self.sources))
         self.norm = copy.deepcopy(anatomy.norm)
-        self.memory_gate_Q = nn.Parameter(torch.full((anatomy.sizes["num_heads"],), config.memory_bias))
-        self.opening_C = nn.Parameter(torch.zeros(config.hidden_size))
+        self.memory_gate_H = nn.Parameter(torch.full((anatomy.sizes["num_heads"],), config.memory_bias))
+        self.opening_D = nn.Parameter(torch.zeros(config.hidden_size))
         self.requires_grad_(True)
 
     @staticmethod
@@ -99,46 +99,47 @@ class LongMem(recipe.Recipe):
 
     # The side network
 
-    def watched(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], hidden_BTC: Tensor, current: Pass) -> None:
+    def watched(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], hidden_BTD: Tensor, current: Pass) -> None:
         if layer == 0:
             current.notes[ENTERED] = args[0]
         if layer in self.sources:
-            current.notes[layer] = Called(args[1:], kwargs, hidden_BTC)
+            current.notes[layer] = Called(args[1:], kwargs, hidden_BTD)
 
-    def after_model(self, hidden_BTC: Tensor, current: Pass) -> Tensor:
+    def after_model(self, hidden_BTD: Tensor, current: Pass) -> Tensor:
         """Equation 2 of the paper, H_side[l] = f(H_side[l-1]) + H[2l] - H[2l-2]; then the way over from the backbone."""
-        before_BTC: Tensor = current.notes.pop(ENTERED)
-        side_BTC = before_BTC
+        before_BTD: Tensor = current.notes.pop(ENTERED)
+        side_BTD = before_BTD
         for place, (source, layer) in enumerate(zip(self.sources, self.layers, strict=True)):
             called = current.notes.pop(source)
             cache = foreign.cache_in([*called.args, *called.kwargs.values()])
             if cache is not None:
                 foreign.room(cache, place)
-            side_BTC = layer(side_BTC, *called.args, **called.kwargs) + (called.hidden_BTC - before_BTC)
-            before_BTC = called.hidden_BTC
-        side_BTC = self.norm(side_BTC)
-        mixed_BTC: Tensor = hidden_BTC + self.opening_C.to(hidden_BTC.dtype) * (side_BTC - hidden_BTC)
-        return mixed_BTC
+            side_BTD = layer(side_BTD, *called.args, **called.kwargs) + (called.hidden_BTD - before_BTD)
+            before_BTD = called.hidden_BTD
+        side_BTD = self.norm(side_BTD)
+        mixed_BTD: Tensor = hidden_BTD + self.opening_D.to(hidden_BTD.dtype) * (side_BTD - hidden_BTD)
+        return mixed_BTD
 
-    def after_attention(self, layer: int, query_BQTD: Tensor, mixed_BQTD: Tensor, current: Pass) -> Tensor:
+    def after_attention(self, layer: int, query_BXTD: Tensor, mixed_BXTD: Tensor, current: Pass) -> Tensor:
         """In the layer that reads: sigmoid(gate) of the memory's answer, the rest of the attention's own; where nothing was
         found, all of it."""
         if layer - self.anatomy.sizes["num_layers"] != self.memory_layer // 2:
-            return mixed_BQTD
-        found_BQTD, found_BQT = self._found(query_BQTD, current)
-        share_BQT = torch.sigmoid(self.memory_gate_Q.float())[:, None] * found_BQT
-        self._record(share_BQT.detach(), current)
-        mixed_fp32 = mixed_BQTD.float()
-        return (mixed_fp32 + share_BQT.unsqueeze(-1) * (found_BQTD - mixed_fp32)).to(mixed_BQTD.dtype)
+            return mixed_BXTD
+        found_BXTD, found_BXT = self._found(query_BXTD, current)
+        share_BXT = torch.sigmoid(self.memory_gate_H.float())[:, None] * found_BXT
+        self._record(share_BXT.detach(), current)
+        mixed_fp32 = mixed_BXTD.float()
+        return (mixed_fp32 + share_BXT.unsqueeze(-1) * (found_BXTD - mixed_fp32)).to(mixed_BXTD.dtype)
 
     @without_autocast()
-    def _found(self, query_BQTD: Tensor, current: Pass) -> tuple[Tensor, Tensor]:
-        """Attention over the tokens that each query finds, fp32 [B, Q, T, D], and where it finds any, 0 or 1 [B, Q, T]."""
+    def _found(self, query_BXTD: Tensor, current: Pass) -> tuple[Tensor, Tensor]:
+        """Attention over the tokens that each query finds, fp32 [B, X, T, D], and where it finds any, 0 or 1 [B, X, T]; X
+        query heads."""
         tape, retriever = current.tape(self.memory_layer), current.retrievers[self.memory_layer]
         heads, chunk = self.config.memory_heads, self.options.chunk
-        query_HND = queries_of(self.anatomy.at_distance(query_BQTD, self.options.distance), heads).float()
+        query_HND = queries_of(self.anatomy.at_distance(query_BXTD, self.options.distance), heads).float()
         if tape.hits is None:
-            namespace_N, document_N = current.asking(query_BQTD.shape[1] // heads)
+            namespace_N, document_N = current.asking(query_BXTD.shape[1] // heads)
             tape.record(hits=retriever.search(chunk_query(query_HND.detach(), chunk), namespace_N, document_N))
         hits: Any = tape.hits
         if isinstance(retriever, NullRetriever):
@@ -147,11 +148,11 @@ class LongMem(recipe.Recipe):
             key_HNKX, value_HNKX = retriever.fetch(hits)
             value_HND = attend_chunks(query_HND, key_HNKX, value_HNKX, hits.valid_HNK, chunk=chunk)
         found_HN1 = hits.valid_HNK[..., :1].float()
-        return answers_of(value_HND, query_BQTD), answers_of(found_HN1, query_BQTD).squeeze(-1)
+        return answers_of(value_HND, query_BXTD), answers_of(found_HN1, query_BXTD).squeeze(-1)
 
-    def _record(self, share_BQT: Tensor, current: Pass) -> None:
-        gate = torch.sigmoid(self.memory_gate_Q.detach().float()).mean()
-        current.record_share(self.memory_layer, share_BQT, gate.expand_as(current.valid_BT), self.config.memory_heads)
+    def _record(self, share_BXT: Tensor, current: Pass) -> None:
+        gate = torch.sigmoid(self.memory_gate_H.detach().float()).mean()
+        current.record_share(self.memory_layer, share_BXT, gate.expand_as(current.valid_BT), self.config.memory_heads)
 
     # What is stored
 
@@ -168,9 +169,9 @@ class LongMem(recipe.Recipe):
         return current.candidates(made.key_BHNX, made.value_BHNX, made.surprise_BN, made.valid_BN)
 
     def blank_state(self, num_streams: int, device: torch.device | None) -> tuple[Tensor, ...]:
-        B, H, W, D = num_streams, self.anatomy.sizes["kv_heads"], self.options.chunk - 1, self.anatomy.sizes["head_dim"]
-        row_BHWD = torch.zeros(B, H, W, D, device=device)
-        return Waiting(row_BHWD, row_BHWD, torch.zeros(B, W, device=device),
+        B, H, M, D = num_streams, self.anatomy.sizes["kv_heads"], self.options.chunk - 1, self.anatomy.sizes["head_dim"]
+        row_BHMD = torch.zeros(B, H, M, D, device=device)
+        return Waiting(row_BHMD, row_BHMD, torch.zeros(B, M, device=device),
                        torch.zeros(B, dtype=torch.int64, device=device))
 
     def next_state(self, current: Pass) -> tuple[Tensor, ...]:

@@ -77,10 +77,9 @@ class MPlus(recipe.Recipe):
 
     @staticmethod
     def settings(sizes: Mapping[str, int], options: Any) -> dict[str, Any]:
-        """Memories in the upper half of the layers with a bias of -2, as in the recipe camelot: see README.md."""
-        layers = sizes["num_layers"]
-        return {"memory_layers": tuple(range(layers // 2, layers)), "memory_heads": sizes["kv_heads"],
-                "memory_head_dim": 2 * sizes["head_dim"], "memory_bias": -2.0, "successor_values": False}
+        """Memories in all layers and no bias, as the papers have it: fewer layers or a bias lose facts (see README.md)."""
+        return {"memory_layers": "all", "memory_heads": sizes["kv_heads"], "memory_head_dim": 2 * sizes["head_dim"],
+                "memory_bias": 0.0, "successor_values": False}
 
     @staticmethod
     def check(model: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
@@ -90,28 +89,28 @@ class MPlus(recipe.Recipe):
     # Reading
 
     @without_autocast()
-    def recall(self, layer: int, query_BQTD: Tensor, current: Pass, *, scaling: float) -> tuple[Tensor, Tensor] | None:
+    def recall(self, layer: int, query_BXTD: Tensor, current: Pass, *, scaling: float) -> tuple[Tensor, Tensor] | None:
         """Attention over what was retrieved for each token, and over the pool: one softmax with its log-sum-exp."""
         if current.state is None and isinstance(current.retrievers[layer], NullRetriever):
             return None
         if self.training and torch.is_grad_enabled():
-            current.notes.setdefault(("query", layer), query_BQTD.detach())
-        placed_BQTD = self.anatomy.rotate(query_BQTD, current.tables).float()
-        parts = [self._attend_bank(layer, query_BQTD, placed_BQTD, current)]
+            current.notes.setdefault(("query", layer), query_BXTD.detach())
+        placed_BXTD = self.anatomy.rotate(query_BXTD, current.tables).float()
+        parts = [self._attend_bank(layer, query_BXTD, placed_BXTD, current)]
         if current.state is not None and not current.at_once:
             key_BHND, value_BHND, seen_B11N = self._pool(layer, current)
-            parts.append(attend_own(placed_BQTD, key_BHND, value_BHND, seen_B11N, scaling=scaling))
-        value_BQTD, share_PBQT = merge_partials([part[0] for part in parts], [part[1] for part in parts])
-        current.notes.setdefault(("share", layer), share_PBQT[0].detach())
-        lse_BQT = torch.stack([part[1] for part in parts]).logsumexp(dim=0)
-        return value_BQTD, torch.where(lse_BQT > NO_SCORE / 2, lse_BQT + self.config.memory_bias, lse_BQT)
+            parts.append(attend_own(placed_BXTD, key_BHND, value_BHND, seen_B11N, scaling=scaling))
+        value_BXTD, share_PBXT = merge_partials([part[0] for part in parts], [part[1] for part in parts])
+        current.notes.setdefault(("share", layer), share_PBXT[0].detach())
+        lse_BXT = torch.stack([part[1] for part in parts]).logsumexp(dim=0)
+        return value_BXTD, torch.where(lse_BXT > NO_SCORE / 2, lse_BXT + self.config.memory_bias, lse_BXT)
 
-    def _attend_bank(self, layer: int, query_BQTD: Tensor, placed_BQTD: Tensor, current: Pass) -> tuple[Tensor, Tensor]:
+    def _attend_bank(self, layer: int, query_BXTD: Tensor, placed_BXTD: Tensor, current: Pass) -> tuple[Tensor, Tensor]:
         """Softmax over each token's hits, which lie before the pool in the order of their ids: value and log-sum-exp."""
-        retriever, (B, _, T, D) = current.retrievers[layer], query_BQTD.shape
-        hits = self._hits(layer, query_BQTD, current)
+        retriever, (B, _, T, D) = current.retrievers[layer], query_BXTD.shape
+        hits = self._hits(layer, query_BXTD, current)
         if isinstance(retriever, NullRetriever):
-            return torch.zeros_like(placed_BQTD), placed_BQTD.new_full(placed_BQTD.shape[:3], NO_SCORE)
+            return torch.zeros_like(placed_BXTD), placed_BXTD.new_full(placed_BXTD.shape[:3], NO_SCORE)
         id_HNK, order_HNK = hits.id_HNK.sort(dim=-1, stable=True)  # no hit is -1 and comes first: farthest away
         entry_HNKX = retriever.fetch(hits)[1]
         entry_HNKX = entry_HNKX.gather(2, order_HNK[..., None].expand_as(entry_HNKX))
@@ -119,29 +118,29 @@ class MPlus(recipe.Recipe):
         K = key_BHTKD.shape[3]
         place_K = torch.arange(-self.options.pool - K, -self.options.pool, device=id_HNK.device)
         key_BHTKD = self._at(place_K, key_BHTKD.flatten(1, 2)).unflatten(1, (-1, T))
-        query_BHGTD = placed_BQTD.unflatten(1, (self.config.memory_heads, -1))
-        score_BHGTK = torch.einsum("bhgtd,bhtkd->bhgtk", query_BHGTD, key_BHTKD)
+        query_BHXTD = placed_BXTD.unflatten(1, (self.config.memory_heads, -1))
+        score_BHXTK = torch.einsum("bhgtd,bhtkd->bhgtk", query_BHXTD, key_BHTKD)
         valid_BHTK = (id_HNK >= 0).unflatten(1, (B, T)).transpose(0, 1)
-        score_BHGTK = score_BHGTK.masked_fill(~valid_BHTK.unsqueeze(2), NO_SCORE)
-        value_BHGTD = torch.einsum("bhgtk,bhtkd->bhgtd", score_BHGTK.softmax(-1), value_BHTKD)
-        lse_BHGT = score_BHGTK.logsumexp(-1).where(valid_BHTK[..., -1].unsqueeze(2), NO_SCORE)
-        return value_BHGTD.flatten(1, 2), lse_BHGT.flatten(1, 2)
+        score_BHXTK = score_BHXTK.masked_fill(~valid_BHTK.unsqueeze(2), NO_SCORE)
+        value_BHXTD = torch.einsum("bhgtk,bhtkd->bhgtd", score_BHXTK.softmax(-1), value_BHTKD)
+        lse_BHXT = score_BHXTK.logsumexp(-1).where(valid_BHTK[..., -1].unsqueeze(2), NO_SCORE)
+        return value_BHXTD.flatten(1, 2), lse_BHXT.flatten(1, 2)
 
     @torch.no_grad()
-    def _hits(self, layer: int, query_BQTD: Tensor, current: Pass) -> Hits:
+    def _hits(self, layer: int, query_BXTD: Tensor, current: Pass) -> Hits:
         """What the retriever finds for each token and key-value head, N = B * T; it is asked once in a pass."""
-        tape, D = current.tape(layer), query_BQTD.shape[-1]
+        tape, D = current.tape(layer), query_BXTD.shape[-1]
         if tape.hits is None:
-            query_HND = queries_of(self._asked(layer, query_BQTD), self.config.memory_heads)
+            query_HND = queries_of(self._asked(layer, query_BXTD), self.config.memory_heads)
             tape.record(hits=current.retrievers[layer].search(F.pad(query_HND, (0, D)), *current.asking(1)))
         assert tape.hits is not None
         return tape.hits
 
-    def _asked(self, layer: int, query_BQTD: Tensor) -> Tensor:
+    def _asked(self, layer: int, query_BXTD: Tensor) -> Tensor:
         """The retriever's queries, one for each token and key-value head: [B, H, T, D]."""
-        far_BQTD = self.anatomy.at_distance(query_BQTD, self.options.distance)
-        grouped_BHTGD = far_BQTD.unflatten(1, (self.config.memory_heads, -1)).transpose(2, 3)
-        asked_BHTD: Tensor = self.queries[str(layer)](grouped_BHTGD.flatten(3))
+        far_BXTD = self.anatomy.at_distance(query_BXTD, self.options.distance)
+        grouped_BHTXD = far_BXTD.unflatten(1, (self.config.memory_heads, -1)).transpose(2, 3)
+        asked_BHTD: Tensor = self.queries[str(layer)](grouped_BHTXD.flatten(3))
         return asked_BHTD
 
     def _at(self, place_N: Tensor, key_BXND: Tensor) -> Tensor:
@@ -167,11 +166,11 @@ class MPlus(recipe.Recipe):
         reset_B = current.reset_B
         return tuple(part_B if reset_B is None else part_B.masked_fill(reset_B, 0) for part_B in state.recipe[-2:])
 
-    def joined(self, layer: int, share_BQT: Tensor, current: Pass) -> None:
+    def joined(self, layer: int, share_BXT: Tensor, current: Pass) -> None:
         """Of the softmax, what went to the bank is recorded; the pool's part counts as the stream's own past."""
         heads = self.config.memory_heads
-        share_BHGT = (share_BQT * current.notes["share", layer]).float().unflatten(1, (heads, -1))
-        share_HN, credit_HN = (share_per_query(part, heads) for part in (share_BHGT.mean(2), share_BHGT.sum(2)))
+        share_BHXT = (share_BXT * current.notes["share", layer]).float().unflatten(1, (heads, -1))
+        share_HN, credit_HN = (share_per_query(part, heads) for part in (share_BHXT.mean(2), share_BHXT.sum(2)))
         current.tape(layer).record(share_HN=share_HN, credit_HN=credit_HN.where(current.valid_BT.flatten(), 0.0),
                                    null_share_HN=torch.zeros_like(share_HN),
                                    gate_BT=torch.ones_like(current.valid_BT, dtype=torch.float32))
@@ -233,14 +232,14 @@ class MPlus(recipe.Recipe):
 
         Those count as relevant to which the layer's own attention gives more than an equal share of what it gives the pool.
         """
-        query_BQTD, (key_BHND, _, seen_B11N) = current.notes["query", layer], self._pool(layer, current)
+        query_BXTD, (key_BHND, _, seen_B11N) = current.notes["query", layer], self._pool(layer, current)
         scaling: Any = self.anatomy.attention(layer).scaling
-        placed_BHGTD = self.anatomy.rotate(query_BQTD, current.tables).float().unflatten(1, (self.config.memory_heads, -1))
-        score_BHGTN = placed_BHGTD @ key_BHND.unsqueeze(2).transpose(-1, -2) * scaling
-        share_BHTN = score_BHGTN.masked_fill(~seen_B11N.unsqueeze(2), NO_SCORE).softmax(-1).mean(dim=2)
+        placed_BHXTD = self.anatomy.rotate(query_BXTD, current.tables).float().unflatten(1, (self.config.memory_heads, -1))
+        score_BHXTN = placed_BHXTD @ key_BHND.unsqueeze(2).transpose(-1, -2) * scaling
+        share_BHTN = score_BHXTN.masked_fill(~seen_B11N.unsqueeze(2), NO_SCORE).softmax(-1).mean(dim=2)
         count_B111 = seen_B11N.sum(dim=-1, keepdim=True).clamp(min=1)
         sought_BHND = self.keys[str(layer)](self._carried(layer, current)[0].float() * scaling)
-        logit_BHTN = self._asked(layer, query_BQTD) @ sought_BHND.transpose(-1, -2)
+        logit_BHTN = self._asked(layer, query_BXTD) @ sought_BHND.transpose(-1, -2)
         relevant_BHTN = (share_BHTN * count_B111 > 1.0).to(logit_BHTN)
         loss_BHTN = F.binary_cross_entropy_with_logits(logit_BHTN, relevant_BHTN, reduction="none")
         return (loss_BHTN.where(seen_B11N, 0.0) / count_B111).sum(dim=-1).mean(dim=1)

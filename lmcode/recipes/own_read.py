@@ -53,27 +53,31 @@ class OwnRead(recipe.Recipe):
         """One memory at two thirds of the depth, two heads of 64: as in the presets of our own model."""
         return {"memory_layers": (2 * sizes["num_layers"] // 3,), "memory_heads": 2, "memory_head_dim": 64}
 
-    def after_layer(self, layer: int, hidden_BTC: Tensor, current: Pass, call: LayerCall) -> Tensor:
-        B, T, _ = hidden_BTC.shape
+    def after_layer(self, layer: int, hidden_BTD: Tensor, current: Pass, call: LayerCall) -> Tensor:
+        B, T, _ = hidden_BTD.shape
         state, own_BTN = current.state, call.seen_B1TN[:, 0]
         pending_BHD = None if state is None else state.recipe[self._number(layer)]
-        pending_valid_B = (torch.zeros(B, dtype=torch.bool, device=hidden_BTC.device) if state is None
+        pending_valid_B = (torch.zeros(B, dtype=torch.bool, device=hidden_BTD.device) if state is None
                            else state.pending_valid_B)
+        with_past = None if call.cache is None else partial(self._with_past, call.cache, layer, own_BTN.shape[-1])
         window = Window(current.namespace_B, pending_valid_B, current.reset_B, current.valid_BT, seen_BTT=own_BTN,
-                        pending_key_BHD=pending_BHD, document_B=current.document_B,
-                        with_past=None if call.cache is None else partial(self._with_past, call.cache, layer))
-        recalled_BTC: Tensor = self.reads[str(layer)](self.norms[str(layer)](hidden_BTC), window=window,
-                                                      retriever=current.retrievers[layer], tape=current.tape(layer))
-        return hidden_BTC + recalled_BTC
+                        pending_key_BHD=pending_BHD, document_B=current.document_B, with_past=with_past)
+        read: Any = self.reads[str(layer)]
+        own_BTD = hidden_BTD.to(read.output.weight.dtype)  # the backbone may be bf16, and the read's weights are not
+        recalled_BTD: Tensor = read(self.norms[str(layer)](own_BTD), window=window, retriever=current.retrievers[layer],
+                                    tape=current.tape(layer))
+        return hidden_BTD + recalled_BTD.to(hidden_BTD.dtype)
 
     def _number(self, layer: int) -> int:
         return self.config.memory_layer_indices.index(layer)
 
-    def _with_past(self, cache: Any, layer: int, key_HBTD: Tensor, value_HBTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all tokens that transformers' cache has seen; they live in a room of it."""
+    def _with_past(self, cache: Any, layer: int, count: int, key_HBTD: Tensor,
+                   value_HBTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the last `count` tokens that transformers' cache has seen: those that the layer's mask is of,
+        fewer than all where the model has a sliding window. They live in a room of the cache."""
         room = foreign.room(cache, self._number(layer))
         key_BHND, value_BHND = room.update(key_HBTD.transpose(0, 1), value_HBTD.transpose(0, 1))
-        return key_BHND.transpose(0, 1), value_BHND.transpose(0, 1)
+        return key_BHND[:, :, -count:].transpose(0, 1), value_BHND[:, :, -count:].transpose(0, 1)
 
     def offered(self, layer: int, current: Pass, left: Left, known_BT: Tensor) -> Candidates:
         """One of each token of the window, as in our own model."""

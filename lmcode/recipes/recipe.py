@@ -88,9 +88,9 @@ class Pass:
                           namespace_BN.flatten(), surprise_BN.flatten(), (valid_BN & (namespace_BN >= 0)).flatten(),
                           document_B[:, None].expand_as(valid_BN).flatten())
 
-    def record_share(self, layer: int, share_BQT: Tensor, gate_BT: Tensor, kv_heads: int) -> None:
+    def record_share(self, layer: int, share_BXT: Tensor, gate_BT: Tensor, kv_heads: int) -> None:
         """Puts on a layer's tape what of the attention went to the hits; padding credits nobody."""
-        share_HN = share_per_query(share_BQT, kv_heads)
+        share_HN = share_per_query(share_BXT, kv_heads)
         valid_N = per_query(self.valid_BT, share_HN.shape[1] // self.valid_BT.numel())
         self.tape(layer).record(share_HN=share_HN, credit_HN=share_HN.where(valid_N, 0.0),
                                 null_share_HN=torch.zeros_like(share_HN), gate_BT=gate_BT)
@@ -158,28 +158,28 @@ class Recipe(nn.Module, ABC):
     def check(model: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
         """Refuses settings of the model that do not fit this recipe, by ConfigError."""
 
-    def recall(self, layer: int, query_BQTD: Tensor, current: Pass, *, scaling: float) -> tuple[Tensor, Tensor] | None:
-        """What joins the softmax of a layer's attention: fp32 value [B, Q, T, D] and log-sum-exp [B, Q, T], `NO_SCORE` where
-        nothing was found. Queries are those before rotation."""
+    def recall(self, layer: int, query_BXTD: Tensor, current: Pass, *, scaling: float) -> tuple[Tensor, Tensor] | None:
+        """What joins the softmax of a layer's attention: fp32 value [B, X, T, D] and log-sum-exp [B, X, T] of the X query
+        heads, `NO_SCORE` where nothing was found. Queries are those before rotation."""
         return None
 
-    def joined(self, layer: int, share_BQT: Tensor, current: Pass) -> None:
+    def joined(self, layer: int, share_BXT: Tensor, current: Pass) -> None:
         """Told afterwards the share of that softmax which went to what was recalled."""
 
-    def after_layer(self, layer: int, hidden_BTC: Tensor, current: Pass, call: LayerCall) -> Tensor:
+    def after_layer(self, layer: int, hidden_BTD: Tensor, current: Pass, call: LayerCall) -> Tensor:
         """What a layer hands on."""
-        return hidden_BTC
+        return hidden_BTD
 
-    def watched(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], hidden_BTC: Tensor, current: Pass) -> None:
+    def watched(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], hidden_BTD: Tensor, current: Pass) -> None:
         """Told of every call of every layer: its arguments, hidden states first, and what it hands on."""
 
-    def after_attention(self, layer: int, query_BQTD: Tensor, mixed_BQTD: Tensor, current: Pass) -> Tensor:
+    def after_attention(self, layer: int, query_BXTD: Tensor, mixed_BXTD: Tensor, current: Pass) -> Tensor:
         """What the attention of a layer of its own hands on to its output projection. Queries are those before rotation."""
-        return mixed_BQTD
+        return mixed_BXTD
 
-    def after_model(self, hidden_BTC: Tensor, current: Pass) -> Tensor:
+    def after_model(self, hidden_BTD: Tensor, current: Pass) -> Tensor:
         """What the head is given: the last hidden states, normalised."""
-        return hidden_BTC
+        return hidden_BTD
 
     def auxiliary(self, current: Pass) -> Tensor | None:
         """A loss at each token, fp32 [B, T], that trains what the loss of the tokens does not; asked for in training only.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,43 @@ def test_half_a_text_finds_it_with_a_random_model() -> None:
         found, indices = model.query_memory(text[:len(text) * 2 // 3], top_k=3)
         assert found[0].text == text and indices.tolist() == [one.id for one in found] and indices[0] == id
         assert [(-one.score, one.id) for one in found] == sorted((-one.score, one.id) for one in found)
+
+
+def test_a_question_finds_the_passage_with_its_rare_words() -> None:
+    """Among passages of usual length that share all its common words, where a name is one word of sixty."""
+    model, draw = model_of(), random.Random(0)
+    common = "who got the first of them when it was said in a year and that he had been there for time to do so".split()
+    names = [f"{first}{last}" for first in ("Al", "Bor", "Cur", "Dun", "Ehr") for last in ("va", "gar", "ie", "ant", "lich")]
+    passages = [draw.choices(common, k=60) for _ in names]
+    for name, words in zip(names, passages, strict=True):
+        words[draw.randrange(60)] = name
+    model.store_experience([" ".join(words) for words in passages])
+    found = [model.query_memory(" ".join([*draw.choices(common, k=8), name]), top_k=1)[1].tolist() for name in names]
+    assert found == [[place] for place in range(len(names))]
+
+
+def test_answers_do_not_depend_on_what_was_deleted_evicted_or_moved(tmp_path: Path) -> None:
+    """How rare a word is follows from what is stored now: after deletion, loading and resharding as in a fresh memory."""
+    model, asked = model_of(), "the ship Rachel with salt or tea of Lima"
+    model.store_experience(TEXTS, [0, "b"] * 18, stored_at=5)
+    before = model.query_memory(asked, top_k=36)[0]
+    model.delete_experiences(ids=list(range(0, 36, 3)))
+    left = [one for one in model.experiences.all()]
+    fresh = model_of()
+    fresh.store_experience([one.text for one in left], [one.namespace for one in left], stored_at=5)
+
+    def answers(one: LMCODE, namespace: str | None) -> list[tuple[str, float]]:
+        return [(hit.text, hit.score) for hit in one.query_memory(asked, top_k=36, namespace=namespace)[0]]
+
+    wanted = {namespace: answers(fresh, namespace) for namespace in (None, "b")}
+    assert wanted[None] != [(hit.text, hit.score) for hit in before if hit.id % 3]
+    save_experiences(tmp_path, model.experiences)
+    loaded = model_of()
+    load_experiences(tmp_path, loaded.experiences)
+    for one in (model, loaded):
+        assert {namespace: answers(one, namespace) for namespace in (None, "b")} == wanted
+    model.memories.reshard(4)
+    assert {namespace: answers(model, namespace) for namespace in (None, "b")} == wanted
 
 
 def test_generation_reads_what_was_stored_in_its_namespace() -> None:

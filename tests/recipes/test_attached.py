@@ -18,6 +18,7 @@ from lmcode.presets import load_run_config
 from lmcode.recipes import foreign
 from lmcode.recipes.attached import Attached
 from lmcode.report.facts import gather
+from tests.helpers.kills import growing, kills
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.recipe_models import FAMILIES, OPTIONS, attached, plain, read, tokens
 
@@ -95,6 +96,22 @@ def test_texts_are_written_alike_with_a_cache_without_and_among_others(family: s
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+def test_a_cache_beyond_a_sliding_window_is_as_none(recipe: str) -> None:
+    """Mistral's layers see 48 tokens here: 90 are read at once, or 40 and then single ones, or seven at a time."""
+    model, ids_BT = attached("mistral", recipe), tokens(2, 90)
+    model.lmcode.store_experience(tokens(3, 30, seed=1))
+    with torch.no_grad():
+        expected_BTV, shifted_BTV = model(ids_BT).logits, model(ids_BT[:, 30:]).logits
+        for step in (1, 7):
+            cache, parts = foreign.new_cache(model), []
+            for start in (0, *range(40, 90, step)):
+                part_BT = ids_BT[:, start:start + (step if start else 40)]
+                parts.append(model(part_BT, past_key_values=cache, use_cache=True).logits)
+            torch.testing.assert_close(torch.cat(parts, dim=1), expected_BTV, rtol=0, atol=1e-4)
+    assert not torch.allclose(shifted_BTV[:, 5], expected_BTV[:, 35], atol=1e-3), "what lies in the window is read"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_recomputed_layers_give_the_same_and_search_once(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     grads, searches = [], []
     for recompute in (False, True):
@@ -154,6 +171,59 @@ def test_what_is_saved_is_the_memory_and_what_was_trained(recipe: str, tmp_path:
     plain("llama", seed=5).save_pretrained(backbone)
     with pytest.raises(ConfigError, match="this memory was made with the backbone .* its hash is"):
         open_model(saved)
+
+
+@pytest.mark.parametrize("recipe", ["camelot", "lmcode"])
+def test_a_kill_while_saving_leaves_the_old_memory_or_the_new_one(recipe: str, tmp_path: Path) -> None:
+    """At one in so many of the calls that change the file system: what lies there can be opened and is one of the two; a
+    recipe without weights and one with."""
+    backbone, saved = tmp_path / "backbone", tmp_path / "saved"
+    plain("llama").save_pretrained(backbone)
+    model = open_model(backbone, [f"model.recipe={recipe}", "model.long_term_memory_slots=64", "memory.virtual_shards=2",
+                                  "memory.experience_slots=8", "model.memory_layers=[1]"]).model
+
+    def facts(one: Attached) -> tuple[Any, ...]:
+        weights = [parameter.tolist() for _, parameter in one.kept_parameters()]
+        return [bank.content_hash() for bank in one.banks.values()], weights, len(one.experiences.held)
+
+    model.store_experience(tokens(1, 30, seed=1))
+    model.save_pretrained(saved)
+    former = facts(model)
+    model.store_experience(tokens(1, 30, seed=2))
+    with torch.no_grad():
+        for parameter in model.recipe.parameters():
+            parameter.add_(0.5)
+    states, found = (former, facts(model)), set()
+    for _, killed in kills(saved, lambda: model.save_pretrained(saved), growing(12)):
+        found.add((states.index(facts(open_model(saved).model)), killed))
+    assert found >= {(0, True), (1, False)}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_backbone_may_be_bf16(recipe: str, family: str) -> None:
+    """The recipe's weights stay fp32, but for layers that are copies of the backbone's. With an empty memory it is the plain
+    model to bf16's precision, its losses with a memory are near those of fp32, and what is trained has gradients."""
+    ids_BT, model = tokens(2, 48), plain(family).to(torch.bfloat16)
+    expected = model(ids_BT).logits
+    lmcode.attach(model, recipe, memory={"virtual_shards": 4}, long_term_memory_slots=256,
+                  **{"sinks": 2, "cache": 6, **OPTIONS[recipe]})
+    logits = model(ids_BT).logits
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.2)
+    loss_BT, _ = read(model, ids_BT, window=8)
+    expected_BT, _ = read(attached(family, recipe, opened=False), ids_BT, window=8)
+    torch.testing.assert_close(loss_BT, expected_BT, rtol=0, atol=0.2)
+    model.lmcode.store_experience(tokens(3, 30, seed=1))
+    assert not torch.equal(model(ids_BT).logits, logits) or recipe in ("lmcode", "longmem"), "these two begin closed"
+    assert model.lmcode.generate(ids_BT[:, :9], max_new_tokens=4, temperature=0.0, namespace=0).shape == (2, 13)
+    model.lmcode.train()
+    output = model.lmcode(ids_BT[:, :16], ids_BT[:, :16])
+    trained = [parameter for _, parameter in model.lmcode.kept_parameters()]
+    if trained:
+        output.loss.backward()
+    assert recipe == "longmem" or all(one.dtype == torch.float32 for one in trained)
+    assert any(one.grad is not None for one in trained) == bool(trained)
 
 
 @pytest.mark.parametrize(("options", "message"), [

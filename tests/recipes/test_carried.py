@@ -24,7 +24,7 @@ def test_who_stays_and_who_leaves_a_row() -> None:
                 both = [*row, *new]
                 gone = both[sinks:len(both) - places + sinks] if len(both) > places else []
                 kept = [one for one in both if one not in gone]
-                at = [laid[place] for place in moved.kept_BR[stream][:int(moved.kept_B[stream])].tolist()]
+                at = [laid[place] for place in moved.kept_BM[stream][:int(moved.kept_B[stream])].tolist()]
                 left = [laid[place] for place in moved.left_BT[stream][moved.left_valid_BT[stream]].tolist()]
                 assert (at, left) == (kept, gone)
                 held[stream] = kept

@@ -37,7 +37,7 @@ def test_no_token_is_lost_and_none_is_moved(chunk: int, fill_up: bool) -> None:
             assert torch.equal(made.value_BHNX[stream, 0, got], -made.key_BHNX[stream, 0, got])
             torch.testing.assert_close(made.surprise_BN[stream, got], torch.tensor(whole).view(-1, chunk).mean(1))
             assert waiting.count_B[stream] == len(held[stream])
-            assert waiting.surprise_BW[stream, :len(held[stream])].tolist() == held[stream]
+            assert waiting.surprise_BM[stream, :len(held[stream])].tolist() == held[stream]
     assert held[2] == [] and (fill_up or chunk == 1 or any(held))
 
 

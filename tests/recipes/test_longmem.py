@@ -30,7 +30,7 @@ def test_side_layers_that_do_nothing_hand_on_the_whole_backbone(family: str) -> 
     """The residuals from network to network add up to all that the backbone's layers do, also where their number is odd."""
     model, ids_BT = attached(family, "longmem", opened=False), tokens(2, 12)
     with torch.no_grad():
-        model.lmcode.recipe.opening_C.fill_(1.0)
+        model.lmcode.recipe.opening_D.fill_(1.0)
         changed_BTV = model(ids_BT).logits
         for parameter in model.lmcode.recipe.layers.parameters():
             parameter.zero_()
@@ -95,7 +95,7 @@ def test_the_way_over_opens_in_the_first_step() -> None:
     model, ids_BT = attached("llama", "longmem", opened=False), tokens(2, 24)
     recipe = model.lmcode.recipe
     model.lmcode(ids_BT, ids_BT).loss.backward()
-    assert recipe.opening_C.grad.abs().min() > 0
+    assert recipe.opening_D.grad.abs().min() > 0
     assert not any(bool(one.grad.any()) for one in recipe.layers.parameters())
     torch.optim.SGD(recipe.parameters(), lr=0.1).step()
     model.lmcode(ids_BT, ids_BT).loss.backward()
@@ -124,7 +124,7 @@ def test_the_read_is_a_gated_sum_over_found_tokens() -> None:
     assert [layer for layer, *_ in seen] == [3, 4] and torch.equal(seen[0][2], seen[0][3])
     _, query, mixed, result = seen[1]
     for head in range(4):
-        gate = torch.sigmoid(backbone.recipe.memory_gate_Q[head])
+        gate = torch.sigmoid(backbone.recipe.memory_gate_H[head])
         for token in range(7):
             score_MC = key_HMCD[head // 2] @ query[head, token]
             best = score_MC.mean(1).argsort(descending=True)[:2]

@@ -87,15 +87,15 @@ def test_what_is_dropped_is_what_the_bank_gets() -> None:
     """Window by window: the pool afterwards and the candidates are the pool before and the last of what left the row; values
     are those of the layer, keys those of the retriever. A document starts with an empty pool."""
     model, state = attached("llama", "mplus"), None
-    backbone, ids_BT = model.lmcode, tokens(2, 64)
-    pools: dict[int, list[set[Any]]] = {layer: [set(), set()] for layer in (1, 2)}
+    backbone, ids_BT = model.lmcode, torch.randperm(300).view(2, 150)  # layer 0 has one key and value for each word
+    pools: dict[int, list[set[Any]]] = {layer: [set(), set()] for layer in range(3)}
     dropped = 0
     for step in range(8):
         reset_B = torch.tensor([step == 6, False])
         output, seen = _window(model, ids_BT[:, 8 * step:8 * step + 8], state, reset_B=reset_B)
         state = output.state
-        for number, layer in enumerate((1, 2)):
-            key_BHND, value_BHND, _ = state.recipe[3 * number:3 * number + 3]
+        for layer in range(3):
+            key_BHND, value_BHND, _ = state.recipe[3 * layer:3 * layer + 3]
             candidates, left = output.memory[layer].candidates, seen[layer]
             value_HBTX = candidates.value_HND.unflatten(1, (2, 8))
             torch.testing.assert_close(candidates.key_HND[..., :8].unflatten(1, (2, 8)), torch.einsum(
@@ -160,10 +160,15 @@ def test_pool_and_hits_join_the_softmax_in_the_order_of_age() -> None:
             torch.testing.assert_close(part, (share + other) / 2, rtol=0, atol=1e-5)
 
 
+def test_every_layer_has_a_memory_without_a_bias() -> None:
+    config = lmcode.attach(plain("llama"), "mplus", memory={"virtual_shards": 4}).lmcode.config
+    assert config.memory_layer_indices == (0, 1, 2) and config.memory_bias == 0.0
+
+
 def test_texts_that_are_stored_go_to_the_bank_at_once() -> None:
     model = attached("llama", "mplus")
     model.lmcode.store_experience(tokens(3, 30, seed=1))
-    assert [bank.stats()["live"] for bank in model.lmcode.banks.values()] == [12, 12]
+    assert [bank.stats()["live"] for bank in model.lmcode.banks.values()] == [12, 12, 12]
 
 
 def test_training_teaches_the_retriever_which_keys_are_attended_to() -> None:
@@ -261,7 +266,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
     made = run_on_ranks(_whole_and_resumed, 2, tmp_path)
     for whole, resumed_one in made:
         assert whole == resumed_one
-        assert set(whole[3]) == {f"recipe.{kind}.{layer}.weight" for kind in ("queries", "keys") for layer in (1, 2)}
+        assert set(whole[3]) == {f"recipe.{kind}.{layer}.weight" for kind in ("queries", "keys") for layer in range(3)}
         assert any(one >= 0 for _, ids in whole[0] for head in ids for query in head for one in query), "the bank is read"
     alone = run_on_ranks(_resumed, 1, _values(tmp_path, "alone"))[0]
     losses = [loss for loss, _ in alone[0]]

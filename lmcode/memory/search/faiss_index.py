@@ -150,8 +150,8 @@ def ask_graph(graph: Any, query_ND: Tensor, count: int) -> np.ndarray:
 
     faiss.omp_set_num_threads(torch.get_num_threads())
     settings = faiss.SearchParametersHNSW(efSearch=count)  # type: ignore[attr-defined]  # faiss adds it when it is loaded
-    node_NL: np.ndarray = graph.search(query_ND.contiguous().numpy(), count, params=settings)[1]
-    return node_NL
+    node_NX: np.ndarray = graph.search(query_ND.contiguous().numpy(), count, params=settings)[1]
+    return node_NX
 
 
 def links_of(graph: Any) -> Links:
