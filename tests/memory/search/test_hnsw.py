@@ -18,7 +18,7 @@ from lmcode.config import ConfigError, MemoryConfig
 from lmcode.dist import Group
 from lmcode.files.tensors import write_tensors
 from lmcode.memory import LongTermMemory, planning
-from lmcode.memory.search import faiss_index, graphs, hnsw, plan
+from lmcode.memory.search import choice, faiss_index, graphs, hnsw, plan
 from lmcode.memory.search.faiss_index import Links
 from lmcode.memory.search.graphs import Content, origin_of, read_graph, remove_graphs, write_graph
 from tests.helpers.ranks import run_on_ranks
@@ -317,7 +317,7 @@ def test_recall_is_measured_when_graphs_come_into_use_and_answered(caplog: pytes
     change = plan.revise(bank.plan, plan.Measurements(1200, 0.9), bank.config)
     assert change is not None and change.alarming and not change.plan.probing
     bank.use(change.plan)
-    assert bank.tier_for("global") == "exact"
+    assert choice.tier_now({"global": "hnsw"}, "global", bank.config, bank.plan) == "exact"
     assert plan.revise(bank.plan, plan.Measurements(1200, 0.9), bank.config) is None
 
 
@@ -412,7 +412,7 @@ def test_a_bank_keeps_its_graphs_for_the_next_process(tmp_path: Path, monkeypatc
     planning.build_graphs(other, graphs=tmp_path)
     assert other.shard.searcher.graphs.nodes == 1100 and "made of another content" in caplog.text
     (tmp_path / "file").write_text("in the way")
-    filled().build_graphs(graphs=tmp_path / "file")
+    planning.build_graphs(filled(), graphs=tmp_path / "file")
     assert "a graph was not kept for the next time" in caplog.text
 
 
