@@ -23,10 +23,11 @@ from rank_bm25 import BM25Okapi
 
 from lmcode import LMCODE, LMCODEConfig, MemoryConfig, dist
 from lmcode.opening import open_model
-from lmcode.recipes.memorag import ask
+from lmcode.recipes.memorag import clues_for, fused
 
 SMALLEST = LMCODEConfig(vocab_size=258, hidden_size=16, num_layers=1, num_heads=1, memory_head_dim=8, context_length=128)
 AT = (1, 5)
+BATCH = 16  # questions about which clues are written at the same time
 
 
 def read(path: Path, count: int) -> tuple[list[str], list[str]]:
@@ -56,8 +57,8 @@ def words(text: str) -> list[str]:
 def embedding(model: object, text: str) -> torch.Tensor:
     """The mean of the last hidden states of a text, normalised: [C]."""
     ids = torch.tensor([model.tokenizer.encode(text)])  # type: ignore[attr-defined]
-    with torch.no_grad():
-        hidden = model.backbone.base_model(input_ids=ids).last_hidden_state[0].mean(0)  # type: ignore[attr-defined]
+    with torch.no_grad(), model.reading_from({}):  # type: ignore[attr-defined]
+        hidden = model.backbone.base_model(input_ids=ids).last_hidden_state[0].float().mean(0)  # type: ignore[attr-defined]
     return torch.nn.functional.normalize(hidden, dim=0)
 
 
@@ -68,13 +69,15 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=10**6)
     parser.add_argument("--store", type=int, default=10**6)
     parser.add_argument("--clue-tokens", type=int, default=32)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the backbone (%(default)s)")
     arguments = parser.parse_args()
     questions, passages = read(arguments.file, arguments.store)
     asked = questions[:arguments.questions]
     print(f"{len(passages):,} passages stored, {len(asked):,} questions")
     if arguments.backbone:
         model = open_model(arguments.backbone, ["model.recipe=memorag", f"memory.experience_slots={8 * len(passages)}",
-                                                "model.long_term_memory_slots=262144"]).model
+                                                f"model.long_term_memory_slots={128 * len(passages)}"]).model
+        model.backbone.to(getattr(torch, arguments.dtype))
     else:
         model = LMCODE(SMALLEST, memory=MemoryConfig(experience_slots=8 * len(passages)), group=dist.Group())
     started = time.perf_counter()
@@ -88,9 +91,19 @@ def main() -> None:
         table = torch.stack([embedding(model, passage) for passage in passages])
         ways["embedding"] = lambda question: [passages[place] for place in
                                               (table @ embedding(model, question)).topk(max(AT)).indices.tolist()]
-        for search in ("clues", "both"):
-            ways[search] = lambda question, search=search: [one.text for one in ask(  # type: ignore[misc]
-                model, question, search=search, top_k=max(AT), clue_tokens=arguments.clue_tokens, answer_tokens=0).passages]
+        started, clues = time.perf_counter(), {}
+        for start in range(0, len(asked), BATCH):
+            part = asked[start:start + BATCH]
+            clues.update(zip(part, clues_for(model, part, new=arguments.clue_tokens), strict=True))
+        print(f"clues written in {time.perf_counter() - started:.0f} s", flush=True)
+        for question in asked[:3]:
+            print(f"  {question!r}: {clues[question]}", flush=True)
+
+        def looked_up(queries: tuple[str, ...]) -> list[str]:
+            return [one.text for one in fused([model.query_memory(query, top_k=max(AT))[0] for query in queries])]
+
+        ways["clues"] = lambda question: looked_up(clues[question])
+        ways["both"] = lambda question: looked_up((question, *clues[question]))
     for name, way in ways.items():
         started = time.perf_counter()
         found = [way(question) for question in asked]

@@ -87,14 +87,15 @@ class Answer:
 
 
 @torch.no_grad()
-def ask(model: Any, question: str, *, namespace: Namespace = 0, top_k: int = 5, search: Search = "both",
+def ask(model: Any, question: str, *, namespace: Namespace = 0, top_k: int = 5, search: Search = "question",
         clue_tokens: int = 48, answer_tokens: int = 48) -> Answer:
     """Answers a question from what is stored in a namespace. Collective.
 
     Args:
         model: an attached model with a tokenizer, its texts stored by `store_experience`.
         top_k: passages to find.
-        search: what to look up: the question, the clues, or both, whose lists are joined by reciprocal ranks.
+        search: what to look up: the question, the clues, or both, whose lists are joined by reciprocal ranks. Clues of a
+            small model made it worse: see README.md.
         answer_tokens: of the answer; 0 finds passages only.
 
     Raises:
@@ -105,14 +106,14 @@ def ask(model: Any, question: str, *, namespace: Namespace = 0, top_k: int = 5, 
     if search not in get_args(Search):
         raise ValueError(f"search must be one of {', '.join(get_args(Search))}: got {search!r}")
     memory = getattr(model, "lmcode", model)
-    clues = _clues(memory, question, namespace, clue_tokens) if search != "question" else ()
+    clues = clues_for(memory, [question], namespace=namespace, new=clue_tokens)[0] if search != "question" else ()
     queries = {"question": (question,), "clues": clues, "both": (question, *clues)}[search]
     lists = [memory.query_memory(query, top_k=top_k, namespace=namespace)[0] for query in queries]
     passages = fused(lists)[:top_k]
     text = ""
     if answer_tokens:
         told = "\n\n".join(passage.text for passage in passages)
-        written = _written(memory, ANSWER.format(passages=told, question=question), namespace, answer_tokens)
+        written, = _written(memory, [ANSWER.format(passages=told, question=question)], namespace, answer_tokens)
         text = written.strip().split("\n")[0]
     return Answer(clues, passages, text)
 
@@ -127,16 +128,25 @@ def fused(lists: Sequence[Sequence[Retrieved]]) -> tuple[Retrieved, ...]:
     return tuple(replace(by_id[id], score=score[id]) for id in sorted(score, key=lambda id: (-score[id], id)))
 
 
-def _clues(memory: Any, question: str, namespace: Namespace, new: int) -> tuple[str, ...]:
-    """Lines with letters in them that the model writes about a question, without their numbers; no line twice."""
-    lines = (line.lstrip(" 0123456789.-*").strip() for line in
-             _written(memory, CLUES.format(question=question), namespace, new).split("\n"))
-    return tuple(dict.fromkeys(line for line in lines if any(map(str.isalpha, line))))
+@torch.no_grad()
+def clues_for(model: Any, questions: Sequence[str], *, namespace: Namespace = 0, new: int = 48) -> list[tuple[str, ...]]:
+    """Lines that a model writes about each question with nothing but its compressed memory before it. Collective.
+
+    A line has letters, and no number before it; none is there twice. The questions are one batch.
+
+    Args:
+        new: tokens for each question.
+    """
+    memory = getattr(model, "lmcode", model)
+    clues = []
+    for written in _written(memory, [CLUES.format(question=question) for question in questions], namespace, new):
+        lines = (line.lstrip(" 0123456789.-*").strip() for line in written.split("\n"))
+        clues.append(tuple(dict.fromkeys(line for line in lines if any(map(str.isalpha, line)))))
+    return clues
 
 
-def _written(memory: Any, prompt: str, namespace: Namespace, new: int) -> str:
-    """What the model most likely writes behind a prompt."""
-    ids = memory.tokenizer.encode(prompt)
-    written = memory.generate([ids], max_new_tokens=new, temperature=0.0, namespace=[namespace])
-    text: str = memory.tokenizer.decode(written[0, len(ids):].tolist())
-    return text
+def _written(memory: Any, prompts: Sequence[str], namespace: Namespace, new: int) -> list[str]:
+    """What the model most likely writes behind each prompt."""
+    rows = [memory.tokenizer.encode(prompt) for prompt in prompts]
+    written_BT = memory.generate(rows, max_new_tokens=new, temperature=0.0, namespace=[namespace] * len(rows))
+    return [memory.tokenizer.decode(row) for row in written_BT[:, written_BT.shape[1] - new:].tolist()]

@@ -10,7 +10,7 @@ import torch
 from lmcode.data.tokenizer import ByteTokenizer
 from lmcode.dist import Group
 from lmcode.memories.experiences import Retrieved
-from lmcode.recipes.memorag import ask, compress, fused
+from lmcode.recipes.memorag import ask, clues_for, compress, fused
 from lmcode.recipes.recipe import Left
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.recipe_models import attached
@@ -67,6 +67,17 @@ def test_lists_are_joined_by_reciprocal_ranks() -> None:
     lists = [[made[0], made[1], made[2]], [made[2], made[3]], [made[3]]]
     assert [one.id for one in fused(lists)] == [3, 2, 0, 1]
     assert fused(lists)[0].score == pytest.approx(1 / 62 + 1 / 61)
+
+
+def test_clues_are_lines_with_letters_and_do_not_depend_on_other_questions() -> None:
+    model = model_with(DOCUMENTS)
+    questions = [QUESTION, "Geese?"]
+    together = clues_for(model, questions, namespace="docs", new=24)
+    assert together == [clues_for(model, [one], namespace="docs", new=24)[0] for one in questions]
+    told = {0: "Olden\n2. 3.\n - 4. Varn\nVarn\n12\n", 1: "\n\n"}
+    model.lmcode.generate = lambda rows, **_: torch.tensor([[*row, *told[at].ljust(32).encode()][-32:]
+                                                            for at, row in enumerate(rows)])
+    assert clues_for(model, questions, new=32) == [("Olden", "Varn"), ()]
 
 
 def test_what_cannot_be_asked_is_refused() -> None:
