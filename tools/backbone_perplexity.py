@@ -56,14 +56,14 @@ def stored(setting: Setting) -> tuple[str | tuple[int, ...], float | None]:
 
 def nll(logits_TV: torch.Tensor, target_T: torch.Tensor) -> float:
     """Summed loss, nats."""
-    return float(torch.nn.functional.cross_entropy(logits_TV, target_T, reduction="sum"))
+    return float(torch.nn.functional.cross_entropy(logits_TV.float(), target_T, reduction="sum"))
 
 
 class Lab:
     """A model with hooks, tokens of a book, and how they are scored."""
 
-    def __init__(self, folder: str, *, slots: int) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    def __init__(self, folder: str, *, slots: int, dtype: torch.dtype = torch.float32) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         self.memory = MemoryConfig(importance_weight=0.0, virtual_shards=1, tier="exact", max_norm=1e6)
         attach(self.model, "camelot", memory=self.memory, long_term_memory_slots=slots,
                memory_layers=tuple(range(self.model.config.num_hidden_layers)))
@@ -173,7 +173,7 @@ class Rows:
 
     @staticmethod
     def name_of(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row[name] for name in ("book", "window", "mark", "scored", "setting"))
+        return tuple(row[name] for name in ("book", "window", "mark", "scored", "slots", "dtype", "setting"))
 
     def measure(self, row: dict[str, Any], call: Callable[[], float]) -> None:
         """Adds the perplexity of the scored tokens, whose summed loss `call` finds."""
@@ -196,7 +196,8 @@ def measure(lab: Lab, book: Path, window: int, arguments: argparse.Namespace, to
     banks = {stored(setting): lab.banks(setting) for setting in settings.values()}
 
     def said(mark: int, name: str, call: Callable[[], float]) -> None:
-        rows.measure({"book": book.stem[:40], "window": window, "mark": mark, "scored": scored, "setting": name}, call)
+        rows.measure({"book": book.stem[:40], "window": window, "mark": mark, "scored": scored, "slots": lab.slots,
+                      "dtype": arguments.dtype, "setting": name}, call)
 
     state, at = None, 0
     for mark in marks:
@@ -228,6 +229,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=8192, help="of a memory (%(default)s)")
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), help=f"of {', '.join(SETTINGS)}; or JSON")
     parser.add_argument("--full", type=int, default=2048, help="tokens of the one full window (%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (%(default)s)")
     parser.add_argument("--no-baselines", action="store_true")
     parser.add_argument("--results", type=Path, help="file that lines are added to, and whose rows are not measured again")
     arguments = parser.parse_args()
@@ -235,7 +237,7 @@ def main() -> None:
         if name.startswith("{"):
             given = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(name).items()}
             SETTINGS[name] = Setting(**given)
-    lab = Lab(arguments.model, slots=arguments.slots)
+    lab = Lab(arguments.model, slots=arguments.slots, dtype=getattr(torch, arguments.dtype))
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     rows = Rows(arguments.results)
     for window in arguments.windows:

@@ -54,7 +54,7 @@ class Streams:
 
 def told(logits_BV: torch.Tensor, answer_B: torch.Tensor) -> dict[str, float]:
     """The loss of the right answers, and the share of them that beat the others."""
-    loss = torch.nn.functional.cross_entropy(logits_BV, answer_B)
+    loss = torch.nn.functional.cross_entropy(logits_BV.float(), answer_B)
     best_B = logits_BV[:, answer_B].argmax(dim=1)
     return {"loss": round(float(loss), 3),
             "right": round(float((best_B == torch.arange(len(best_B))).float().mean()), 3)}
@@ -110,12 +110,13 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=24, help="tokens of a later text")
     parser.add_argument("--bias", type=float, default=0.0, help="model.memory_bias")
     parser.add_argument("--distance", type=int, default=256)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (%(default)s)")
     parser.add_argument("--layers", choices=("upper", "all"), default="all", help="which have a memory")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     filler_N = torch.tensor(tokenizer(args.book.read_text(encoding="utf-8")[:400_000])["input_ids"])
     for seed in range(args.seeds):
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
         layers = model.config.num_hidden_layers
         attach(model, "mplus", memory_layers=tuple(range(layers // 2 if args.layers == "upper" else 0, layers)),
                pool=args.pool, compressed=args.compressed, sinks=4, cache=0, distance=args.distance, memory_bias=args.bias,
