@@ -1,11 +1,12 @@
-"""Whether a side network (recipe longmem) learns to read its memory: a tiny backbone, texts that repeat themselves far away.
+"""Whether what a recipe trains learns to read its memory: a tiny backbone, texts that repeat themselves far away.
 
-    python tools/longmem_gain.py [--seeds 0 1 2] [--backbone-steps 200] [--steps 150]
+    python tools/longmem_gain.py [--recipe longmem] [--seeds 0 1 2] [--backbone-steps 200] [--steps 150]
 
 A backbone of four layers is trained on windows that hold 16 random symbols twice, so that it learns to copy within a window,
 and frozen. A text has six windows: three of random symbols, then the same three again; what repeats lies 96 tokens back,
-where neither the window (32) nor the cache (8) reaches, and within a window nothing does. The same side network, from the
-same start and on the same texts, is trained with its memory and without. Scored are the last three windows of fresh texts,
+where neither the window (32) nor the cache (8) reaches, and within a window nothing does. The same part (the side
+network of longmem, the read of lmcode), from the same start and on the same texts, is trained with its memory and
+without. Scored are the last three windows of fresh texts,
 nats per token; to guess blindly costs log 64 = 4.159. A line is printed as soon as it is known.
 """
 
@@ -83,11 +84,12 @@ def fresh_loss(model: Any, *, memory: bool) -> float:
     return read(model, ids_BT, memory=memory, first=10**9)
 
 
-def run(seed: int, backbone_steps: int, steps: int) -> None:
-    """One backbone, and its side network trained with memory and without."""
+def run(recipe: str, seed: int, backbone_steps: int, steps: int) -> None:
+    """One backbone, and what the recipe trains, with memory and without."""
     backbone = trained_backbone(seed, backbone_steps)
     for memory, kind in ((True, "with"), (False, "without")):
-        model = attach(copy.deepcopy(backbone), "longmem", sinks=0, cache=CACHE, long_term_memory_slots=4096,
+        torch.manual_seed(seed)
+        model = attach(copy.deepcopy(backbone), recipe, sinks=0, cache=CACHE, long_term_memory_slots=4096,
                        memory={"virtual_shards": 4})
         optimizer = torch.optim.AdamW(model.lmcode.recipe.parameters(), lr=1e-3)
         if memory:
@@ -107,12 +109,13 @@ def run(seed: int, backbone_steps: int, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=("longmem", "lmcode"), default="longmem")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--backbone-steps", type=int, default=200)
     parser.add_argument("--steps", type=int, default=150)
     arguments = parser.parse_args()
     for seed in arguments.seeds:
-        run(seed, arguments.backbone_steps, arguments.steps)
+        run(arguments.recipe, seed, arguments.backbone_steps, arguments.steps)
 
 
 if __name__ == "__main__":

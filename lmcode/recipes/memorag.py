@@ -87,14 +87,15 @@ class Answer:
 
 
 @torch.no_grad()
-def ask(model: Any, question: str, *, namespace: Namespace = 0, top_k: int = 5, search: Search = "both",
+def ask(model: Any, question: str, *, namespace: Namespace = 0, top_k: int = 5, search: Search = "question",
         clue_tokens: int = 48, answer_tokens: int = 48) -> Answer:
     """Answers a question from what is stored in a namespace. Collective.
 
     Args:
         model: an attached model with a tokenizer, its texts stored by `store_experience`.
         top_k: passages to find.
-        search: what to look up: the question, the clues, or both, whose lists are joined by reciprocal ranks.
+        search: what to look up: the question, the clues, or both, whose lists are joined by reciprocal ranks. Clues of a
+            small model made it worse: see README.md.
         answer_tokens: of the answer; 0 finds passages only.
 
     Raises:
