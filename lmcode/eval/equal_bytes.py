@@ -39,5 +39,9 @@ def equal_cache(config: RunConfig) -> int:
     if not bank:
         raise ValueError("a cache of equal bytes needs a bank to be equal to: got long_term_memory_slots = "
                          f"{config.model.long_term_memory_slots}, memory_layers = {config.model.memory_layers}")
-    one = cache_bytes(config.model.model_copy(update={"cache_windows": 1}), config.train.precision)
-    return math.ceil(bank / one)
+    return windows_of(bank, config.model, config.train.precision)
+
+
+def windows_of(size: float, model: LMCODEConfig, precision: str = "fp32") -> int:
+    """`model.cache_windows` of the smallest cache that takes at least so many bytes of a stream."""
+    return math.ceil(size / cache_bytes(model.model_copy(update={"cache_windows": 1}), precision))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from lmcode.backbone import Backbone
-from lmcode.eval.equal_bytes import bank_bytes, cache_bytes
+from lmcode.eval.equal_bytes import bank_bytes, windows_of
 from lmcode.eval.learning import Learned, Training, learn
 from lmcode.eval.reading import MODES
 from lmcode.eval.tasks.task import Case, Task, documents_of, run_task
@@ -133,9 +133,8 @@ def rivals(trial: Rivalled, with_bank: Learned, seconds: Mapping[str, float]) ->
             faster = with_bank.seconds / max(seconds["no bank"], 1e-9)
             yield name, without.changed(steps=max(training.steps, round(faster * training.steps)))
         elif name == "cache of equal bytes":
-            bank = bank_bytes(shape, memory, trial.streams)
-            windows = -(-bank // cache_bytes(shape.model_copy(update={"cache_windows": 1})))
-            yield name, without.changed(model={"cache_windows": int(windows)})
+            windows = windows_of(bank_bytes(shape, memory, trial.streams), shape)
+            yield name, without.changed(model={"cache_windows": windows})
         else:
             raise ValueError(f"a rival is 'no bank', 'no bank, same time' or 'cache of equal bytes': got '{name}'")
 
