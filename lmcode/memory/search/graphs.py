@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import threading
 import uuid
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from lmcode.memory.search.tier import Rows
 
 log = logging.getLogger("lmcode")
 FORMAT = 1
+OWN_NAME = re.compile(r"graph-\d{5,}\.safetensors|\.graph-\d{5,}\.safetensors\.[0-9a-f]{32}\.tmp")  # of `write_graph`
 WAITING_S = 0.1  # until who waits for its turn looks whether it is still wanted
 _TURN = threading.Lock()  # the banks of a process make their graphs one after the other, and leave other cores alone
 
@@ -189,6 +191,7 @@ def read_graph(file: Path, origin: Mapping[str, Any], content: Content) -> Graph
 def remove_graphs(folder: Path) -> None:
     """Removes the files that `write_graph` has left in a folder, and the folder if nothing else is in it."""
     for file in folder.glob("*graph-*.safetensors*"):
-        file.unlink()
+        if OWN_NAME.fullmatch(file.name):
+            file.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

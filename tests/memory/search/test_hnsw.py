@@ -344,9 +344,11 @@ def test_a_graph_comes_back_from_its_file_and_no_key_is_in_it(tmp_path: Path) ->
         assert np.array_equal(faiss_index.ask_graph(one, query, 9), faiss_index.ask_graph(other, query, 9))
     words = file.read_bytes()
     assert not any(key.tobytes()[:16] in words for key in made_of.key_HED[0])
-    (tmp_path / "layer-00" / "mine").write_text("x")
+    mine = {"mine", "my-graph-1.safetensors", "graph-00000.safetensors.bak"}
+    for name in (*mine, f".{file.name}.{'0' * 32}.tmp"):
+        (tmp_path / "layer-00" / name).write_text("x")
     remove_graphs(file.parent)
-    assert [one.name for one in file.parent.iterdir()] == ["mine"]
+    assert {one.name for one in file.parent.iterdir()} == mine
 
 
 def test_damaged_and_foreign_files_are_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture,
