@@ -218,3 +218,15 @@ class NullRetriever(InTwoSteps):
         """There is nothing to merge. ValueError for a threshold that is not in (0, 2]."""
         check_threshold(threshold)
         return ConsolidationReport(threshold, 0, 0)
+
+
+class RecordingRetriever(NullRetriever):
+    """Finds nothing, and keeps what it was asked: the query_HND of every search, in order."""
+
+    def __init__(self, top_k: int = 1) -> None:
+        super().__init__(top_k)
+        self.queries: list[Tensor] = []
+
+    def search(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None) -> Hits:
+        self.queries.append(query_HND)
+        return super().search(query_HND, namespace_N, document_N)

@@ -19,7 +19,7 @@ from lmcode.data.corpus import Documents
 from lmcode.data.streams import Batch, StreamSampler
 from lmcode.dist import Group
 from lmcode.eval.held_out import evaluate
-from lmcode.memory import measure, searcher
+from lmcode.memory import lifecycle, measure, searcher
 from lmcode.memory.bank import LongTermMemory
 from lmcode.memory.entry import UNKNOWN
 from lmcode.protocol import Hits, LayerMemory
@@ -268,7 +268,7 @@ def test_a_search_hides_other_readings_of_its_document_and_nothing_else(tier: st
     for name in range(4):
         for document in range(-1, 4):
             chosen_N = (namespace_N == name) & (document_N == document)
-            seeing = bank.fork(empty=False)
+            seeing = lifecycle.fork(bank, empty=False)
             hidden_E = (document_E == document) & (namespace_E != name) & (document_E >= 0)
             seeing.delete(ids=hidden_E.nonzero().flatten().tolist())
             wanted = seeing.search(query, namespace_N, scope=scope, tier=tier)

@@ -27,6 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmcode.config import MemoryConfig
+from lmcode.memory import lifecycle
 from lmcode.memory.bank import LongTermMemory
 from lmcode.recipes.attach import attach
 from lmcode.recipes.attached import Attached
@@ -155,7 +156,7 @@ def score_memory(lab: Lab, ids_N: torch.Tensor, mark: int, scored: int, window: 
     """On from a mark with copies of the banks, which are written as the tokens are scored."""
     forks, state = {}, past.state
     for layer, bank in past.banks.items():
-        forks[layer] = bank.like()
+        forks[layer] = lifecycle.like(bank)
         forks[layer].top_k = setting.top_k
         for shard in forks[layer].owned:
             forks[layer].load(shard, bank.state(shard))

@@ -21,7 +21,7 @@ import torch
 
 from lmcode.config import MemoryConfig
 from lmcode.dist import Group
-from lmcode.memory import LongTermMemory
+from lmcode.memory import LongTermMemory, lifecycle
 from lmcode.memory.placement import capacity_of, virtual_shard_of
 from lmcode.memory.store import load_bank, save_bank
 
@@ -256,7 +256,7 @@ class Trial:
     def save_and_load(self) -> None:
         save_bank(self.folder, self.bank)
         self.group.barrier()
-        loaded = self.bank.fork(empty=True)
+        loaded = lifecycle.fork(self.bank, empty=True)
         load_bank(self.folder, loaded)
         self.require(loaded.content_hash() == self.bank.content_hash(), "a loaded bank is another one")
         self.bank = loaded

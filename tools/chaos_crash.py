@@ -93,7 +93,7 @@ def goes_on(root: Path, scratch: Path) -> bool:
         return True
     shutil.copytree(checkpoints, scratch)
     final = durable.step_folder(scratch, 99)
-    with durable.commit(final, durable.Facts(99, 1, 1, "0" * 64, {})) as place:
+    with durable.commit(final, durable.CommitFacts(99, 1, 1, "0" * 64, {})) as place:
         (place / "data").write_text("x")
     fine = durable.newest_verified(scratch)[0] == final and not [p for p in scratch.iterdir() if p.name[0] == "."]
     shutil.rmtree(scratch)

@@ -49,7 +49,7 @@ def fresh(folder: Path) -> tuple[Path, Path]:
     folder.mkdir(parents=True)
     (folder / "secret").write_bytes(SECRET)
     for step in (1, 2):
-        facts = durable.Facts(step, 1, 1, "0" * 64, {})
+        facts = durable.CommitFacts(step, 1, 1, "0" * 64, {})
         with durable.commit(durable.step_folder(parent, step), facts) as place:
             (place / "banks").mkdir()
             for name in ("model.bin", "banks/shard"):

@@ -14,13 +14,13 @@ from pathlib import Path
 from lmcode.eval.consolidation import EVERY, held_out_loss
 from lmcode.eval.documents import held_out_documents
 from lmcode.eval.held_out import EvalResult, held_out_sampler
-from lmcode.memory import LongTermMemory
+from lmcode.memory import LongTermMemory, lifecycle
 from lmcode.opening import open_model
 
 
 def consolidated(banks: Mapping[int, LongTermMemory], threshold: float, rounds: int) -> dict[int, LongTermMemory]:
     """Copies of the banks after some rounds; says what each round did."""
-    copies = {layer: bank.fork(empty=False) for layer, bank in banks.items()}
+    copies = {layer: lifecycle.fork(bank, empty=False) for layer, bank in banks.items()}
     for layer, bank in copies.items():
         for round_number in range(rounds):
             started = time.perf_counter()

@@ -15,7 +15,7 @@ from recall_experiences import choose
 
 from lmcode import LMCODE, MemoryAwareTrainer, MemoryDataset
 from lmcode.data.tokenizer import BPETokenizer
-from lmcode.memory import LongTermMemory
+from lmcode.memory import LongTermMemory, lifecycle
 from lmcode.memory.entry import UNKNOWN
 from lmcode.presets import load_run_config
 
@@ -47,7 +47,7 @@ def main() -> None:
     model.store_experience(sentences)
     for layer, bank in model.banks.items():
         print(f"layer {layer}:")
-        together = bank.fork(empty=False)
+        together = lifecycle.fork(bank, empty=False)
         together.shard.columns["document"][:] = UNKNOWN
         for one, name in ((bank, "each experience by itself"), (together, "all together")):
             merge(one, arguments.threshold, arguments.rounds, name)

@@ -20,7 +20,7 @@ from lmcode.data.corpus import Documents, load_corpus
 from lmcode.data.streams import StreamSampler
 from lmcode.model.mode import in_eval_mode
 from lmcode.opening import Opened, open_model
-from lmcode.protocol import Hits, NullRetriever
+from lmcode.protocol import RecordingRetriever
 
 TEMPERATURE = 7.389  # length of a random query: a unit vector times the model's first temperature
 
@@ -30,18 +30,6 @@ class Vectors(NamedTuple):
 
     key_MD: Tensor
     query_ND: Tensor
-
-
-class Recorder(NullRetriever):
-    """Finds nothing, and keeps what it was asked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.queries: list[Tensor] = []
-
-    def search(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None) -> Hits:
-        self.queries.append(query_HND.float())
-        return super().search(query_HND, namespace_N, document_N)
 
 
 def random_vectors(keys: int, queries: int, width: int, *, seed: int) -> Vectors:
@@ -75,7 +63,7 @@ def _collect(opened: Opened, documents: Documents, keys: int, *, queries: int) -
     model, train = opened.model, opened.config.train
     sampler = StreamSampler(documents, streams=train.streams, sequence_length=train.sequence_length, seed=train.seed,
                             epochs=1, shuffle=False)
-    recorder, state, found = Recorder(), None, list[Tensor]()
+    recorder, state, found = RecordingRetriever(), None, list[Tensor]()
     with in_eval_mode(model), model.reading_from({layer: recorder for layer in list(model.banks)[:1]}):
         for step in range(sampler.num_steps or 0):
             if sum(map(len, found)) >= keys and sum(part.shape[1] for part in recorder.queries) >= queries:
@@ -83,7 +71,7 @@ def _collect(opened: Opened, documents: Documents, keys: int, *, queries: int) -
             output = forward_batch(model, sampler.batch(step), state)
             state, candidates = output.state, output.memory[_first(model)].candidates
             found.append(candidates.key_HND[0, candidates.valid_N].float())
-    return torch.cat(found), torch.cat(recorder.queries, dim=1)[0]
+    return torch.cat(found), torch.cat(recorder.queries, dim=1)[0].float()
 
 
 def _first(model: Backbone) -> int:

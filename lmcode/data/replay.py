@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from lmcode.config import RunConfig
 from lmcode.data.corpus import Documents
-from lmcode.data.streams import IGNORED, Batch, Pass, Pauses, StreamSampler
+from lmcode.data.streams import IGNORED, Batch, PassStart, Pauses, StreamSampler
 from lmcode.protocol import State
 
 log = logging.getLogger("lmcode")
@@ -270,7 +270,7 @@ def packs(config: RunConfig, documents: Documents) -> bool:
     return single.unpacked_padding_share > PACKING_PAYS
 
 
-def make_sampler(config: RunConfig, documents: Documents, replay: Replay | None, *, data_pass: Pass,
+def make_sampler(config: RunConfig, documents: Documents, replay: Replay | None, *, data_pass: PassStart,
                  epochs: int | None = None) -> StreamSampler | ReplaySampler:
     """What a run trains on: its streams, and with a `replay` spans between them."""
     train, pauses = config.train, None
@@ -329,7 +329,7 @@ def load_replay(path: Path, replay: Replay) -> None:
     replay.written, replay.version = written, replay.version + 1
 
 
-def resume(replay: Replay | None, folder: Path, data_pass: Pass, *, step: int) -> Pass:
+def resume(replay: Replay | None, folder: Path, data_pass: PassStart, *, step: int) -> PassStart:
     """Fills `replay`, if the run has one, from a checkpoint of `step`; returns the pass that the run then continues.
 
     A checkpoint without spans is of a run that replayed nothing: pauses begin when a step has been stored.

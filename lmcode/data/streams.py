@@ -94,7 +94,7 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassStart:
     """Where the current reading of a dataset began. A job from the command line has one; a trainer may have several.
 
     first_step: the step of its first batch.

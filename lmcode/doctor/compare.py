@@ -94,7 +94,7 @@ def device_row(reports: Mapping[str, Report]) -> Row:
 
 def settings_row(reports: Mapping[str, Report]) -> Row:
     """What is set on the hosts; differences that are no host's own business are warned of."""
-    places = [network.Place(host, report.settings) for host, report in reports.items()]
+    places = [network.RankNetwork(host, report.settings) for host, report in reports.items()]
     found = network.differences(places, list(reports))
     if found:
         return Row("network settings", "warn", "; ".join(found))

@@ -34,7 +34,7 @@ LEAVE_S = 5.0
 LONGEST_LINE = 2**22
 
 
-class Answer(NamedTuple):
+class HostReply(NamedTuple):
     """What a host said, and the Unix times here before it was asked and after it was heard."""
 
     value: Any
@@ -106,7 +106,7 @@ class Link:
             file.close()
 
     def ask(self, do: str, *, timeout_s: float, each: Mapping[str, Mapping[str, Any]] | None = None,
-            **arguments: Any) -> dict[str, Answer]:
+            **arguments: Any) -> dict[str, HostReply]:
         """Has the hosts do something, all at once; the answers of those that did it, in the order of the hosts.
 
         Args:
@@ -124,8 +124,8 @@ class Link:
         said = self._listen(asked, do, timeout_s)
         return {host: said[host] for host in self.hosts if host in said}
 
-    def _listen(self, asked: Mapping[str, float], do: str, timeout_s: float) -> dict[str, Answer]:
-        said: dict[str, Answer] = {}
+    def _listen(self, asked: Mapping[str, float], do: str, timeout_s: float) -> dict[str, HostReply]:
+        said: dict[str, HostReply] = {}
         deadline = time.monotonic() + timeout_s
         with selectors.DefaultSelector() as selector:
             for host in asked:
@@ -140,7 +140,7 @@ class Link:
                     if "problem" in done:
                         self.rows.append(Row(ABOUT.get(do, "host"), "fail", done["problem"], (key.data,)))
                     elif done:
-                        said[key.data] = Answer(done["value"], asked[key.data], time.time())
+                        said[key.data] = HostReply(done["value"], asked[key.data], time.time())
                 if time.monotonic() >= deadline:
                     for key in list(selector.get_map().values()):
                         self._lose(key.data, f"has not answered for {timeout_s:.0f} s (to '{do}')", end=True)

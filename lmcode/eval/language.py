@@ -17,7 +17,7 @@ from lmcode.eval.reading import Reading
 EDGES = (64, 256, 1024, 4096, 16384, 65536)  # positions in the document at which a new mean begins
 
 
-class Profile(NamedTuple):
+class LossProfile(NamedTuple):
     """Mean losses in nats per token, None where nothing was counted.
 
     loss: of all targets. returning: of those that are words and were last seen in their document more than a window ago.
@@ -32,7 +32,7 @@ class Profile(NamedTuple):
 
 
 def profile(model: Backbone, documents: Documents, *, words: np.ndarray, mode: str = "on", streams: int = 8,
-            windows: int = 64, length: int | None = None, slots: int | None = None) -> Profile:
+            windows: int = 64, length: int | None = None, slots: int | None = None) -> LossProfile:
     """Reads up to `windows` windows of every stream of documents. A collective; the model is left as it was.
 
     Args:
@@ -59,7 +59,7 @@ def profile(model: Backbone, documents: Documents, *, words: np.ndarray, mode: s
                 sums += [[loss_t[of].sum() for of in chosen], [of.sum() for of in chosen]]
     everyones = np.sum(group.all_gather_object(sums), axis=0)
     means = [float(total / count) if count else None for total, count in everyones.T]
-    return Profile(means[0], means[1], tuple(means[2:]), tuple(int(count) for count in everyones[1]))
+    return LossProfile(means[0], means[1], tuple(means[2:]), tuple(int(count) for count in everyones[1]))
 
 
 def returning(document: Sequence[int] | np.ndarray, words: np.ndarray, length: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from lmcode.backbone import Backbone
 from lmcode.config import DataConfig
 from lmcode.data.corpus import Corpus, prepare_corpus
-from lmcode.eval.language import EDGES, Profile, profile, words_of
+from lmcode.eval.language import EDGES, profile, words_of
 from lmcode.eval.learning import Training, learn
 from lmcode.eval.reading import MODES
 from lmcode.eval.trial import Measured, Say, rivals
@@ -73,8 +73,8 @@ def run_text(name: str, trial: TextTrial, *, seeds: Iterable[int], say: Say = la
 def measured(name: str, trial: TextTrial, model: Backbone, corpus: Corpus, words: np.ndarray, control: str, seed: int, *,
              mode: str = "on", slots: int | None = None) -> list[Measured]:
     """A profile of the held-out documents, as numbers by what was counted."""
-    found: Profile = profile(model, corpus.held_out, words=words, mode=mode, streams=trial.streams, windows=trial.windows,
-                             slots=slots)
+    found = profile(model, corpus.held_out, words=words, mode=mode, streams=trial.streams, windows=trial.windows,
+                    slots=slots)
     far = [f"from token {edge}" for edge in EDGES]
     named = {ALL: found.loss, RETURNING: found.returning, **dict(zip(far, found.by_position[1:], strict=True))}
     return [Measured(name, control, point, seed, math.exp(-loss), loss) for point, loss in named.items() if loss is not None]

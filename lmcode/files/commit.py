@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from lmcode.dist import Group
 from lmcode.files import durable
-from lmcode.files.durable import Facts, Parts, Seals
+from lmcode.files.durable import CommitFacts, Parts, Seals
 
 log = logging.getLogger("lmcode")
 
@@ -46,7 +46,7 @@ class Commit:
     """
 
     def __init__(self, group: Group, final: Path, *, needed: int, folders: Iterable[str],
-                 snapshot: Callable[[], Parts], facts: Facts, keep: int) -> None:
+                 snapshot: Callable[[], Parts], facts: CommitFacts, keep: int) -> None:
         self.final, self.facts, self._group, self._keep = final, facts, group, keep
         self._temporary = durable.temporary_of(final)
         with _failing_alike(group):

@@ -55,7 +55,7 @@ class Locked(ValueError):
 
 
 @dataclass(frozen=True)
-class Facts:
+class CommitFacts:
     """What a manifest says about a commit as a whole.
 
     step: optimizer steps behind it. world_size: ranks that wrote it. virtual_shards: S of its banks. config: blake2b of
@@ -73,7 +73,7 @@ class Facts:
 class Manifest:
     """A manifest that has been read and judged; `files` in the order of their names."""
 
-    facts: Facts
+    facts: CommitFacts
     files: Seals
 
     @property
@@ -185,7 +185,7 @@ def begin(final: Path) -> Path:
     return temporary
 
 
-def publish(temporary: Path, final: Path, facts: Facts, seals: Mapping[str, Mapping[str, Any]]) -> None:
+def publish(temporary: Path, final: Path, facts: CommitFacts, seals: Mapping[str, Mapping[str, Any]]) -> None:
     """Completes a commit: seals the files that nobody has sealed, writes the manifest, and gives the folder its name."""
     _, names, folders = _walk(temporary)
     own = {name for name in names if not is_stray(name)}
@@ -198,7 +198,7 @@ def publish(temporary: Path, final: Path, facts: Facts, seals: Mapping[str, Mapp
     sync(final.parent)
 
 
-def render(facts: Facts, files: Mapping[str, Mapping[str, Any]]) -> str:
+def render(facts: CommitFacts, files: Mapping[str, Mapping[str, Any]]) -> str:
     """The text of a manifest."""
     content = {"schema": SCHEMA, **asdict(facts), "files": dict(sorted(files.items()))}
     own = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=32).hexdigest()
@@ -206,7 +206,7 @@ def render(facts: Facts, files: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 @contextmanager
-def commit(final: Path, facts: Facts) -> Iterator[Path]:
+def commit(final: Path, facts: CommitFacts) -> Iterator[Path]:
     """Gives one writer a temporary folder to fill; on leaving the block it becomes `final`, or after an error nothing."""
     temporary = begin(final)
     try:
@@ -337,7 +337,7 @@ def _judge(path: Path, content: Any) -> Manifest:
     require(isinstance(content, dict), "must hold an object")
     schema = content.get("schema")
     require(type(schema) is int and schema == SCHEMA, f"schema must be {SCHEMA}: got {repr(schema)[:40]}")
-    keys = {"schema", "files", "self", *Facts.__dataclass_fields__}
+    keys = {"schema", "files", "self", *CommitFacts.__dataclass_fields__}
     require({*content} == keys, f"must have the keys {', '.join(sorted(keys))}")
     for name, lowest in (("step", 0), ("world_size", 1), ("virtual_shards", 1)):
         value = content[name]
@@ -351,7 +351,7 @@ def _judge(path: Path, content: Any) -> Manifest:
         require(fine, f"{name[:200]!r} must have its bytes and its blake2b")
     named = STEP_NAME.fullmatch(path.parent.name)
     require(named is None or int(named[1]) == content["step"], f"is of step {content['step']}, unlike the folder's name")
-    facts = Facts(**{name: content[name] for name in Facts.__dataclass_fields__})
+    facts = CommitFacts(**{name: content[name] for name in CommitFacts.__dataclass_fields__})
     return Manifest(facts, dict(sorted(content["files"].items())))
 
 

@@ -24,7 +24,7 @@ SHOWN_HOSTS = 8
 UNKNOWN = "an unknown address (NCCL_DEBUG=INFO makes NCCL say its own)"
 
 
-class Place(NamedTuple):
+class RankNetwork(NamedTuple):
     """One rank's side of the network: its host, what is set there, and the addresses it listens on ('left0 10.0.0.1')."""
 
     host: str
@@ -37,7 +37,7 @@ def settings(env: Mapping[str, str]) -> dict[str, str]:
     return {name: env[name] for name in sorted(env) if name.startswith(PREFIXES) or name in NAMES}
 
 
-def describe(places: Sequence[Place]) -> str:
+def describe(places: Sequence[RankNetwork]) -> str:
     """One line about all ranks: what is set on rank 0, and the addresses in use on each host."""
     listed = " ".join(f"{name}={shlex.quote(value)}" for name, value in places[0].settings.items()).replace("\n", " ")
     used = {place.host: place.addresses for place in reversed(places)}  # a host's first rank speaks for it
@@ -48,7 +48,7 @@ def describe(places: Sequence[Place]) -> str:
     return f"network: {listed or 'nothing is set'}{reached}"
 
 
-def differences(places: Sequence[Place], names: Sequence[str], *, noun: str = "") -> list[str]:
+def differences(places: Sequence[RankNetwork], names: Sequence[str], *, noun: str = "") -> list[str]:
     """How the places differ in what is set, one text per variable; none if they agree.
 
     Variables that name a device of a host (`OF_A_HOST`) may differ between hosts, but must be set on all of them or on none.
@@ -84,8 +84,8 @@ def ranges(names: Iterable[str]) -> str:
 
 def announce(group: Group) -> None:
     """Rank 0 logs what is in effect, and a warning if ranks differ in it. A collective."""
-    here = Place(socket.gethostname(), settings(os.environ), tuple(listening()) if group.size > 1 else ())
-    places = [Place(*place) for place in group.all_gather_object(tuple(here))]
+    here = RankNetwork(socket.gethostname(), settings(os.environ), tuple(listening()) if group.size > 1 else ())
+    places = [RankNetwork(*place) for place in group.all_gather_object(tuple(here))]
     if group.rank == 0:
         log.info("%s", describe(places))
         found = differences(places, [str(rank) for rank in range(group.size)], noun="ranks")

@@ -17,6 +17,7 @@ from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig, build
 from lmcode.dist import Group
 from lmcode.memories.experiences import VISITS, Experiences
 from lmcode.memories.resharding import empty_like, move, move_experiences, refuse_too_small, wanted_slots
+from lmcode.memory import lifecycle
 from lmcode.memory.bank import LongTermMemory
 from lmcode.protocol import ConsolidationReport, EntryShape, LayerMemory
 
@@ -194,12 +195,12 @@ class Memories:
 
 def fork_banks(banks: Mapping[int, LongTermMemory], slots: int | None = None) -> dict[int, LongTermMemory]:
     """See `Memories.fork`."""
-    return {layer: bank.fork(empty=bank.config.scope == "document", slots=slots) for layer, bank in banks.items()}
+    return {layer: lifecycle.fork(bank, empty=bank.config.scope == "document", slots=slots) for layer, bank in banks.items()}
 
 
 def _on_ranks(bank: LongTermMemory, group: Group, device: torch.device) -> LongTermMemory:
     """This rank's part, on `device`, of a bank that it holds whole (or in the same part)."""
-    other = bank.like(group=group, device=device)
+    other = lifecycle.like(bank, group=group, device=device)
     for shard in other.owned:
         other.load(shard, bank.state(shard))
     return other

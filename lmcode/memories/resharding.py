@@ -13,6 +13,7 @@ from torch import Tensor
 from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig
 from lmcode.dist import Group, raise_together
 from lmcode.memories.experiences import Experiences
+from lmcode.memory import lifecycle
 from lmcode.memory.bank import LongTermMemory
 from lmcode.memory.reshard import check_room, fewest_slots, live_by_shard, reshard
 
@@ -49,8 +50,8 @@ def empty_like(banks: Mapping[int, LongTermMemory], config: LMCODEConfig, memory
     """
     made, empty, problem = {}, None, None
     try:
-        made = {layer: bank.like(slots=config.long_term_memory_slots,
-                                 config=bank.config.model_copy(update={"virtual_shards": memory.virtual_shards}))
+        made = {layer: lifecycle.like(bank, slots=config.long_term_memory_slots,
+                                       config=bank.config.model_copy(update={"virtual_shards": memory.virtual_shards}))
                 for layer, bank in banks.items()}
         empty = Experiences(config, memory, group=group, device=next(iter(made.values())).device)
     except (ValueError, RuntimeError, MemoryError) as error:
@@ -81,7 +82,8 @@ def _check_rooms(name: str, slots: int, live: Mapping[str, np.ndarray]) -> None:
 
 def move(bank: LongTermMemory, other: LongTermMemory) -> None:
     """Gives `other`, of any layout that has room, everything that `bank` holds. A collective."""
-    other.restore(reshard(_states(bank), virtual_shards=other.config.virtual_shards, slots=other.slots, shards=other.owned))
+    states = reshard(_states(bank), virtual_shards=other.config.virtual_shards, slots=other.slots, shards=other.owned)
+    lifecycle.restore(other, states)
 
 
 def _states(bank: LongTermMemory) -> Iterator[dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """The bank of one layer: the face of what all ranks of a group do together, reads and writes.
 
-How a read goes is in `read`, how a write does in `write`, what is measured in `measure`. A method that is called collective
+How a read goes is in `read`, how a write does in `write`; what is measured is in `measure`, and how banks are copied and
+restored in `lifecycle`. A method that is called collective
 must be called by all ranks of the group in the same order. Each issues a number of collectives that depends on settings
 only, never on data: zero rows take part as padding.
 """
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,20 +22,18 @@ from lmcode.dist import Group
 from lmcode.memory import entry, measure, planning
 from lmcode.memory.joining import join_nearest
 from lmcode.memory.placement import shards_of
-from lmcode.memory.read import SCOPES, Reader, check_search, turned
+from lmcode.memory.read import Reader, check_search, turned
 from lmcode.memory.rounds import consolidate_shards
-from lmcode.memory.search.choice import choose_tier, reason_of, tier_now
+from lmcode.memory.search.choice import TierChoice
 from lmcode.memory.search.faiss_index import check_top_k
 from lmcode.memory.search.plan import Plan, first_plan
 from lmcode.memory.search.tier import tier_of
 from lmcode.memory.searcher import Scope
 from lmcode.memory.shard import Predicate, Shard
-from lmcode.memory.states import COUNTERS, check_moments, digest_of
+from lmcode.memory.states import COUNTERS, digest_of
 from lmcode.memory.write import Admitted, batch_of, count_hits, gather_candidates
 from lmcode.precision import without_autocast
 from lmcode.protocol import Candidates, ConsolidationReport, Hits, check_threshold
-
-log = logging.getLogger("lmcode")
 
 
 class LongTermMemory:
@@ -54,6 +52,7 @@ class LongTermMemory:
         owned, to_save: the virtual shards that this rank holds; those that it writes where all ranks save the bank.
         top_k: K of a search that does not say otherwise.
         next_id, rejected, clipped: ids given out, rows refused and rows scaled down so far; the same on every rank.
+        choice: by which tier a search goes.
         reader: goes through the phases of a read, and counts its seconds and the queries that were not finite.
         sample: some queries of the latest search, on which `measure.recall` measures.
         unmeasured: whether graphs have come into use, and no query has shown yet what they find.
@@ -72,7 +71,7 @@ class LongTermMemory:
         self.device = torch.device(device)
         self.inside, self.between = self.group.split(config.ranks_per_group(self.group.size))
         check_top_k(top_k)
-        self._tiers = {scope: choose_tier(config, scope, slots, self.device) for scope in SCOPES}
+        self.choice = TierChoice(config, slots, self.device)
         try:
             self.owned = shards_of(self.inside.rank, self.inside.size, config.virtual_shards)
             self.to_save = self.owned[self.between.rank::self.between.size]
@@ -86,7 +85,6 @@ class LongTermMemory:
         nobody_N = torch.zeros(0, dtype=torch.int64)
         self.sample = measure.Sample(torch.zeros(heads, 0, head_dim), nobody_N, nobody_N, config.scope)
         self.unmeasured = False
-        self._picked: dict[str, str] = {}  # by kind of scope, what `auto` was last said to search with
 
     @torch.no_grad()
     @without_autocast()
@@ -102,7 +100,7 @@ class LongTermMemory:
                 None: unknown, nothing is hidden.
             scope: "document" (entries of the query's namespace), "global", or the namespaces that every query may see;
                 the config's scope when None. The same on every rank, like `top_k` and `tier`.
-            tier: a name in `config.TIERS`; that of `tier_now` when None.
+            tier: a name in `config.TIERS`; that of `choice` when None.
             ragged: whether N may differ between ranks; costs one more collective.
 
         Raises:
@@ -115,7 +113,7 @@ class LongTermMemory:
                                             group=self.group)
         if tier is None:
             planning.before_search(self, scope)
-            tier = self._pick(scope, k, query_HND.shape[1])
+            tier = self._tier(scope, k, query_HND.shape[1])
         return self.reader.search(query_HND.transpose(0, 1), namespace_N, document_N, scope=scope, k=k, tier=tier,
                                   ragged=ragged)
 
@@ -150,7 +148,7 @@ class LongTermMemory:
                 document_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`attend` to a fresh `search`, without gradient; faster for few queries on one rank. Collective."""
         namespace_N, document_N = self._checked(query_HND, namespace_N, document_N, self.config.scope, self.top_k)
-        approximate = tier_of(self._pick(self.config.scope, self.top_k, query_HND.shape[1])).approximate
+        approximate = tier_of(self._tier(self.config.scope, self.top_k, query_HND.shape[1])).approximate
         found = None if approximate else self.reader.look_up(query_HND.transpose(0, 1), namespace_N, document_N, self.top_k)
         if found is None:
             return self.attend(query_HND, self.search(query_HND, namespace_N, document_N))
@@ -169,17 +167,8 @@ class LongTermMemory:
         check_search(query_HND, namespace_N, document_N, scope, k, heads=self.heads, head_dim=self.head_dim)
         return namespace_N.to(self.device), document_N.to(self.device)
 
-    def _pick(self, scope: Scope, k: int, queries: int) -> str:
-        """The tier of a search with this scope, as things are now; what `auto` picks is logged the first time and whenever
-        that changes."""
-        tier = tier_now(self._tiers, scope, self.config, self.plan)
-        kind = "document" if scope == "document" else "global"
-        if self.config.tier == "auto" and self._picked.get(kind) != tier:
-            self._picked[kind] = tier
-            log.info("memory.tier = auto: '%s' for reads of scope '%s' (%d entries of this rank, K = %d, %d queries of each "
-                     "rank and head): %s", tier, kind, self.shard.ledger.tally.live, k, queries,
-                     reason_of(kind, self.slots, self.device, self.plan))
-        return tier
+    def _tier(self, scope: Scope, k: int, queries: int) -> str:
+        return self.choice.pick(scope, self.plan, live=self.shard.ledger.tally.live, k=k, queries=queries)
 
     @property
     def plan(self) -> Plan:
@@ -230,7 +219,7 @@ class LongTermMemory:
         entries = batch.entries
         if self.config.merge_above is not None:
             entries = join_nearest(entries, self.shard, self.inside, above=self.config.merge_above,
-                                   tier=self._tiers["global"])
+                                   tier=self.choice.tiers["global"])
         self.shard.write(entries)
         self.next_id += len(batch.id_E)
         self.rejected += int((batch.id_E < 0).sum())
@@ -265,7 +254,7 @@ class LongTermMemory:
         One call is one round, see `rounds`. A threshold outside (0, 2] is a ValueError.
         """
         check_threshold(threshold)
-        return consolidate_shards(self.shard, self.inside, threshold, tier=self._tiers["global"])
+        return consolidate_shards(self.shard, self.inside, threshold, tier=self.choice.tiers["global"])
 
     consolidate_memories = consolidate  # the name in the original README
 
@@ -278,32 +267,6 @@ class LongTermMemory:
         counts, blind = measure.count_entries(self.shard, self.group, self.between.size, self.reader.blind_queries)
         return {**counts, "rejected": self.rejected, "clipped": self.clipped, "blind_queries": blind,
                 "next_id": self.next_id}
-
-    def like(self, *, slots: int | None = None, config: MemoryConfig | None = None, group: Group | None = None,
-             device: torch.device | str | None = None) -> LongTermMemory:
-        """An empty bank of this shape, searched by the same plan; what is given is different. Collective of its group."""
-        other = LongTermMemory(heads=self.heads, head_dim=self.head_dim, slots=slots or self.slots, top_k=self.top_k,
-                               config=config or self.config, group=group or self.group, device=device or self.device)
-        other.use(self.plan)
-        other._picked = dict(self._picked)
-        return other
-
-    @without_autocast()
-    def fork(self, *, empty: bool, slots: int | None = None) -> LongTermMemory:
-        """An independent bank with the same settings: empty (only then may `slots` differ) or a copy of all entries.
-
-        With memory.tier=hnsw a copy waits for graphs, shares them and makes none of its own: what it finds must not hang on
-        the clock. Collective then.
-        """
-        if slots not in (None, self.slots) and not empty:
-            raise ValueError(f"a copy must have the slots of its original, {self.slots}: got {slots}")
-        other = self.like(slots=slots)
-        for shard in () if empty else self.owned:
-            other.load(shard, self.state(shard))
-        if planning.makes_graphs(self) and not empty:
-            planning.build_graphs(self)
-            other.shard.searcher.graphs.share(self.shard.searcher.graphs)
-        return other
 
     def state(self, shard: int) -> dict[str, Tensor]:
         """A copy of one virtual shard of this rank, with the bank's counters: see `Shard.state`."""
@@ -318,17 +281,6 @@ class LongTermMemory:
         self.shard.load(shard, state)
         for name in COUNTERS:
             setattr(self, name, int(state[name]))
-
-    def restore(self, states: Mapping[int, Mapping[str, Tensor]], problem: str | None = None) -> None:
-        """Loads all virtual shards of this rank, given checked states, or none on any rank. Collective.
-
-        Raises:
-            ValueError: on all ranks, if any has a `problem` or the states are not all of one moment.
-        """
-        moments = {tuple(int(state[name]) for name in COUNTERS) for state in states.values()}
-        check_moments(self.group.all_gather_object((problem, moments)))
-        for shard, state in states.items():
-            self.load(shard, state)
 
     def content_hash(self) -> str:
         """blake2b over all virtual shards in order: equal for equal contents, on any number of ranks. Collective."""

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lmcode.files.tensors import write_tensors
+from lmcode.memory import lifecycle
 from lmcode.memory.entry import ADDED, EMPTY, METADATA
 from lmcode.memory.states import COUNTERS
 
@@ -95,6 +96,6 @@ def load_bank(folder: Path | str, bank: LongTermMemory) -> None:
     except ValueError as error:
         problem = f"{shard_file(folder, shard)}: {error}" if str(folder) not in str(error) else str(error)
     try:
-        bank.restore(states, problem)
+        lifecycle.restore(bank, states, problem)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None

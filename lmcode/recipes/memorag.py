@@ -73,7 +73,7 @@ def compress(left: Left, ratio: int) -> Left:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Consultation:
     """What came of a question.
 
     clues: lines that the model wrote with nothing but its compressed memory before it; none if they were not asked for.
@@ -88,7 +88,7 @@ class Answer:
 
 @torch.no_grad()
 def ask(model: Any, question: str, *, namespace: Namespace = 0, top_k: int = 5, search: Search = "question",
-        clue_tokens: int = 48, answer_tokens: int = 48) -> Answer:
+        clue_tokens: int = 48, answer_tokens: int = 48) -> Consultation:
     """Answers a question from what is stored in a namespace. Collective.
 
     Args:
@@ -115,7 +115,7 @@ def ask(model: Any, question: str, *, namespace: Namespace = 0, top_k: int = 5, 
         told = "\n\n".join(passage.text for passage in passages)
         written, = _written(memory, [ANSWER.format(passages=told, question=question)], namespace, answer_tokens)
         text = written.strip().split("\n")[0]
-    return Answer(clues, passages, text)
+    return Consultation(clues, passages, text)
 
 
 def fused(lists: Sequence[Sequence[Retrieved]]) -> tuple[Retrieved, ...]:

@@ -17,10 +17,11 @@ from torch import Tensor
 from lmcode.backbone import Backbone, forward_batch
 from lmcode.data.streams import StreamSampler
 from lmcode.data.tokenizer import Tokenizer
+from lmcode.memory import lifecycle
 from lmcode.memory.bank import LongTermMemory
 from lmcode.memory.entry import MASS_UNIT, METADATA, importance_of
 from lmcode.model.mode import in_eval_mode
-from lmcode.protocol import Hits, NullRetriever
+from lmcode.protocol import RecordingRetriever
 from lmcode.report.sequences import as_documents, device_of, token_sequences
 
 QUERIES = 256  # entries that are asked for at each point of the curve
@@ -59,7 +60,7 @@ def near_duplicate_share(bank: LongTermMemory, threshold: float) -> float:
     Raises:
         ValueError: for a threshold outside (0, 2].
     """
-    report = bank.fork(empty=False).consolidate(threshold)
+    report = lifecycle.fork(bank, empty=False).consolidate(threshold)
     return report.merged / report.before if report.before else float("nan")
 
 
@@ -105,16 +106,6 @@ def attention_received(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     return columns["hit_mass"] / MASS_UNIT
 
 
-class Recorder(NullRetriever):
-    """Finds nothing and keeps the queries that it was asked, [H, N, D]."""
-
-    query_HND: Tensor
-
-    def search(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None = None) -> Hits:
-        self.query_HND = query_HND
-        return super().search(query_HND, namespace_N, document_N)
-
-
 class Items(NamedTuple):
     """Entries of some text beside the query that stands at each one's key. P positions, in reading order.
 
@@ -144,14 +135,14 @@ def read_items(model: Backbone, sequences: list[list[int]]) -> dict[int, Items]:
     pieces = [one[start:start + length + 1] for one in sequences for start in range(0, len(one) - 1, length)]
     sampler = StreamSampler(as_documents(pieces), streams=min(STREAMS, len(pieces)), seed=0, epochs=1, shuffle=False,
                             sequence_length=min(length, max(map(len, pieces)) - 1))
-    recorders = {layer: Recorder() for layer in model.banks}
+    recorders = {layer: RecordingRetriever() for layer in model.banks}
     found: dict[int, list[Items]] = {layer: [] for layer in model.banks}
     with quietly(model), model.reading_from(recorders):
         for step in range(sampler.num_steps or 0):
             batch = sampler.batch(step).to(device_of(model))
             output = forward_batch(model, batch)
             for layer, recorder in recorders.items():
-                found[layer].append(_items(model, batch, output.memory[layer].candidates, recorder.query_HND, stride))
+                found[layer].append(_items(model, batch, output.memory[layer].candidates, recorder.queries.pop(), stride))
     return {layer: Items(*(torch.cat(part, dim=0 if part[0].ndim == 1 else 1) for part in zip(*parts, strict=True)))
             for layer, parts in found.items()}
 
@@ -216,7 +207,7 @@ def default_sizes(total: int) -> list[int]:
 
 
 def _curve(bank: LongTermMemory, items: Items, sizes: Sequence[int], slots: int | None) -> dict[str, list[float]]:
-    fork, id_X = bank.fork(empty=True, slots=slots), torch.empty(0, dtype=torch.int64)
+    fork, id_X = lifecycle.fork(bank, empty=True, slots=slots), torch.empty(0, dtype=torch.int64)
     curve: dict[str, list[float]] = {"stored": [], "live": [], "recall_at_1": [], "recall_at_k": [], "next_at_1": []}
     for size in sizes:
         new = slice(len(id_X), size)

@@ -14,7 +14,7 @@ from lmcode.memories.experiences import namespace_number, spelled
 from lmcode.memory.placement import capacity_of, rank_of, virtual_shard_of
 from lmcode.report.analysis import analyze_memory_capacity, attention_received, compute_memory_efficiency, entry_columns
 from lmcode.report.history import Curves
-from lmcode.report.reading import Reading, read_documents
+from lmcode.report.reading import ReadDocuments, read_documents
 from lmcode.report.sequences import tokenizer_of
 
 THRESHOLDS = (0.05, 0.1, 0.2)  # cosine distances at which near-duplicates are counted
@@ -65,7 +65,7 @@ class ReportFacts:
     ranks: int
     efficiency: dict[str, Any]
     banks: tuple[BankFacts, ...]
-    reading: Reading | None = None
+    reading: ReadDocuments | None = None
     capacity: dict[str, Any] | None = None
     curves: Curves = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)

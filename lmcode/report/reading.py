@@ -32,14 +32,14 @@ STRONGEST, BLIND = 4, 2  # examples of a layer: where the memory got most attent
 APART = 48  # tokens between two examples of one document
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """A token: which document, and which of its tokens."""
 
     document: int
     token: int
 
 
-class Asked(NamedTuple):
+class LayerQueries(NamedTuple):
     """The queries of one layer that had a place, over all windows, in reading order.
 
     place_N: the token that asked. score_HNK, id_HNK: its hits. share_HN, null_share_HN: of the read's softmax.
@@ -98,7 +98,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadDocuments:
     """Documents read with the memory and without retrieval. loss_on, loss_off: nats, means over `tokens` predictions."""
 
     names: tuple[str, ...]
@@ -110,7 +110,7 @@ class Reading:
 
 
 def read_documents(model: Backbone, sequences: Sequence[Sequence[int]], *, names: Sequence[str] | None = None,
-                   tokenizer: Tokenizer | None = None, length: int | None = None, windows: int = 16) -> Reading:
+                   tokenizer: Tokenizer | None = None, length: int | None = None, windows: int = 16) -> ReadDocuments:
     """Reads documents side by side, window by window, with the memory and again without retrieval. A collective.
 
     Args:
@@ -136,9 +136,9 @@ class _Reader:
     def __init__(self, model: Backbone, documents: Documents) -> None:
         self.model, self.documents = model, documents
         self.on, self.off = eval_reading.Reading(model), eval_reading.Reading(model, mode="off")
-        self.origin: dict[int, dict[int, Place]] = {layer: {} for layer in model.banks}
-        self.seen: dict[int, list[Asked]] = {layer: [] for layer in model.banks}
-        self.losses: dict[Place, tuple[float, float]] = {}
+        self.origin: dict[int, dict[int, Position]] = {layer: {} for layer in model.banks}
+        self.seen: dict[int, list[LayerQueries]] = {layer: [] for layer in model.banks}
+        self.losses: dict[Position, tuple[float, float]] = {}
 
     def read(self, batch: Batch, step: int) -> None:
         on, off = (one.read(batch, batch.namespace_B.tolist()) for one in (self.on, self.off))
@@ -153,7 +153,7 @@ class _Reader:
         valid_BT = batch.valid_BT.cpu().numpy()
         both = zip(*(token_losses(one).cpu().numpy()[valid_BT] for one in (on, off)), strict=True)
         for (document, token), (loss_on, loss_off) in zip(place_BT[valid_BT].tolist(), both, strict=True):
-            self.losses[Place(document, token)] = float(loss_on), float(loss_off)
+            self.losses[Position(document, token)] = float(loss_on), float(loss_off)
 
     def _commit(self, fork: LongTermMemory, memory: LayerMemory, place_BT: np.ndarray, layer: int, step: int) -> None:
         """Writes what a training step would write, and notes which token each new entry's key came from."""
@@ -166,24 +166,24 @@ class _Reader:
         chosen_E = choose(candidates.surprise_N.cpu().numpy()[valid_N], fork.config)
         place_E = place_BT.reshape(-1, 2)[valid_N][chosen_E]
         for number, (document, token) in enumerate(place_E.tolist()):
-            self.origin[layer][first + number] = Place(document, token - self.model.config.successor_values)
+            self.origin[layer][first + number] = Position(document, token - self.model.config.successor_values)
 
-    def result(self, tokenizer: Tokenizer | None) -> Reading:
+    def result(self, tokenizer: Tokenizer | None) -> ReadDocuments:
         on, off = np.array(list(self.losses.values()), float).T
-        whole = {layer: Asked(*(np.concatenate(part, axis=1 if part[0].ndim == 3 or name.endswith("HN") else 0)
-                                for name, part in zip(Asked._fields, zip(*parts, strict=True), strict=True)))
+        whole = {layer: LayerQueries(*(np.concatenate(part, axis=1 if part[0].ndim == 3 or name.endswith("HN") else 0)
+                                for name, part in zip(LayerQueries._fields, zip(*parts, strict=True), strict=True)))
                  for layer, parts in self.seen.items()}
         layers = {layer: summary(one, self.origin[layer], self.documents) for layer, one in whole.items()}
         shown = sorted(whole)[:: max(1, -(-len(whole) // SHOWN_LAYERS))]
         examples = [example for layer in shown for example in self._examples(layer, whole[layer], tokenizer)]
         used = sorted({place.document for place in self.losses})
-        return Reading(tuple(self.documents.names[one] for one in used), len(on), float(on.mean()), float(off.mean()),
+        return ReadDocuments(tuple(self.documents.names[one] for one in used), len(on), float(on.mean()), float(off.mean()),
                        layers, tuple(examples))
 
-    def _examples(self, layer: int, one: Asked, tokenizer: Tokenizer | None) -> Iterator[Example]:
+    def _examples(self, layer: int, one: LayerQueries, tokenizer: Tokenizer | None) -> Iterator[Example]:
         weight_HNK = softmax(one)
         for head, query, blind in pick(one):
-            place = Place(*one.place_N[query].tolist())
+            place = Position(*one.place_N[query].tolist())
             loss_on, loss_off = self.losses[place]
             tell = _Teller(self.documents, tokenizer, place)
             rows = zip(one.score_HNK[head, query].tolist(), weight_HNK[head, query].tolist(),
@@ -206,7 +206,7 @@ def places(batch: Batch) -> np.ndarray:
     return torch.stack([batch.namespace_B.cpu()[:, None].expand(B, T), token_BT], dim=-1).numpy()
 
 
-def asked(memory: LayerMemory, place_BT: np.ndarray, valid_BT: np.ndarray, stride: int) -> Asked:
+def asked(memory: LayerMemory, place_BT: np.ndarray, valid_BT: np.ndarray, stride: int) -> LayerQueries:
     """The queries of one window that a token of a document asked; padding is left out."""
     B, T, _ = place_BT.shape
     asks_X = np.arange(-(-T // stride)) * stride - int(stride > 1)  # -1 is before the first chunk: nobody asks
@@ -215,7 +215,7 @@ def asked(memory: LayerMemory, place_BT: np.ndarray, valid_BT: np.ndarray, strid
     share_HN, null_share_HN = (by_token(part, len(kept_N)).mean(-1).cpu().numpy()[:, kept_N]
                                for part in (memory.share_HN.float(), memory.null_share_HN.float()))
     score_HNK, id_HNK = (by_token(part, len(kept_N))[:, :, 0].cpu().numpy()[:, kept_N] for part in memory.hits[:2])
-    return Asked(place_NT[kept_N], score_HNK, id_HNK, share_HN, null_share_HN,
+    return LayerQueries(place_NT[kept_N], score_HNK, id_HNK, share_HN, null_share_HN,
                  memory.gate_BT.cpu().numpy()[valid_BT])
 
 
@@ -225,12 +225,12 @@ def by_token(part_HN: Tensor, tokens: int) -> Tensor:
     return asked_HTX
 
 
-def summary(one: Asked, origin: dict[int, Place], documents: Documents) -> LayerReading:
+def summary(one: LayerQueries, origin: dict[int, Position], documents: Documents) -> LayerReading:
     """What the layer did on average. The shares of the softmax add up to 1."""
     hit, null = float(one.share_HN.mean()), float(one.null_share_HN.mean())
     known = right = 0
     for query, (document, token) in enumerate(one.place_N.tolist()):
-        came = successor(documents, Place(document, token))
+        came = successor(documents, Position(document, token))
         for entry in one.id_HNK[:, query, 0].tolist():
             if entry in origin:
                 known += 1
@@ -238,12 +238,12 @@ def summary(one: Asked, origin: dict[int, Place], documents: Documents) -> Layer
     return LayerReading(one.gate_X, 1.0 - hit - null, hit, null, right / known if known else float("nan"))
 
 
-def successor(documents: Documents, place: Place) -> int:
+def successor(documents: Documents, place: Position) -> int:
     """The token after a place."""
     return int(documents.document(place.document)[place.token + 1])
 
 
-def softmax(one: Asked) -> np.ndarray:
+def softmax(one: LayerQueries) -> np.ndarray:
     """Weights of the hits among themselves, fp64 [H, N, K]; 0 where invalid, and all 0 without a hit."""
     valid_HNK = one.id_HNK >= 0
     score_HNK = one.score_HNK.astype(np.float64)
@@ -252,7 +252,7 @@ def softmax(one: Asked) -> np.ndarray:
     return weight_HNK
 
 
-def pick(one: Asked) -> list[tuple[int, int, bool]]:
+def pick(one: LayerQueries) -> list[tuple[int, int, bool]]:
     """(head, query, blind) of the examples: first where a single hit got the largest share of a head's softmax, apart from
     each other and at most two of a document; then queries at even distances among those with hits, whatever came of them,
     in the head that was surest of its hit."""
@@ -275,19 +275,19 @@ class _Teller:
 
     documents: Documents
     tokenizer: Tokenizer | None
-    asking: Place
+    asking: Position
 
-    def before(self, place: Place) -> str:
+    def before(self, place: Position) -> str:
         ids = self.documents.document(place.document)[max(0, place.token + 1 - BEFORE):place.token + 1]
         return as_text(self.tokenizer, ids.tolist())
 
-    def after(self, place: Place, count: int) -> str:
+    def after(self, place: Position, count: int) -> str:
         return as_text(self.tokenizer, self.documents.document(place.document)[place.token + 1:][:count].tolist())
 
-    def where(self, place: Place) -> str:
+    def where(self, place: Position) -> str:
         return f"{self.documents.names[place.document]}, token {place.token:,}"
 
-    def hit(self, score: float, weight: float, entry: int, place: Place | None) -> ShownHit:
+    def hit(self, score: float, weight: float, entry: int, place: Position | None) -> ShownHit:
         if place is None:
             return ShownHit(score, weight, f"entry {entry:,}, written while training", None, None, False)
         back = f"{self.asking.token - place.token:,} tokens earlier"

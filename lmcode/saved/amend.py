@@ -43,7 +43,7 @@ class Draft:
 
     folder: Path
     model: Backbone
-    facts: durable.Facts | None = None
+    facts: durable.CommitFacts | None = None
     parts: Parts = dataclasses.field(default_factory=dict)
 
 

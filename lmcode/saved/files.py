@@ -42,7 +42,7 @@ WORK = ".lmcode-saving"
 SCHEMA = 1
 
 
-class Plan(NamedTuple):
+class FolderChange(NamedTuple):
     """What a new state changes in its folder: files to put and files to remove, each with the size and the hash of the file
     that it may find in its place (None: there is none)."""
 
@@ -160,13 +160,13 @@ def _not_ours(path: Path) -> ConfigError:
                        "move it away or give another folder")
 
 
-def _plan(place: Path, seals: Seals, former: Seals, rewritten: Collection[str]) -> Plan:
+def _plan(place: Path, seals: Seals, former: Seals, rewritten: Collection[str]) -> FolderChange:
     """What has to change so that the files of `seals` are in place.
 
     Raises:
         ConfigError: if that includes a file that is not ours.
     """
-    plan = Plan({CONFIG: _seal_of(place / CONFIG)}, {})  # ours, says _check_place, even if somebody has edited it
+    plan = FolderChange({CONFIG: _seal_of(place / CONFIG)}, {})  # ours, says _check_place, even if somebody has edited it
     for name, seal in seals.items():
         path = place / name
         _check_parents(place, name)
@@ -232,18 +232,18 @@ def _finish(place: Path) -> None:
     shutil.rmtree(done)
 
 
-def _read_plan(path: Path) -> Plan:
+def _read_plan(path: Path) -> FolderChange:
     """The plan of a new state, which somebody else may have put there.
 
     Raises:
         ConfigError: if it is none, or leads out of the folder.
     """
     content = _read_json(path)
-    fine = isinstance(content, dict) and {*content} == {*Plan._fields} and all(
+    fine = isinstance(content, dict) and {*content} == {*FolderChange._fields} and all(
         isinstance(part, dict) and all(map(durable.stays_inside, part)) for part in content.values())
     if not fine or not {CONFIG, RECORD} <= content["put"].keys():
         raise ConfigError(f"'{path}' is not what a save has left there: move '{path.parents[1]}' away")
-    return Plan(**content)
+    return FolderChange(**content)
 
 
 def _put(place: Path, name: str) -> None:

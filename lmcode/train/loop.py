@@ -30,7 +30,7 @@ from lmcode.protocol import LayerMemory, State
 from lmcode.train import health, observe, resuming, saving, summary
 from lmcode.train.ds_config import resolve
 from lmcode.train.engine import synchronise
-from lmcode.train.profiling import Profile
+from lmcode.train.profiling import ProfilerWindow
 from lmcode.train.progress import Progress
 from lmcode.train.schedule import learning_rate
 from lmcode.train.session import Session, StepResult
@@ -97,7 +97,7 @@ def fit(session: Session) -> None:
     config, clock = session.config, session.clock
     seconds_before, began = session.training_seconds, time.perf_counter()
     last_step = session.last_step
-    profile = Profile(config.train.profile_steps, session.run_folder, rank=session.me.rank)
+    profile = ProfilerWindow(config.train.profile_steps, session.run_folder, rank=session.me.rank)
     progress = Progress(total=last_step, start=session.step, enabled=session.me.rank == 0)
     clock.step = session.step
     if session.owes_evaluation:

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 log = logging.getLogger("lmcode")
 
 
-class Profile:
+class ProfilerWindow:
     """Records the steps from the first to the last of `window` ("10:12", counted from 1) into profile/rank-00000.json.
 
     A job that starts behind the first step records the rest of the window. Without a window, or a folder, nothing happens.

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from lmcode.config import ConfigError, RunConfig
 from lmcode.data import replay
-from lmcode.data.streams import Pass
+from lmcode.data.streams import PassStart
 from lmcode.dist import on_rank_0
 from lmcode.files import durable
 from lmcode.memories.files import load_memory
@@ -75,7 +75,7 @@ def load_into(session: Session, folder: Path, trainer: Mapping[str, Any]) -> Non
     session.skipped_in_a_row = trainer.get("skipped_in_a_row", 0)  # older checkpoints do not say
     session.owes_evaluation = trainer.get("owes_evaluation", False)
     session.resharded = trainer.get("resharded", {})
-    session.data_pass = replay.resume(session.replay, folder, Pass(**trainer.get("pass", {})), step=session.step)
+    session.data_pass = replay.resume(session.replay, folder, PassStart(**trainer.get("pass", {})), step=session.step)
     session.sampler = replay.make_sampler(config, session.corpus.train, session.replay, data_pass=session.data_pass,
                                           epochs=session.sampler.epochs)
     _set_random_state(session, folder / rng_file(rank))

@@ -22,7 +22,7 @@ from lmcode.config import to_yaml
 from lmcode.data import replay
 from lmcode.files import durable
 from lmcode.files.commit import Commit, SaveFailed
-from lmcode.files.durable import DamagedCheckpoint, Facts, Parts, write_json
+from lmcode.files.durable import CommitFacts, DamagedCheckpoint, Parts, write_json
 from lmcode.memories.files import memory_folders, memory_parts
 from lmcode.saved.checkpoint import IDENTITY
 from lmcode.train import optimizer_files, stream_files
@@ -112,10 +112,10 @@ def expected_bytes(session: Session, folder: Path) -> int:
     return 12 * weights + slot_bytes  # fp32 weights and two moments
 
 
-def _facts(session: Session) -> Facts:
+def _facts(session: Session) -> CommitFacts:
     settings = to_yaml(session.config).encode()
     versions = {"lmcode": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
-    return Facts(step=session.step, world_size=session.group.size, versions=versions,
+    return CommitFacts(step=session.step, world_size=session.group.size, versions=versions,
                  virtual_shards=session.config.memory.virtual_shards,
                  config=hashlib.blake2b(settings, digest_size=32).hexdigest())
 

@@ -10,7 +10,7 @@ from lmcode.backbone import Backbone
 from lmcode.config import RunConfig
 from lmcode.data.corpus import Corpus
 from lmcode.data.replay import Replay, ReplaySampler
-from lmcode.data.streams import Pass, StreamSampler
+from lmcode.data.streams import PassStart, StreamSampler
 from lmcode.dist import Group, Rank
 from lmcode.files.commit import Commit
 from lmcode.files.durable import Lock
@@ -45,7 +45,7 @@ class Session:
     held_out: StreamSampler | None
     metrics: NullMetrics
     replay: Replay | None = None
-    data_pass: Pass = Pass()
+    data_pass: PassStart = PassStart()
     states: dict[int, State] = field(default_factory=dict)  # by micro-batch
     step: int = 0  # optimizer steps behind us, skipped ones included
     clock: Clock = field(default_factory=Clock)

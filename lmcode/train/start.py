@@ -20,7 +20,7 @@ from lmcode import dist
 from lmcode.config import ConfigError, RunConfig, expanded, to_yaml
 from lmcode.data.corpus import Corpus, load_corpus
 from lmcode.data.replay import make_replay, make_sampler
-from lmcode.data.streams import Pass
+from lmcode.data.streams import PassStart
 from lmcode.dist import Group, Rank, on_rank_0
 from lmcode.effects import without_effect
 from lmcode.eval.held_out import held_out_sampler
@@ -177,7 +177,7 @@ def set_up(config: RunConfig, me: Rank, *, start: Start | None = None, watch: Nu
     if config.model.dropout:
         resuming.seed_rank(config, step=0, rank=me.rank)
     agreed(request, group)
-    replay, data_pass = make_replay(config), Pass(first_namespace=model.memories.free_visit())
+    replay, data_pass = make_replay(config), PassStart(first_namespace=model.memories.free_visit())
     session = Session(config=config, me=me, group=group, run_folder=start.run_folder, corpus=corpus, model=model,
                       engine=engine, sampler=make_sampler(config, corpus.train, replay, data_pass=data_pass),
                       held_out=held_out_sampler(corpus.held_out, config), metrics=NullMetrics(), replay=replay,

@@ -20,7 +20,7 @@ SAMPLE_WINDOWS = 3  # windows of a held-out document that are read before the mo
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunFacts:
     """What the summary says; plain values only."""
 
     steps: int
@@ -42,7 +42,7 @@ class Facts:
     run_folder: Path
 
 
-def render(facts: Facts) -> str:
+def render(facts: RunFacts) -> str:
     """The summary as text."""
     minutes, seconds = divmod(round(facts.training_seconds), 60)
     lines = [f"trained {facts.steps} steps in {minutes} min {seconds:02d} s ({facts.tokens_per_s:,.0f} tokens/s), "
@@ -67,7 +67,7 @@ def _losses(results: dict[str, EvalResult], void: dict[str, str]) -> list[str]:
     return [*lines, f"  far is not measurable: {NOTHING_FAR}"] if results["on"].far_loss is None else lines
 
 
-def _memory(facts: Facts) -> list[str]:
+def _memory(facts: RunFacts) -> list[str]:
     if not facts.filled_by_rank:
         return ["this model has no bank"]
     over = "all ranks" if facts.memory_groups == 1 else f"the ranks of each of {facts.memory_groups} memory groups"
@@ -85,7 +85,7 @@ def _memory(facts: Facts) -> list[str]:
     return lines
 
 
-def _costs(facts: Facts) -> list[str]:
+def _costs(facts: RunFacts) -> list[str]:
     ms, step = facts.phase_ms, max(facts.phase_ms["step"], 1e-9)
     parts = "  ".join(f"{name} {ms[name]:.0f}" for name in SHOWN)
     return [f"one step took {ms['step']:.0f} ms: {parts}",
@@ -98,7 +98,7 @@ def _quote(text: str, mark: str) -> list[str]:
 
 
 def collect(session: Session, results: dict[str, EvalResult], void: dict[str, str], training_seconds: float,
-            checkpoint: Path) -> Facts:
+            checkpoint: Path) -> RunFacts:
     """Gathers the facts over all ranks. A collective; the result is meant for rank 0."""
     group, banks = session.group, session.model.banks
     stats = {layer: bank.stats() for layer, bank in banks.items()}
@@ -109,7 +109,7 @@ def collect(session: Session, results: dict[str, EvalResult], void: dict[str, st
     prompt_tail, sample = continue_document(session)
     phase_ms, bytes_per_step = session.costs.per_step()
     tokens = session.config.train.streams * session.config.train.sequence_length * session.step
-    return Facts(
+    return RunFacts(
         steps=session.step, skipped_steps=session.engine.skipped_steps, training_seconds=training_seconds,
         tokens_per_s=tokens / max(training_seconds, 1e-9), results=results, void=void,
         filled_by_rank={layer: s["live_by_rank"] for layer, s in stats.items()},

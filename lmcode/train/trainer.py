@@ -22,7 +22,7 @@ from lmcode.config import ConfigError, DataConfig, RunConfig, TrainConfig, build
 from lmcode.data.corpus import Corpus
 from lmcode.data.dataset import MemoryDataset, as_dataset
 from lmcode.data.replay import Replay, make_replay, make_sampler
-from lmcode.data.streams import Pass, StreamSampler
+from lmcode.data.streams import PassStart, StreamSampler
 from lmcode.data.tokenizer import ByteTokenizer, same_tokenizer
 from lmcode.dist import Group, check_same, on_rank_0
 from lmcode.eval.held_out import EvalResult, evaluate
@@ -198,7 +198,7 @@ class MemoryAwareTrainer:
                            data=DataConfig(packing=False))
         checkpoint.check_resumable(config, folder, self.group.size)
         trainer, corpus = path_checkpoint.corpus_of(folder)
-        session = self._make_session(config, corpus, make_replay(config), Pass(**trainer.get("pass", {})), None)
+        session = self._make_session(config, corpus, make_replay(config), PassStart(**trainer.get("pass", {})), None)
         resuming.load_into(session, folder, trainer)
         if own:
             session.saved = folder
@@ -276,10 +276,10 @@ class MemoryAwareTrainer:
         documents = data.as_documents()
         corpus = Corpus(documents, documents, tokenizer, Path(), {"digest": data.digest()})
         replay, free, goes_on = make_replay(config), self.model.memories.free_visit(), False
-        data_pass = Pass(first_namespace=free)
+        data_pass = PassStart(first_namespace=free)
         if former is not None:
             replay = _kept(former.replay, replay)
-            data_pass = Pass(first_step=former.step, first_namespace=free,
+            data_pass = PassStart(first_step=former.step, first_namespace=free,
                              first_pause=1 if replay is None or not len(replay) else 0)
             goes_on = not former.data_pass.over and former.corpus.meta["digest"] == corpus.meta["digest"] and all(
                 getattr(former.config.train, name) == getattr(train, name)
@@ -300,7 +300,7 @@ class MemoryAwareTrainer:
         self._session, self.model.replay = session, session.replay
         return session, history
 
-    def _make_session(self, config: RunConfig, corpus: Corpus, replay: Replay | None, data_pass: Pass,
+    def _make_session(self, config: RunConfig, corpus: Corpus, replay: Replay | None, data_pass: PassStart,
                       num_epochs: int | None) -> Session:
         if self._engine is None:  # one engine for the trainer's life: it keeps the optimizer state
             network.announce(self.group)

@@ -19,14 +19,14 @@ import pytest
 
 from lmcode.files import durable
 from lmcode.files.commit import drop_old
-from lmcode.files.durable import DamagedCheckpoint, Facts, Lock, Locked
+from lmcode.files.durable import CommitFacts, DamagedCheckpoint, Lock, Locked
 from tests.helpers.sources import CHECKOUT
 
 STEPPING = ("open", "write", "fsync", "mkdir", "rename", "close")  # what a commit asks of the operating system
 
 
-def facts_of(step: int) -> Facts:
-    return Facts(step=step, world_size=2, virtual_shards=4, config="0" * 64, versions={"lmcode": "0"})
+def facts_of(step: int) -> CommitFacts:
+    return CommitFacts(step=step, world_size=2, virtual_shards=4, config="0" * 64, versions={"lmcode": "0"})
 
 
 def content_of(step: int) -> dict[str, bytes]:

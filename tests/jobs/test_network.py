@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcode.jobs import network
-from lmcode.jobs.network import OF_A_HOST, Place
+from lmcode.jobs.network import OF_A_HOST, RankNetwork
 
 NAMES = st.sampled_from(["GLOO_SOCKET_IFNAME", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "MASTER_ADDR", "MASTER_PORT",
                          "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"])
@@ -21,7 +21,7 @@ SETTINGS = st.dictionaries(NAMES, TEXTS, max_size=5)
 @given(SETTINGS, st.dictionaries(OTHERS, TEXTS, max_size=4))
 def test_one_line_holds_every_variable_that_is_set_and_no_other(wanted: dict[str, str], others: dict[str, str]) -> None:
     assert network.settings({**wanted, **others}) == wanted
-    line = network.describe([Place("n0", network.settings({**others, **wanted}))])
+    line = network.describe([RankNetwork("n0", network.settings({**others, **wanted}))])
     assert "\n" not in line and line.startswith("network: ")
     if not wanted:
         assert line == "network: nothing is set"
@@ -32,7 +32,7 @@ def test_one_line_holds_every_variable_that_is_set_and_no_other(wanted: dict[str
 
 @given(st.lists(st.tuples(st.sampled_from(["n0", "n1"]), SETTINGS), min_size=1, max_size=6))
 def test_a_difference_is_said_exactly_where_there_is_one(ranks: list[tuple[str, dict[str, str]]]) -> None:
-    places = [Place(host, settings) for host, settings in ranks]
+    places = [RankNetwork(host, settings) for host, settings in ranks]
     found = {text.split(" is ")[0]: text for text in network.differences(places, [str(rank) for rank in range(len(places))])}
     for name in {name for _, settings in ranks for name in settings}:
         values = [settings.get(name) for _, settings in ranks]
@@ -43,7 +43,8 @@ def test_a_difference_is_said_exactly_where_there_is_one(ranks: list[tuple[str, 
 
 
 def test_the_ranks_of_a_difference_are_called_by_ranges() -> None:
-    places = [Place("n0", {"OMP_NUM_THREADS": "1"})] * 3 + [Place("n1", {})] + [Place("n1", {"OMP_NUM_THREADS": "1"})]
+    one = {"OMP_NUM_THREADS": "1"}
+    places = [RankNetwork("n0", one)] * 3 + [RankNetwork("n1", {}), RankNetwork("n1", one)]
     assert network.differences(places, list("01234"), noun="ranks") == [
         "OMP_NUM_THREADS is 1 on ranks 0-2, 4 and unset on ranks 3"]
 
@@ -58,7 +59,7 @@ def test_ranges_hold_the_same_numbers(numbers: set[int]) -> None:
 
 
 def test_many_hosts_are_counted_and_not_all_named() -> None:
-    line = network.describe([Place(f"n{at}", {}, (f"eth0 10.0.0.{at}",)) for at in range(100)])
+    line = network.describe([RankNetwork(f"n{at}", {}, (f"eth0 10.0.0.{at}",)) for at in range(100)])
     assert "n0 eth0 10.0.0.0, n1" in line and line.endswith("and 92 more") and len(line) < 400
 
 

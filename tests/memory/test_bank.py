@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lmcode.config import EVICTIONS, ConfigError, MemoryConfig
 from lmcode.dist import Group
-from lmcode.memory import LongTermMemory, measure
+from lmcode.memory import LongTermMemory, lifecycle, measure
 from lmcode.memory.entry import MASS_UNIT, MAX_IMPORTANCE
 from lmcode.memory.placement import capacity_of, holder_of, virtual_shard_of
 from lmcode.protocol import NO_SCORE, Candidates
@@ -590,7 +590,7 @@ def test_deleted_entries_never_come_back() -> None:
     bank, key, *_ = filled()
     assert bank.delete(namespace=2) == 10
     assert bank.delete(namespace=2) == 0
-    copies = [bank, bank.fork(empty=False)]
+    copies = [bank, lifecycle.fork(bank, empty=False)]
     bank.write(*twins(30, 8), torch.arange(30) % 2)
     for one in copies:
         ids = one.search(key[:, 2::4] * 9, torch.full((10,), 2), scope="global", top_k=100).id_HNK
@@ -601,7 +601,7 @@ def test_deleted_entries_never_come_back() -> None:
 
 def test_only_a_fresh_read_can_be_used() -> None:
     bank, *_ = filled()
-    other = bank.fork(empty=False)
+    other = lifecycle.fork(bank, empty=False)
     query = unit(H, 6, D, seed=1).requires_grad_()
     hits = bank.search(query.detach(), torch.arange(6) % 4)
     value, _ = bank.attend(query, hits)
@@ -625,21 +625,9 @@ def test_consolidation_makes_hits_stale(threshold: float) -> None:
         bank.fetch(hits)
 
 
-def test_a_fork_is_independent() -> None:
-    bank, *_ = filled()
-    copy, empty = bank.fork(empty=False), bank.fork(empty=True, slots=30)
-    assert copy.content_hash() == bank.content_hash() and copy.next_id == 40
-    assert (empty.slots, empty.next_id, empty.stats()["live"]) == (30, 0, 0)
-    copy.delete(namespace=0)
-    empty.write(*twins(3, 0), torch.zeros(3).long())
-    assert bank.stats()["live"] == 40
-    with pytest.raises(ValueError, match="slots of its original, 200: got 30"):
-        bank.fork(empty=False, slots=30)
-
-
 def test_hit_mass_does_not_depend_on_how_a_step_is_split() -> None:
     whole, *_ = filled()
-    split = whole.fork(empty=False)
+    split = lifecycle.fork(whole, empty=False)
     query, names = unit(H, 12, D, seed=1), torch.arange(12) % 4
     whole.commit([], [whole.search(query, names)], step=1)
     split.commit([], [split.search(query[:, part], names[part]) for part in (slice(0, 5), slice(5, 12))], step=1)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lmcode.config import MemoryConfig
 from lmcode.dist import Group
-from lmcode.memory import ConsolidationReport, LongTermMemory, consolidate
+from lmcode.memory import ConsolidationReport, LongTermMemory, consolidate, lifecycle
 from lmcode.memory.consolidate import (
     choose_pairs,
     farthest,
@@ -288,7 +288,7 @@ def test_losers_are_gone_for_good() -> None:
     losers = before - set(entries_of(bank))
     assert losers
     bank.write(*crowd(60, seed=5), names_of(60))
-    for copy in (bank, bank.fork(empty=False)):
+    for copy in (bank, lifecycle.fork(bank, empty=False)):
         found = copy.search(crowd(160, seed=0)[0] * 6, names_of(160), scope="global", top_k=300).id_HNK
         assert not losers & set(found.flatten().tolist()) and not losers & set(entries_of(copy))
 
@@ -297,7 +297,7 @@ def test_a_survivor_is_found_by_what_it_has_become() -> None:
     bank = make_bank(importance_weight=1.0)
     fill(bank, 160)
     bank.consolidate(0.1)
-    fresh = bank.fork(empty=False)  # computes its scores anew
+    fresh = lifecycle.fork(bank, empty=False)  # computes its scores anew
     query, names = crowd(30, seed=3)[0] * 5, names_of(30)
     found, wanted = (one.search(query, names, top_k=50) for one in (bank, fresh))
     assert torch.equal(found.id_HNK, wanted.id_HNK) and torch.equal(found.score_HNK, wanted.score_HNK)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lmcode.config import EVICTIONS, ConfigError, MemoryConfig, build
-from lmcode.memory import LongTermMemory, ring
+from lmcode.memory import LongTermMemory, lifecycle, ring
 from lmcode.memory.entry import METADATA
 from lmcode.memory.evict import Placement, policy_of
 from lmcode.memory.ledger import Ledger
@@ -174,7 +174,7 @@ def test_a_policy_of_a_few_lines_may_refuse_newcomers(eviction: str, monkeypatch
         best = np.flatnonzero(home == shard)[np.argsort(-importance.numpy()[home == shard], kind="stable")[:4]]
         assert sorted(bank.shard.columns["id"][place]) == sorted(best)
     assert (bank.stats()["live"], bank.stats()["evicted"], bank.stats()["rejected"]) == (12, 48, 0)
-    assert bank.fork(empty=False).content_hash() == bank.content_hash()
+    assert lifecycle.fork(bank, empty=False).content_hash() == bank.content_hash()
 
 
 # --- names -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcode.config import MemoryConfig
-from lmcode.memory import LongTermMemory
+from lmcode.memory import LongTermMemory, lifecycle
 from lmcode.memory.placement import capacity_of, virtual_shard_of
 from lmcode.memory.reshard import check_room, fewest_slots, live_by_shard, reshard
 from tests.helpers.banks import plain, states_of, unit
@@ -44,7 +44,7 @@ def used_bank(seed: int, virtual_shards: int, slots: int, dtype: str = "fp32") -
 def loaded(states: dict[int, State], like: LongTermMemory) -> LongTermMemory:
     """The bank of these states, which it judges on the way in."""
     bank = make_bank(len(states), int(states[0]["slots"]), like.config.dtype)
-    bank.restore(states)
+    lifecycle.restore(bank, states)
     return bank
 
 

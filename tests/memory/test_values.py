@@ -13,7 +13,7 @@ import torch
 
 from lmcode.config import ConfigError, MemoryConfig, build
 from lmcode.dist import Group
-from lmcode.memory import LongTermMemory
+from lmcode.memory import LongTermMemory, lifecycle
 from lmcode.memory.store import load_bank, save_bank
 from lmcode.protocol import Candidates
 from tests.helpers.banks import H, make_bank, my_part, twins, unit
@@ -46,9 +46,9 @@ def live(group: Group, folder: Path, store: str, dtype: str) -> dict[str, Any]:
     group.barrier()
     save_bank(folder / f"{store}-{dtype}-{group.size}", bank)
     group.barrier()
-    loaded = bank.like()
+    loaded = lifecycle.like(bank)
     load_bank(folder / f"{store}-{dtype}-{group.size}", loaded)
-    assert loaded.content_hash() == bank.content_hash() == bank.fork(empty=False).content_hash()
+    assert loaded.content_hash() == bank.content_hash() == lifecycle.fork(bank, empty=False).content_hash()
     return seen
 
 

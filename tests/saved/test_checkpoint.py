@@ -463,7 +463,7 @@ def check_failures(run: Path, reports: list[dict]) -> None:
 
 def fake_commit(parent: Path, step: int) -> Path:
     final = durable.step_folder(parent, step)
-    with durable.commit(final, durable.Facts(step, 1, 1, "0" * 64, {})) as place:
+    with durable.commit(final, durable.CommitFacts(step, 1, 1, "0" * 64, {})) as place:
         (place / "data").write_text("x" * 100)
     return final
 

@@ -77,8 +77,8 @@ def open_a_run(folder: Path, resume: str | None) -> None:
 
 
 def durable_commit(final: Path) -> None:
-    with durable.commit(final, durable.Facts(1, 1, 1, "0" * 64, {}) if final.name == "new" else
-                        durable.Facts(durable.step_of(final)[0], 1, 1, "0" * 64, {})) as place:
+    with durable.commit(final, durable.CommitFacts(1, 1, 1, "0" * 64, {}) if final.name == "new" else
+                        durable.CommitFacts(durable.step_of(final)[0], 1, 1, "0" * 64, {})) as place:
         (place / "data").write_text("x")
 
 

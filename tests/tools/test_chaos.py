@@ -134,7 +134,7 @@ def test_a_trace_with_a_hole_is_not_complete(tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "commits").mkdir(parents=True)
     with traced.Recorder(root) as recorder:
-        with durable.commit(durable.step_folder(root / "commits", 1), durable.Facts(1, 1, 1, "0" * 64, {})) as place:
+        with durable.commit(durable.step_folder(root / "commits", 1), durable.CommitFacts(1, 1, 1, "0" * 64, {})) as place:
             (place / "data").write_text("x" * 10)
     ops = [Op("mkdir", "commits"), *recorder.ops]
     assert traced.complete(ops, root, "commits")

@@ -13,7 +13,7 @@ from lmcode.config import ConfigError, LMCODEConfig, RunConfig, TrainConfig, bui
 from lmcode.model.lm import MemoryLM
 from lmcode.train import loop
 from lmcode.train.flops import flops_per_token, peak_memory_mib
-from lmcode.train.profiling import Profile
+from lmcode.train.profiling import ProfilerWindow
 from lmcode.train.start import set_up
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.small_run import settings, write_corpus
@@ -90,19 +90,19 @@ def test_another_window_is_refused(window: str) -> None:
 
 
 def test_a_job_that_ends_within_its_window_leaves_what_it_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    profile = Profile("2:9", tmp_path, rank=3)
+    profile = ProfilerWindow("2:9", tmp_path, rank=3)
     for step in (1, 2, 3):
         profile.before(step)
         torch.ones(2) + 1
         profile.after(step, ends=step == 3)
     assert json.loads((tmp_path / "profile" / "rank-00003.json").read_text())["traceEvents"]
-    Profile("2:9", None, rank=0).before(2)
+    ProfilerWindow("2:9", None, rank=0).before(2)
     assert "has no effect without a run folder" in caplog.text
 
 
 def test_a_trace_that_cannot_be_written_costs_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "profile").write_text("in the way")
-    profile = Profile("1:1", tmp_path, rank=0)
+    profile = ProfilerWindow("1:1", tmp_path, rank=0)
     profile.before(1)
     profile.after(1, ends=False)
     assert "was not written" in caplog.text

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from lmcode.eval.held_out import EvalResult
 from lmcode.jobs.clock import PHASES
-from lmcode.train.summary import Facts, render
+from lmcode.train.summary import RunFacts, render
 
-FACTS = Facts(steps=550, skipped_steps=3, training_seconds=301.2, tokens_per_s=3712.4,
+FACTS = RunFacts(steps=550, skipped_steps=3, training_seconds=301.2, tokens_per_s=3712.4,
               results={"on": EvalResult(3.5012, 90000, 2.1034, 40000), "off": EvalResult(3.7023, 90000, 2.3045, 40000),
                        "shuffled": EvalResult(3.6056, 90000, 2.2067, 40000)}, void={},
               filled_by_rank={2: [32768, 32700]}, slots=65536, memory_groups=1, recall_by_layer={2: 0.9987},

@@ -18,7 +18,7 @@ from torch import Tensor
 from lmcode import LMCODE, dist
 from lmcode.config import RunConfig, build
 from lmcode.data.replay import make_replay, make_sampler
-from lmcode.data.streams import Pass
+from lmcode.data.streams import PassStart
 from lmcode.memories.experiences import VISITS
 from lmcode.model.state import StreamState
 from lmcode.train import loop, observe
@@ -73,7 +73,7 @@ class PlainJob:
         self.model = LMCODE(config.model, memory=config.memory)
         self.model.load_state_dict(weights, strict=False)  # the head's is the embedding's
         self.bank, self.replay = self.model.banks[1], make_replay(config)
-        self.sampler = make_sampler(config, documents, self.replay, data_pass=Pass(first_namespace=VISITS))
+        self.sampler = make_sampler(config, documents, self.replay, data_pass=PassStart(first_namespace=VISITS))
         named = dict(self.model.named_parameters())
         flat = [name for name, one in named.items() if one.ndim < 2 or name == "embedding.weight"]
         self.optimizer = torch.optim.AdamW(

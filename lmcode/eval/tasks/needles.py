@@ -7,7 +7,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from lmcode.eval.tasks.task import Answer, Case, exact
+from lmcode.eval.tasks.task import Case, Prediction, exact
 
 
 @dataclass(frozen=True)
@@ -38,5 +38,5 @@ class Needles:
         first, *more = [(needle[:self.width], needle[self.width:]) for needle in draw.sample(needles, self.needles)]
         return Case(tuple(context), *first, tuple(more))
 
-    def metric(self, case: Case, answer: Answer) -> float:
+    def metric(self, case: Case, answer: Prediction) -> float:
         return exact(case, answer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from lmcode.eval.tasks.task import Answer, Case, exact
+from lmcode.eval.tasks.task import Case, Prediction, exact
 
 
 @dataclass(frozen=True)
@@ -53,5 +53,5 @@ class KeyValueRecall:
         read = [*(token for pair in given for token in pair), *pause, *(token for pair in again for token in pair)]
         return Case((*read, *between), *first, tuple(more))
 
-    def metric(self, case: Case, answer: Answer) -> float:
+    def metric(self, case: Case, answer: Prediction) -> float:
         return exact(case, answer)

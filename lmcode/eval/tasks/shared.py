@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from lmcode.eval.tasks.task import Answer, Case, Ids, exact
+from lmcode.eval.tasks.task import Case, Ids, Prediction, exact
 
 
 @dataclass(frozen=True)
@@ -51,5 +51,5 @@ class SharedFacts:
                  for one in subjects]
         return [facts[start:start + self.per_text] for start in range(0, self.facts, self.per_text)]
 
-    def metric(self, case: Case, answer: Answer) -> float:
+    def metric(self, case: Case, answer: Prediction) -> float:
         return exact(case, answer)

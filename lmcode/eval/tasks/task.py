@@ -18,6 +18,7 @@ from lmcode.data.corpus import Documents
 from lmcode.data.dataset import MemoryDataset
 from lmcode.data.streams import Batch, StreamSampler
 from lmcode.eval.reading import Reading
+from lmcode.memory import lifecycle
 from lmcode.protocol import Output
 
 Ids = tuple[int, ...]
@@ -49,7 +50,7 @@ class Case(NamedTuple):
         return spans
 
 
-class Answer(NamedTuple):
+class Prediction(NamedTuple):
     """What a model makes of a case's reference, token by token, each after the right ones before it.
 
     likeliest: at each place the id with the highest logit. nats: the losses of the reference's tokens.
@@ -67,7 +68,7 @@ class Task(Protocol):
         together, and the reference at least one."""
         ...
 
-    def metric(self, case: Case, answer: Answer) -> float:
+    def metric(self, case: Case, answer: Prediction) -> float:
         """What an answer to a case's (first) question is worth, from 0 to 1; a function of its arguments alone."""
         ...
 
@@ -110,7 +111,7 @@ def run_task(model: Backbone, task: Task, *, seed: int = 0, mode: str = "on", st
     stated = task.stated(seed, vocab_size=model.config.vocab_size) if isinstance(task, Stating) else ()
     length, scores, nats = length or model.config.context_length, [], []
     for part in range(parts):
-        own = {layer: bank.like(slots=(slots or bank.slots) // parts) for layer, bank in model.banks.items()}
+        own = {layer: lifecycle.like(bank, slots=(slots or bank.slots) // parts) for layer, bank in model.banks.items()}
         reading = Reading(model, mode=mode, slots=slots) if parts == 1 else Reading(model, mode=mode, banks=own)
         mine = cases[part::parts]
         if texts := stated[part::parts]:
@@ -140,7 +141,8 @@ def read_all(reading: Reading, texts: Sequence[list[int]], *, streams: int, leng
         yield batch, output
 
 
-def answers_to(reading: Reading, cases: Sequence[Case], *, streams: int, length: int, first: int = 0) -> list[list[Answer]]:
+def answers_to(reading: Reading, cases: Sequence[Case], *, streams: int, length: int,
+               first: int = 0) -> list[list[Prediction]]:
     """What a model makes of the questions of each case. A collective."""
     places = [frozenset(place for span in case.spans() for place in span) for case in cases]
     said: list[tuple[int, int, int, float]] = []
@@ -148,7 +150,7 @@ def answers_to(reading: Reading, cases: Sequence[Case], *, streams: int, length:
         said += predictions(batch, output, places, first)
     found = {(number, place): (id, nats) for part in reading.model.group.all_gather_object(said)
              for number, place, id, nats in part}
-    return [[Answer(*zip(*(found[number, place] for place in span), strict=True)) for span in case.spans()]
+    return [[Prediction(*zip(*(found[number, place] for place in span), strict=True)) for span in case.spans()]
             for number, case in enumerate(cases)]
 
 
@@ -175,6 +177,6 @@ def documents_of(cases: Sequence[Case]) -> Documents:
     return replace(documents, counted=counted)
 
 
-def exact(case: Case, answer: Answer) -> float:
+def exact(case: Case, answer: Prediction) -> float:
     """1 if the model would have said the reference, word for word."""
     return float(answer.likeliest == case.reference)

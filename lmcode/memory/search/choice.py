@@ -19,6 +19,40 @@ log = logging.getLogger("lmcode")
 AUTO_FAISS_SLOTS = 5_000  # from here on tier = auto leaves a global search to FAISS (measured, see README)
 
 
+class TierChoice:
+    """By which tier the searches of one bank go, read by read.
+
+    Attributes:
+        tiers: by scope, "document" or "global", the tier of a bank of this size.
+    """
+
+    def __init__(self, config: MemoryConfig, slots: int, device: torch.device) -> None:
+        """Raises ConfigError where `choose_tier` does."""
+        self.config, self.slots, self.device = config, slots, device
+        self.tiers = {scope: choose_tier(config, scope, slots, device) for scope in ("document", "global")}
+        self._logged: dict[str, str] = {}  # by scope, what `auto` was last said to search with
+
+    def pick(self, scope: str | Sequence[int], plan: Plan, *, live: int, k: int, queries: int) -> str:
+        """The tier of a search with this scope, as things are now; what `auto` picks is logged the first time and whenever
+        that changes.
+
+        Args:
+            live: entries of this rank.
+            queries: of each rank and head.
+        """
+        tier = tier_now(self.tiers, scope, self.config, plan)
+        kind = "document" if scope == "document" else "global"
+        if self.config.tier == "auto" and self._logged.get(kind) != tier:
+            self._logged[kind] = tier
+            log.info("memory.tier = auto: '%s' for reads of scope '%s' (%d entries of this rank, K = %d, %d queries of each "
+                     "rank and head): %s", tier, kind, live, k, queries, reason_of(kind, self.slots, self.device, plan))
+        return tier
+
+    def log_like(self, other: TierChoice) -> None:
+        """Leaves unsaid what the other has said already."""
+        self._logged = dict(other._logged)
+
+
 def choose_tier(config: MemoryConfig, scope: str, slots: int, device: torch.device) -> str:
     """The tier of searches with this scope. `auto` looks at settings only, so that every number of ranks decides alike.
 

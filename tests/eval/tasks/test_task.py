@@ -10,7 +10,7 @@ from lmcode.eval.reading import MODES, Reading
 from lmcode.eval.tasks.needles import Needles
 from lmcode.eval.tasks.recall import KeyValueRecall
 from lmcode.eval.tasks.shared import SharedFacts
-from lmcode.eval.tasks.task import Answer, Case, Task, documents_of, exact, read_all, run_task
+from lmcode.eval.tasks.task import Case, Prediction, Task, documents_of, exact, read_all, run_task
 from tests.helpers.models import model_with
 
 
@@ -20,7 +20,7 @@ class Echo:
     def cases(self, seed: int, *, vocab_size: int) -> list[Case]:
         return [Case(tuple(range(1, 2 + 5 * number)), (seed + number,), (seed + number,) * 3) for number in range(11)]
 
-    def metric(self, case: Case, answer: Answer) -> float:
+    def metric(self, case: Case, answer: Prediction) -> float:
         return sum(map(int.__eq__, answer.likeliest, case.reference)) / len(case.reference)
 
 
@@ -59,7 +59,7 @@ def test_recall_asks_for_the_value_that_followed_the_key() -> None:
     for case in cases:
         assert case.context.count(case.question[0]) == 1
         assert case.context[case.context.index(case.question[0]) + 1] == case.reference[0]
-        assert exact(case, Answer(case.reference, (0.0,))) == 1.0 and exact(case, Answer((0,), (0.0,))) == 0.0
+        assert exact(case, Prediction(case.reference, (0.0,))) == 1.0 and exact(case, Prediction((0,), (0.0,))) == 0.0
     with pytest.raises(ValueError, match="16 keys need a vocabulary of 48 ids: got 40"):
         task.cases(0, vocab_size=40)
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lmcode.config import ConfigError, MemoryConfig
 from lmcode.dist import Group
 from lmcode.files.tensors import write_tensors
-from lmcode.memory import LongTermMemory, planning
+from lmcode.memory import LongTermMemory, lifecycle, planning
 from lmcode.memory.search import choice, faiss_index, graphs, hnsw, plan
 from lmcode.memory.search.faiss_index import Links
 from lmcode.memory.search.graphs import Content, origin_of, read_graph, remove_graphs, write_graph
@@ -193,7 +193,7 @@ def life(group: Group | None = None, **settings: object) -> tuple[list[Tensor], 
     ask(6)
     planning.build_graphs(bank)
     ask(7)
-    fork = bank.fork(empty=False)
+    fork = lifecycle.fork(bank, empty=False)
     assert fork.shard.searcher.graphs.frozen and fork.shard.searcher.graphs.nodes == bank.shard.searcher.graphs.nodes
     bank = fork
     ask(7)
@@ -287,7 +287,7 @@ def test_small_banks_and_copies_make_none() -> None:
     planning.prepare(bank)
     bank.search(query, names(5))
     assert not bank.shard.searcher.graphs.building and bank.shard.searcher.graphs.nodes == 0
-    other = filled().fork(empty=False)
+    other = lifecycle.fork(filled(), empty=False)
     other.write(clustered(8, 800), clustered(8, 800), names(800))
     other.search(query, names(5))
     assert not other.shard.searcher.graphs.building and other.shard.searcher.graphs.nodes == 0

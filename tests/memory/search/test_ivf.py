@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lmcode.config import ConfigError, MemoryConfig
 from lmcode.dist import Group
-from lmcode.memory import LongTermMemory, measure, planning
+from lmcode.memory import LongTermMemory, lifecycle, measure, planning
 from lmcode.memory.reshard import reshard
 from lmcode.memory.search import ivf, plan
 from lmcode.memory.search.flat import search_flat
@@ -142,7 +142,7 @@ def life(folder: str, dtype: str) -> list[Tensor]:
                 save_plan(Path(folder) / "plan", bank.plan)
             bank.group.barrier()
             other = make_bank(dtype=dtype)
-            other.restore({shard: bank.state(shard) for shard in bank.owned})
+            lifecycle.restore(other, {shard: bank.state(shard) for shard in bank.owned})
             other.use(load_plan(Path(folder) / "plan", heads=H, head_dim=D))
             assert all(torch.equal(*pair) for pair in zip(ask(bank, step), ask(other, step), strict=True))
             bank = other
@@ -173,8 +173,8 @@ def test_a_reshard_keeps_what_is_found() -> None:
     bank = filled()
     planning.review(bank)
     states = reshard([bank.state(shard) for shard in bank.owned], virtual_shards=7, slots=700)
-    other = bank.like(slots=700, config=bank.config.model_copy(update={"virtual_shards": 7}))
-    other.restore(states)
+    other = lifecycle.like(bank, slots=700, config=bank.config.model_copy(update={"virtual_shards": 7}))
+    lifecycle.restore(other, states)
     assert all(torch.equal(*pair) for pair in zip(ask(bank, 0), ask(other, 0), strict=True))
 
 
@@ -228,7 +228,7 @@ def test_auto_says_what_it_picked_and_why_at_first_and_when_that_changes(caplog:
     bank, query, names = filled(tier="auto"), 7 * clustered(9, 6), torch.zeros(6).long()
     for _ in range(2):
         bank.search(query, names)
-        bank.fork(empty=False).search(query, names)
+        lifecycle.fork(bank, empty=False).search(query, names)
     said = "'exact' for reads of scope 'global' (400 entries of this rank, K = 5, 6 queries of each rank and head): fewer"
     assert caplog.text.count("for reads of scope") == caplog.text.count(said) == 1
     monkeypatch.setattr(plan, "AUTO_ENTRIES", 300)
