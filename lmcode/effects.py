@@ -61,6 +61,7 @@ RULES = (
     Rule(("memory.recall_target",), lambda config, _: config.memory.scope == "global", "memory.scope=global"),
     Rule(("memory.tier",), lambda config, _: config.memory.tier not in ("ivf", "hnsw") or config.memory.scope == "global",
          "memory.scope=global: reads of one document are exact"),
+    Rule(("memory.merge_keep",), lambda config, _: config.memory.merge_above is not None, "memory.merge_above"),
     Rule(("memory.group_size",), lambda _, ranks: ranks is None or ranks > 1, "more than one rank"),
     Rule(_in("train", "min_learning_rate schedule"), lambda config, _: config.train.total_steps > config.train.warmup_steps,
          "train.total_steps beyond train.warmup_steps"),
@@ -75,7 +76,7 @@ RULES = (
          + _in("memory", "virtual_shards group_size dtype tier fetch exchange scope write write_every write_share "
                          "value_store value_folder eviction "
                          "second_chance_importance importance_weight importance_growth consolidation_threshold merge_above "
-                         "max_norm "
+                         "merge_keep max_norm "
                          "experience_slots recall_queries recall_target")
          + _in("train", "memory_consolidation_interval") + _in("eval", "slots"), _has_bank,
          "a bank: model.long_term_memory_slots above 0 and a layer in model.memory_layers"),

@@ -4,7 +4,9 @@ A newcomer whose keys are more similar than `merge_above` to those of the neares
 heads, as in `consolidate`) becomes part of that entry: vectors are count-weighted running means, counts add up, and the
 entry is as old as its last part. Newcomers are compared with what was there before them, not with each other; several that
 join one entry do so by ascending id. So nothing depends on the number of ranks.
-Letters: E newcomers that this rank is to hold; X those of them that join an entry, here or where they arrive.
+With `memory.merge_keep=newest` an entry takes the vectors of the newcomer that joins it, so that what was said last about a
+key is what is found; candidates that a later one of their text and step says anew (`superseded`) are not offered at all.
+Letters: E newcomers that this rank is to hold, or candidates; X those of them that join an entry, here or where they arrive.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from lmcode.memory.entry import Entries
 from lmcode.memory.placement import holder_of
 from lmcode.memory.rounds import nearest_two
 from lmcode.memory.shard import Shard
+from lmcode.memory.views import runs
 
 
 @torch.no_grad()
@@ -51,6 +54,22 @@ def join_nearest(entries: Entries, shard: Shard, group: Group, *, above: float, 
     return entries.take(np.flatnonzero(~joins_E))
 
 
+def superseded(key_EHD: Tensor, text_E2: np.ndarray, *, above: float) -> np.ndarray:
+    """Rows with a later row of the same text whose keys are more similar than `above`, bool [E].
+
+    Args:
+        text_E2: namespace and document of each row.
+    """
+    order_E = np.lexsort((text_E2[:, 1], text_E2[:, 0]))  # stable: within a text, the rows keep their order
+    unit_ED = unit_keys(key_EHD.transpose(0, 1))
+    gone_E = np.zeros(len(order_E), dtype=bool)
+    for start, end, _ in zip(*runs(text_E2[order_E]), strict=True):
+        rows = torch.from_numpy(order_E[start:end]).to(unit_ED.device)
+        mean_XX = unit_ED[rows] @ unit_ED[rows].T / key_EHD.shape[1]
+        gone_E[order_E[start:end]] = (mean_XX > above).triu(1).any(1).cpu().numpy()
+    return gone_E
+
+
 def _nearest(entries: Entries, shard: Shard, group: Group, tier: str) -> tuple[np.ndarray, np.ndarray]:
     """The nearest entry of its text for each newcomer, -1 where there is none, and the mean cosine of their keys, fp64."""
     E, device = len(entries.id_E), shard.device
@@ -70,5 +89,6 @@ def _take_in(shard: Shard, vector_X2HD: Tensor, facts_X8: np.ndarray) -> None:
     for turn in range(int(place_X.max(initial=-1)) + 1):
         now = np.flatnonzero(place_X == turn)
         rows = torch.from_numpy(order[now]).to(vector_X2HD.device)
-        shard.absorb(survivor_X[now], vector_X2HD[rows], torch.from_numpy(facts_X8[order[now], 3:]).to(vector_X2HD.device))
+        shard.absorb(survivor_X[now], vector_X2HD[rows], torch.from_numpy(facts_X8[order[now], 3:]).to(vector_X2HD.device),
+                     replace=shard.config.merge_keep == "newest")
         shard.ledger.update(shard.slots_of_ids(survivor_X[now]), {"step": step_X[now]})

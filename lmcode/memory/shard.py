@@ -170,10 +170,14 @@ class Shard:
         vector_2HED = torch.stack([self.key_HMD[:, slots], value_HED]).float()
         return vector_2HED.permute(2, 0, 1, 3), on_device(pack_columns(self.columns, slot_E), self.key_HMD)
 
-    def absorb(self, id_E: np.ndarray, other_E2HD: Tensor, other_E5: Tensor) -> None:
-        """Merges into each of these entries another one, a row of `take`. Id, namespace and step stay."""
+    def absorb(self, id_E: np.ndarray, other_E2HD: Tensor, other_E5: Tensor, *, replace: bool = False) -> None:
+        """Merges into each of these entries another one, a row of `take`. Id, namespace and step stay.
+
+        Args:
+            replace: whether the other's vectors take the place of the entry's, instead of the mean of both.
+        """
         slot_E, (mine_E2HD, mine_E5) = self.slots_of_ids(id_E), self.take(id_E)
-        merged_E2HD = merge_vectors(mine_E2HD, other_E2HD, mine_E5[:, 0], other_E5[:, 0])
+        merged_E2HD = other_E2HD if replace else merge_vectors(mine_E2HD, other_E2HD, mine_E5[:, 0], other_E5[:, 0])
         key_HED, value_HED = merged_E2HD.permute(1, 2, 0, 3)
         slots = on_device(slot_E, self.key_HMD)
         self.key_HMD[:, slots] = key_HED.to(self.key_HMD.dtype)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+from torch.nn import functional as F
 
 from lmcode.config import MemoryConfig
 from lmcode.dist import Group
 from lmcode.memory.bank import LongTermMemory
+from lmcode.protocol import Candidates
 from tests.helpers.ranks import run_on_ranks
 
 H, D = 2, 4
@@ -31,26 +34,33 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return made
 
 
-def filled(group: Group) -> LongTermMemory:
-    bank = bank_of(group)
+def filled(group: Group, keep: str = "mean") -> LongTermMemory:
+    bank = bank_of(group, merge_keep=keep)
     for step, (key_HED, value_HED) in enumerate(batches()):
         bank.write(key_HED, value_HED, torch.tensor([0, 0, 0, 0, 1, 1, 1]), step=step)
     return bank
 
 
-def test_a_newcomer_joins_the_nearest_entry_of_its_text() -> None:
+@pytest.mark.parametrize("keep", ["mean", "newest"])
+def test_a_newcomer_joins_the_nearest_entry_of_its_text(keep: str) -> None:
     held: dict[int, dict[str, Any]] = {}
     number = 0
     for step, (key_HED, value_HED) in enumerate(batches()):
         before = {id_: {**one} for id_, one in held.items()}
         for at in range(7):
             key, value, space = key_HED[:, at], value_HED[:, at], int(at > 3)
+            later = [key_HED[:, other] for other in range(at + 1, 7) if int(other > 3) == space]
+            if keep == "newest" and any(torch.cosine_similarity(other, key, dim=-1).mean() > 0.9 for other in later):
+                continue
             scored = [(float(torch.cosine_similarity(one["key"], key, dim=-1).mean()), -id_)
                       for id_, one in before.items() if one["space"] == space]
             best = max(scored, default=(0.0, 0))
             if best[0] > 0.9:
                 one = held[-best[1]]
                 count = one["count"]
+                if keep == "newest":
+                    one.update(key=key, value=value, count=count + 1, step=step)
+                    continue
                 lengths = one["key"].norm(dim=-1), key.norm(dim=-1)
                 mean = (count * one["key"] + key) / (count + 1)
                 wanted = (count * lengths[0] + lengths[1]) / (count + 1)
@@ -60,7 +70,7 @@ def test_a_newcomer_joins_the_nearest_entry_of_its_text() -> None:
                 held[number + at] = {"key": key, "value": value, "space": space, "count": 1, "step": step}
         number += 7
     assert any(one["count"] > 2 for one in held.values()) and any(one["count"] == 1 for one in held.values())
-    shard = filled(Group()).shard
+    shard = filled(Group(), keep).shard
     assert {*shard.columns["id"][shard.live_M].tolist()} == {*held}
     for slot in shard.live_M.nonzero()[0]:
         one = held[int(shard.columns["id"][slot])]
@@ -69,11 +79,33 @@ def test_a_newcomer_joins_the_nearest_entry_of_its_text() -> None:
         torch.testing.assert_close(shard.value_HMD[:, slot], one["value"])
 
 
+def offered(group: Group) -> LongTermMemory:
+    """A bank to which one rank, the last, offers the candidates of each step in two parts."""
+    bank = bank_of(group, merge_keep="newest", write="all")
+    for step, (key, value) in enumerate(batches()):
+        mine = group.rank == group.size - 1
+        parts = [Candidates(key[:, part], value[:, part], torch.tensor([0, 0, 0, 0, 1, 1, 1])[part], torch.ones(7)[part],
+                            torch.full((7,), mine)[part]) for part in (slice(0, 3), slice(3, 7))]
+        bank.commit(parts, [], step=step)
+    return bank
+
+
+def test_of_candidates_that_say_a_key_anew_the_last_is_found() -> None:
+    bank = bank_of(Group(), merge_keep="newest", write="all")
+    key = F.normalize(torch.randn(H, 1, D, generator=torch.Generator().manual_seed(1)), dim=-1)
+    for step, values in enumerate(([1.0, 2.0], [3.0], [4.0, 5.0, 6.0])):
+        value = torch.tensor(values).expand(H, D, -1).transpose(1, 2).contiguous()
+        bank.commit([Candidates(key.expand(-1, len(values), -1), value, torch.zeros(len(values)).long(),
+                                torch.ones(len(values)), torch.ones(len(values)).bool())], [], step=step)
+        found, _ = bank.look_up(key, torch.zeros(1).long())
+        assert bank.stats()["live"] == 1 and torch.allclose(found, torch.full_like(found, values[-1]))
+
+
 def _hashes() -> list[str]:
     world = Group.world()
-    return [filled(group).content_hash() for group in (world, world.split(2)[0])]
+    return [make(group).content_hash() for group in (world, world.split(2)[0]) for make in (filled, offered)]
 
 
 def test_ranks_change_nothing() -> None:
-    alone = filled(Group()).content_hash()
-    assert run_on_ranks(_hashes, 4) == [[alone, alone]] * 4
+    alone = [make(Group()).content_hash() for make in (filled, offered)]
+    assert run_on_ranks(_hashes, 4) == [alone * 2] * 4
