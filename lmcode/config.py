@@ -178,9 +178,9 @@ class MemoryConfig(Section):
                                            "namespace merge, every train.memory_consolidation_interval steps")
     merge_above: float | None = Field(None, gt=0.0, lt=1.0, description="mean cosine of keys above which a newcomer joins "
                                       "the nearest entry of its text instead of taking a slot; null: none does")
-    merge_keep: Literal["mean", "newest"] = Field("mean", description="what an entry is that newcomers have joined: the mean of "
-                                                  "its parts, or the newest; then only the last of similar candidates of "
-                                                  "one text and step is written")
+    merge_keep: Literal["mean", "newest"] = Field("mean", description="what an entry becomes that newcomers join: the mean "
+                                                  "of its parts, or the newest; then only the last of similar candidates "
+                                                  "of one text and step is written")
     max_norm: float = Field(100.0, gt=0.0, description="longer values are scaled down to this length")
     experience_slots: int = Field(16384, ge=1, description="experiences that a model holds over all ranks")
     recall_queries: int = Field(64, ge=0, description="queries per logged step, of all ranks, that are checked against "
