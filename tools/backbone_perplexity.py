@@ -78,7 +78,7 @@ class Lab:
 
     def banks(self, setting: Setting) -> dict[int, LongTermMemory]:
         config = self.memory.model_copy(update={"merge_above": setting.merge}) if setting.merge else self.memory
-        return {layer: self.attached.banks[layer].like(config=config) for layer in self.layers_of(setting)}
+        return {layer: lifecycle.like(self.attached.banks[layer], config=config) for layer in self.layers_of(setting)}
 
     def read(self, ids_T: torch.Tensor, state: Any, banks: dict[int, LongTermMemory], *, alone: bool = False) -> Any:
         """One window; `alone`: sees neither sinks nor cache."""

@@ -266,7 +266,7 @@ class Trial:
     def fork(self) -> None:
         """Goes on with a copy; what is done to the original must not show."""
         original, content = self.bank, self.bank.content_hash()
-        self.bank = original.fork(empty=False)
+        self.bank = lifecycle.fork(original, empty=False)
         original.delete(namespace=int(self.rng.integers(NAMESPACES)))
         self.require(self.bank.content_hash() == content, "a fork changes with its original")
         self.done["fork"] += 1
