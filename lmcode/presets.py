@@ -33,7 +33,7 @@ def tiny() -> RunConfig:
                            short_term_memory_size=16, short_term_dim=48, short_term_segment=64, memory_update_rate=0.5,
                            long_term_memory_slots=65536, memory_layers=(3,), memory_heads=2, memory_head_dim=64,
                            memory_temperature=16.0, memory_key_tokens=2, memory_values="token"),
-        memory=MemoryConfig(virtual_shards=12, tier="faiss-flat"),
+        memory=MemoryConfig(virtual_shards=12),
         data=DataConfig(),
         train=TrainConfig(learning_rate=2e-3, warmup_steps=50, total_steps=400, streams=8, sequence_length=256),
         eval=EvalConfig(every=200, streams=8, windows=12, final_windows=48),

@@ -90,10 +90,11 @@ def _candidates(query_ND: Tensor, rows: HeadRows, k: int, hidden: Hidden, slack_
     size, found, held_N = group_size(M, k), [], torch.zeros(len(query_ND), dtype=torch.int64, device=query_ND.device)
     for start in range(0, M, CHUNK):
         chunk = slice(start, start + CHUNK)
-        score_NM = torch.mm(query_ND, rows.key_MD[chunk].float().T).add_(rows.addend_M[chunk])
+        key_MD, addend_M = rows.key_MD[chunk].float(), rows.addend_M[chunk]
+        if short := -len(key_MD) % size:
+            key_MD, addend_M = F.pad(key_MD, (0, 0, 0, short)), F.pad(addend_M, (0, short), value=NO_SCORE)
+        score_NM = torch.mm(query_ND, key_MD.T).add_(addend_M)
         _hide(score_NM, hidden, start)
-        if short := -score_NM.shape[1] % size:
-            score_NM = F.pad(score_NM, (0, short), value=NO_SCORE)
         grouped = score_NM.view(len(query_ND), size, -1)  # [N, rows of a group, groups]
         tops = grouped.amax(dim=1)
         best_NK = largest(torch.cat([best_NK, tops], dim=1), k)
