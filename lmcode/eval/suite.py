@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "K = 4": {"model": {"memory_top_k": 4}}, "a read for 4 tokens": {"model": {"retrieval_stride": 4}},
     "bias 0": {"model": {"memory_bias": 0.0}}, "no importance": {"memory": {"importance_weight": 0.0}},
     "every 4th token": {"memory": {"write": "every_nth"}}, "the surprising quarter": {"memory": {"write": "surprise"}}}
+# Keys of one token have a mean cosine of 0.995 or more to each other, those of different tokens up to 0.986.
+NEWEST = {"merge_above": 0.99, "merge_keep": "newest"}
 RETENTION_SLOTS = 2048  # 8 streams with 16 facts each, read twice with a pause, fill half of it
 
 
@@ -53,7 +54,7 @@ def smoke(_: Path | None) -> dict[str, Trial | TextTrial]:
 
 def small(books: Path | None) -> dict[str, Trial | TextTrial]:
     """Trials of about a minute of training each, measured at several points; one on books where a path of some is given."""
-    training, lessons = Training(steps=800, model=LARGE_BANK), ((NEAR, 0.4), (FAR, 0.6))
+    training, lessons = Training(steps=1200, model=LARGE_BANK), ((NEAR, 0.4), (FAR, 0.6))
     text, cache = Training(steps=400, learning_rate=2e-3, warmup=40, model=TEXT_SHAPE), Path("runs/suite-corpora")
     trials: dict[str, Trial | TextTrial] = {
         "recall": Trial("values by their keys, two windows and more back", "pairs", training, lessons,
@@ -69,11 +70,9 @@ def small(books: Path | None) -> dict[str, Trial | TextTrial]:
                            slots=RETENTION_SLOTS, modes=(), rivals=(),
                            policies={f"eviction {name}": {"eviction": name} for name in EVICTIONS},
                            expected={"(1 - 8/N)^t": lambda t: (1 - 8 / RETENTION_SLOTS)**t}),
-        "last value": Trial("the second value of keys that have two", "pairs", training,
-                            ((NEAR, 0.3), (replace(NEAR, pairs=6, again=6, questions=6), 0.2),
-                             (replace(FAR, pairs=16, again=16, questions=16), 0.5)),
+        "last value": Trial("the second value of keys that have two", "pairs", training, lessons,
                             {n: KeyValueRecall(count=8, pairs=n, between=128, questions=n, again=n) for n in (16, 64)},
-                            target=0.95, rivals=("no bank",)),
+                            target=0.95, rivals=("no bank",), policies={"newest replaces": NEWEST}),
         "needles": Trial("names of two tokens and what they stand for, in long texts", "tokens of text",
                          Training(steps=1000, model=NEEDLE_MODEL),
                          ((Needles(count=4000, needles=8, length=0, width=2), 0.6),
