@@ -45,11 +45,12 @@ def bench(arguments: argparse.Namespace) -> str:
 
 def _add_search(kinds: Any, command: Command, number: Number) -> None:
     parser = command(
-        kinds, "search", help="search of a sliced bank, beside FAISS and torch in one process with as many threads",
+        kinds, "search", overrides=False,
+        help="search of a sliced bank, beside FAISS and torch in one process with as many threads",
         usage="lmcode bench search [--model RUN] [--rows N ...] [--queries N] [--top-k N] [--ranks N] [--tiers NAME ...] "
-              "[--probes N] [--rounds N] [--out FILE]",
+              "[--probes N] [--width N] [--rounds N] [--out FILE]",
         examples="  lmcode bench search --model runs/books --rows 100000 1000000\n"
-                 "  lmcode bench search --rows 20000 --queries 256 --tiers exact --out search.json")
+                 "  lmcode bench search --rows 20000 --queries 256 --tiers exact hnsw --out search.json")
     parser.set_defaults(measure=search)
     parser.add_argument("--model", metavar="RUN", help="a run or checkpoint whose keys are taken; random ones always are")
     parser.add_argument("--rows", metavar="N", nargs="+", type=number(int, lowest=1000), default=[100_000],
@@ -61,10 +62,17 @@ def _add_search(kinds: Any, command: Command, number: Number) -> None:
     parser.add_argument("--ranks", metavar="N", type=number(int, lowest=1, highest=64), default=2,
                         help="processes of one thread; the peers have as many threads (%(default)s)")
     parser.add_argument("--tiers", metavar="NAME", nargs="+", default=["exact", "faiss-flat", "ivf"],
-                        help="search tiers (%(default)s)")
+                        help="search tiers, with FAISS's own index beside ivf and hnsw (exact faiss-flat ivf)")
     parser.add_argument("--probes", metavar="N", type=number(int, lowest=1), default=16,
                         help="lists that ivf looks into (%(default)s)")
-    parser.add_argument("--rounds", metavar="N", type=number(int, lowest=1), default=5, help="of all ways (%(default)s)")
+    parser.add_argument("--width", metavar="N", type=number(int, lowest=1), default=64,
+                        help="entries that hnsw keeps in view, of each graph (%(default)s)")
+    _add_rounds(parser, number, 5)
+
+
+def _add_rounds(parser: argparse.ArgumentParser, number: Number, default: int) -> None:
+    parser.add_argument("--rounds", metavar="N", type=number(int, lowest=1), default=default,
+                        help="in which every way has its turn; numbers are medians over them (%(default)s)")
     parser.add_argument("--out", metavar="FILE", type=Path, help="write JSON, too")
 
 
@@ -76,5 +84,5 @@ def search(arguments: argparse.Namespace) -> Measured:
 
     settings = Settings(model=arguments.model, rows=tuple(arguments.rows), queries=arguments.queries, top_k=arguments.top_k,
                         ranks=arguments.ranks, rounds=arguments.rounds, tiers=tuple(arguments.tiers),
-                        probes=arguments.probes, seed=0)
+                        probes=arguments.probes, width=arguments.width, seed=0)
     return asdict(settings), run(settings)
