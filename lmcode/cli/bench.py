@@ -23,8 +23,9 @@ def add_bench(commands: Any, command: Command, number: Number, ignore_local_rank
     text = "measure a part of the program beside its peers, taking turns; medians"
     parser = commands.add_parser("bench", help=text, description=text)
     ignore_local_rank(parser)
-    kinds = parser.add_subparsers(title="commands", metavar="search", required=True)
+    kinds = parser.add_subparsers(title="commands", metavar="search|exchange", required=True)
     _add_search(kinds, command, number)
+    _add_exchange(kinds, command, number)
 
 
 def bench(arguments: argparse.Namespace) -> str:
@@ -76,6 +77,24 @@ def _add_rounds(parser: argparse.ArgumentParser, number: Number, default: int) -
     parser.add_argument("--out", metavar="FILE", type=Path, help="write JSON, too")
 
 
+def _add_exchange(kinds: Any, command: Command, number: Number) -> None:
+    parser = command(
+        kinds, "exchange", overrides=False,
+        help="what a read moves between ranks, by phase, with every memory.exchange and memory.fetch",
+        usage="lmcode bench exchange [--ranks N] [--queries N] [--top-k N] [--heads N] [--width N] [--rows N] [--rounds N] "
+              "[--out FILE]",
+        examples="  lmcode bench exchange --ranks 4\n  lmcode bench exchange --ranks 2 --queries 256 --out exchange.json")
+    parser.set_defaults(measure=exchange)
+    for option, default, lowest, highest, help in (
+            ("--ranks", 4, 2, 64, "processes of one thread"),
+            ("--queries", 1024, 1, 1 << 20, "of each rank and head"), ("--top-k", 32, 1, 999, "hits wanted"),
+            ("--heads", 2, 1, 64, "of the bank"), ("--width", 64, 1, 4096, "of a key, and of a value"),
+            ("--rows", 8192, 1000, 1 << 24, "entries of the bank, few enough to be searched quickly")):
+        parser.add_argument(option, metavar="N", type=number(int, lowest=lowest, highest=highest), default=default,
+                            help=f"{help} (%(default)s)")
+    _add_rounds(parser, number, 5)
+
+
 def search(arguments: argparse.Namespace) -> Measured:
     """`lmcode bench search`."""
     from dataclasses import asdict
@@ -85,4 +104,15 @@ def search(arguments: argparse.Namespace) -> Measured:
     settings = Settings(model=arguments.model, rows=tuple(arguments.rows), queries=arguments.queries, top_k=arguments.top_k,
                         ranks=arguments.ranks, rounds=arguments.rounds, tiers=tuple(arguments.tiers),
                         probes=arguments.probes, width=arguments.width, seed=0)
+    return asdict(settings), run(settings)
+
+
+def exchange(arguments: argparse.Namespace) -> Measured:
+    """`lmcode bench exchange`."""
+    from dataclasses import asdict
+
+    from lmcode.bench.exchange import Settings, run
+
+    settings = Settings(ranks=arguments.ranks, queries=arguments.queries, top_k=arguments.top_k, heads=arguments.heads,
+                        width=arguments.width, rows=arguments.rows, rounds=arguments.rounds, seed=0)
     return asdict(settings), run(settings)
