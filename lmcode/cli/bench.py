@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmcode.config import ConfigError
+from lmcode.config import EVICTIONS, ConfigError
 
 Command = Callable[..., argparse.ArgumentParser]
 Number = Callable[..., Callable[[str], int | float]]
@@ -23,9 +23,10 @@ def add_bench(commands: Any, command: Command, number: Number, ignore_local_rank
     text = "measure a part of the program beside its peers, taking turns; medians"
     parser = commands.add_parser("bench", help=text, description=text)
     ignore_local_rank(parser)
-    kinds = parser.add_subparsers(title="commands", metavar="search|exchange", required=True)
+    kinds = parser.add_subparsers(title="commands", metavar="search|exchange|evict", required=True)
     _add_search(kinds, command, number)
     _add_exchange(kinds, command, number)
+    _add_evict(kinds, command, number)
 
 
 def bench(arguments: argparse.Namespace) -> str:
@@ -95,6 +96,20 @@ def _add_exchange(kinds: Any, command: Command, number: Number) -> None:
     _add_rounds(parser, number, 5)
 
 
+def _add_evict(kinds: Any, command: Command, number: Number) -> None:
+    parser = command(
+        kinds, "evict", overrides=False,
+        help="the bookkeeping of a commit, by policy of eviction and slots, beside the smallest bank",
+        usage="lmcode bench evict [--slots N N ...] [--policies NAME ...] [--rounds N] [--out FILE]",
+        examples="  lmcode bench evict\n  lmcode bench evict --slots 100000 10000000 --policies clock --out evict.json")
+    parser.set_defaults(measure=evict)
+    parser.add_argument("--slots", metavar="N", nargs="+", type=number(int, lowest=1000), default=[100_000, 1_000_000],
+                        help="of the banks, each of which is filled (100000 1000000)")
+    parser.add_argument("--policies", metavar="NAME", nargs="+", default=[*EVICTIONS],
+                        help=f"of memory.eviction ({' '.join(EVICTIONS)})")
+    _add_rounds(parser, number, 20)
+
+
 def search(arguments: argparse.Namespace) -> Measured:
     """`lmcode bench search`."""
     from dataclasses import asdict
@@ -115,4 +130,14 @@ def exchange(arguments: argparse.Namespace) -> Measured:
 
     settings = Settings(ranks=arguments.ranks, queries=arguments.queries, top_k=arguments.top_k, heads=arguments.heads,
                         width=arguments.width, rows=arguments.rows, rounds=arguments.rounds, seed=0)
+    return asdict(settings), run(settings)
+
+
+def evict(arguments: argparse.Namespace) -> Measured:
+    """`lmcode bench evict`."""
+    from dataclasses import asdict
+
+    from lmcode.bench.evict import Settings, run
+
+    settings = Settings(slots=tuple(arguments.slots), policies=tuple(arguments.policies), rounds=arguments.rounds, seed=0)
     return asdict(settings), run(settings)
