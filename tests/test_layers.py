@@ -39,7 +39,7 @@ MAY_PRINT = ("lmcode/cli/command.py",)
 # The parts of lmcode from the ground up: each imports only those before it.
 ORDER = ("version", "processor", "config", "backbone_config", "precision", "protocol", "presets", "effects", "dist", "files",
          "model", "memory", "data", "memories", "jobs", "backbone", "saved", "language_model", "recipes", "opening", "eval",
-         "bench", "train", "report", "estimate", "doctor", "cli", "hf")
+         "train", "bench", "report", "estimate", "doctor", "cli", "hf")
 
 
 def reaches(names: set[str], package: str) -> set[str]:

@@ -8,24 +8,34 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lmcode.config import EVICTIONS, ConfigError
+from lmcode.config import EVICTIONS, ConfigError, RunConfig
 
 Command = Callable[..., argparse.ArgumentParser]
 Number = Callable[..., Callable[[str], int | float]]
 Measured = tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]  # what was asked for, and the rows of the table
 
 
-def add_bench(commands: Any, command: Command, number: Number, ignore_local_rank: Callable[[Any], None]) -> None:
+class Presets(NamedTuple):
+    """How a command asks for the settings of a run, and how it is told them."""
+
+    add: Callable[[argparse.ArgumentParser], None]
+    read: Callable[[argparse.Namespace], RunConfig]
+
+
+def add_bench(commands: Any, command: Command, number: Number, ignore_local_rank: Callable[[Any], None],
+              presets: Presets) -> None:
     """Adds `bench` and its subcommands."""
     text = "measure a part of the program beside its peers, taking turns; medians"
     parser = commands.add_parser("bench", help=text, description=text)
     ignore_local_rank(parser)
-    kinds = parser.add_subparsers(title="commands", metavar="search|exchange|evict", required=True)
+    kinds = parser.add_subparsers(title="commands", metavar="search|exchange|step|evict", required=True)
     _add_search(kinds, command, number)
     _add_exchange(kinds, command, number)
+    _add_step(kinds, command, number, presets)
     _add_evict(kinds, command, number)
 
 
@@ -96,6 +106,22 @@ def _add_exchange(kinds: Any, command: Command, number: Number) -> None:
     _add_rounds(parser, number, 5)
 
 
+def _add_step(kinds: Any, command: Command, number: Number, presets: Presets) -> None:
+    parser = command(
+        kinds, "step", overrides=True, help="training steps of a model with its bank, beside the same model without one",
+        usage="lmcode bench step [--preset NAME | --config FILE.yaml] [--ranks N] [--steps N] [--rounds N] [--out FILE] "
+              "[section.key=value ...]",
+        examples="  lmcode bench step\n  lmcode bench step --ranks 1 memory.tier=exact model.retrieval_stride=2\n"
+                 "  lmcode bench step --preset tiny --steps 10 --out step.json data.path=books/")
+    parser.set_defaults(measure=partial(step, presets))
+    presets.add(parser)
+    parser.add_argument("--ranks", metavar="N", type=number(int, lowest=1, highest=64), default=2,
+                        help="processes of one thread (%(default)s)")
+    parser.add_argument("--steps", metavar="N", type=number(int, lowest=1), default=5,
+                        help="of one model before the other has its turn (%(default)s)")
+    _add_rounds(parser, number, 5)
+
+
 def _add_evict(kinds: Any, command: Command, number: Number) -> None:
     parser = command(
         kinds, "evict", overrides=False,
@@ -131,6 +157,16 @@ def exchange(arguments: argparse.Namespace) -> Measured:
     settings = Settings(ranks=arguments.ranks, queries=arguments.queries, top_k=arguments.top_k, heads=arguments.heads,
                         width=arguments.width, rows=arguments.rows, rounds=arguments.rounds, seed=0)
     return asdict(settings), run(settings)
+
+
+def step(presets: Presets, arguments: argparse.Namespace) -> Measured:
+    """`lmcode bench step`."""
+    from lmcode.bench.step import Settings, run
+
+    settings = Settings(presets.read(arguments), ranks=arguments.ranks, steps=arguments.steps, rounds=arguments.rounds)
+    asked = {"config": settings.config.model_dump(mode="json"), "ranks": settings.ranks, "steps": settings.steps,
+             "rounds": settings.rounds}
+    return asked, run(settings)
 
 
 def evict(arguments: argparse.Namespace) -> Measured:
