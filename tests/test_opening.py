@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,10 @@ def test_an_opened_model_has_its_graphs_beside_it_and_a_deletion_takes_them_away
     again.banks[1].shard.searcher.graphs.wait()
     assert planning.tend_graphs(again.banks[1].shard, again.group) and again.banks[1].shard.searcher.graphs.nodes == 150
     assert sum(made) == 150 and len(made) == 2, "they were made once, and read"
+    snapshot = tmp_path / "snapshots" / "model"
+    shutil.copytree(tmp_path / "model", snapshot)
+    planning.build_graphs(LMCODE.from_pretrained(snapshot).banks[1])
+    assert len(made) == 4 and [*snapshot.parent.iterdir()] == [snapshot], "the hub's cache is left alone"
     other = open_model(tmp_path / "model", ["memory.tier=exact"])
     assert other.model.memory_config.tier == other.config.memory.tier == "exact"
     assert other.model.banks[1].content_hash() == opened.banks[1].content_hash()

@@ -53,6 +53,11 @@ class Pair:
         for bank in self.sessions[WITH].model.banks.values():
             fill(bank, seed=seed)
 
+    def filled(self) -> str:
+        """How full the banks are."""
+        stats = [bank.stats() for bank in self.sessions[WITH].model.banks.values()]
+        return f"{sum(one['live'] for one in stats):,} of {sum(one['slots'] for one in stats):,} slots taken"
+
     def turn(self, name: str, steps: int) -> dict[str, float]:
         """Some steps of one model: tokens of all ranks, seconds on the wall and of the processor, milliseconds a step by
         phase, and the bytes received a step."""
@@ -94,8 +99,10 @@ def run(settings: Settings) -> list[dict[str, Any]]:
             (Path(folder) / str(number)).mkdir()
         with Workers(settings.ranks, Pair, configs, folder, config.train.seed) as workers:
             turns = in_turns({name: partial(_turn, workers, name, settings.steps) for name in configs}, settings.rounds)
+            notes = {WITH: workers.call("filled")[0], WITHOUT: ""}
     found = {name: medians(some) for name, some in turns.items()}
-    return [*(_row(name, one, found[WITHOUT], settings.steps) for name, one in found.items()), _others()]
+    return [*({**_row(name, one, found[WITHOUT], settings.steps), "note": notes[name]} for name, one in found.items()),
+            _others()]
 
 
 def _turn(workers: Workers, name: str, steps: int) -> dict[str, float]:
@@ -107,8 +114,7 @@ def _turn(workers: Workers, name: str, steps: int) -> dict[str, float]:
 def _row(name: str, mine: dict[str, float], beside: dict[str, float], steps: int) -> dict[str, Any]:
     speed = (mine["tokens"] / mine["wall"]) / (beside["tokens"] / beside["wall"])
     return {"way": name, "tokens/s": mine["tokens"] / mine["wall"], "speed": speed, "cpu ms": 1000 * mine["cpu"] / steps,
-            **{f"{phase} ms": mine[f"perf/{phase}_ms"] for phase in PHASES}, "bytes": round(mine["perf/bytes_received"]),
-            "note": ""}
+            **{f"{phase} ms": mine[f"perf/{phase}_ms"] for phase in PHASES}, "bytes": round(mine["perf/bytes_received"])}
 
 
 def _others() -> dict[str, Any]:

@@ -42,6 +42,7 @@ def test_both_models_have_their_rows_and_their_turns(config: list[str], tmp_path
     assert none["speed"] == 1.0 and bank["speed"] == bank["tokens/s"] / none["tokens/s"]
     assert {f"{phase} ms" for phase in PHASES} <= bank.keys() and bank["search ms"] > 0 == none["search ms"]
     assert bank["bytes"] > none["bytes"] > 0 and bank["forward ms"] > 0
+    assert bank["note"] == "480 of 480 slots taken" and none["note"] == ""
     assert others["way"] == "memorizing-transformers-pytorch" and others["note"].startswith("left out: ")
     assert said["settings"]["config"]["memory"]["recall_queries"] == 0 and said["settings"]["steps"] == 2
     assert "left out: " in capsys.readouterr().out
