@@ -43,6 +43,7 @@ def test_hnsw_goes_through_graphs_or_says_why_not(tmp_path: Path) -> None:
     assert 0.1 < narrow["lmcode hnsw"]["recall"] < 1.0, "nine entries in view miss some, so it was no exact search"
     assert 0.1 < narrow["faiss.IndexHNSWFlat"]["recall"] < 1.0 and narrow["lmcode exact"]["made s"] is None
     assert narrow["lmcode hnsw"]["made s"] > 0 and narrow["faiss.IndexHNSWFlat"]["made s"] > 0
+    assert measured("--rows", "5000", "--width", "300")["lmcode hnsw"]["recall"] > narrow["lmcode hnsw"]["recall"] + 0.1
     few = measured("--rows", "2000")["lmcode hnsw"]
     assert few["note"] == "no graphs, so exact: virtual shards of fewer than 1,024 entries have none"
     assert few["recall"] == 1.0

@@ -35,14 +35,14 @@ def test_both_models_have_their_rows_and_their_turns(config: list[str], tmp_path
     monkeypatch.setattr(step, "_turn", counted)
     out = tmp_path / "step.json"
     assert main(["bench", "step", *config, "--ranks", "2", "--steps", "2", "--rounds", "2", "--out", str(out),
-                 "memory.recall_queries=0"]) == DONE
+                 "memory.recall_queries=0", "model.long_term_memory_slots=4800"]) == DONE
     said = json.loads(out.read_text())
     bank, none, others = said["rows"]
     assert turns == [bank["way"], none["way"]] * 3 == [step.WITH, step.WITHOUT] * 3, "the first round does not count"
     assert none["speed"] == 1.0 and bank["speed"] == bank["tokens/s"] / none["tokens/s"]
     assert {f"{phase} ms" for phase in PHASES} <= bank.keys() and bank["search ms"] > 0 == none["search ms"]
     assert bank["bytes"] > none["bytes"] > 0 and bank["forward ms"] > 0
-    assert bank["note"] == "480 of 480 slots taken" and none["note"] == ""
+    assert bank["note"] == "4,800 of 4,800 slots taken" and none["note"] == "", "steps alone do not fill it"
     assert others["way"] == "memorizing-transformers-pytorch" and others["note"].startswith("left out: ")
     assert said["settings"]["config"]["memory"]["recall_queries"] == 0 and said["settings"]["steps"] == 2
     assert "left out: " in capsys.readouterr().out
