@@ -19,6 +19,7 @@ COLLECTIVES = {"all_gather", "all_gather_int", "all_gather_rows", "all_to_all", 
                "all_gather_object", "broadcast"}
 OWNERS: dict[str, str | tuple[str, ...]] = {  # the one file or folder that may import a package
     "faiss": ("lmcode/memory/search/faiss_index.py", "lmcode/bench/peers.py"),  # peers
+    "memorizing_transformers_pytorch": "lmcode/bench/memorizing.py",
     "deepspeed": "lmcode/train/engine.py",
     "tensorboard": "lmcode/train/metrics.py",
     "torch.utils.tensorboard": "lmcode/train/metrics.py",

@@ -16,6 +16,7 @@ TESTED_IN = {
     "__main__": "launch/test_starts",
     "bench/banks": "bench/test_evict",
     "bench/keys": "bench/test_search",
+    "bench/memorizing": "bench/test_step",
     "bench/peers": "bench/test_search",
     "bench/turns": "bench/test_search",
     "bench/workers": "bench/test_search",

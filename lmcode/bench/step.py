@@ -3,12 +3,11 @@
 Every rank, a process of one thread, holds both models with an engine each, and all ranks train them in turns. The bank is
 full before anybody is timed, of entries that no document of the corpus wrote, so that every write evicts somebody. Where
 the time goes is said by the counters that a run's `perf/` metrics come from: searching and exchanging are taken out of the
-phases that they happen in.
+phases that they happen in. Somebody else's model is a further peer where it is installed: see `memorizing`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lmcode import dist
+from lmcode.bench import memorizing
 from lmcode.bench.banks import fill
 from lmcode.bench.turns import in_turns, medians, timed
 from lmcode.bench.workers import Workers
@@ -29,7 +29,6 @@ from lmcode.train.session import Session
 from lmcode.train.start import Start, set_up
 
 WITH, WITHOUT = "with its bank", "without a bank"
-OTHERS = "memorizing-transformers-pytorch"  # a package of somebody else's with a memory beside the model
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,24 @@ class Pair:
             self.sessions[name] = set_up(config, dist.discover(), start=start, watch=NullWatch(Clock(), Group.world()))
         for bank in self.sessions[WITH].model.banks.values():
             fill(bank, seed=seed)
+        self.others: memorizing.Memorizing | None = None
+        if not memorizing.missing():
+            group, corpus = Group.world(), self.sessions[WITH].corpus
+            self.others = memorizing.Memorizing(configs[WITH], corpus.train, group, Path(folder) / f"others-{group.rank}")
 
-    def filled(self) -> str:
-        """How full the banks are."""
+    def notes(self) -> dict[str, str]:
+        """What a reader should know of each way: how full the banks are, and how large somebody else's model is."""
         stats = [bank.stats() for bank in self.sessions[WITH].model.banks.values()]
-        return f"{sum(one['live'] for one in stats):,} of {sum(one['slots'] for one in stats):,} slots taken"
+        live, slots = (sum(one[name] for one in stats) for name in ("live", "slots"))
+        others = memorizing.missing() if self.others is None else f"another model, of {self.others.weights:,} weights"
+        return {WITH: f"{live:,} of {slots:,} slots taken", WITHOUT: "", memorizing.NAME: others}
 
     def turn(self, name: str, steps: int) -> dict[str, float]:
         """Some steps of one model: tokens of all ranks, seconds on the wall and of the processor, milliseconds a step by
-        phase, and the bytes received a step."""
+        phase, and the bytes received a step; the last two of our own models."""
+        if name == memorizing.NAME:
+            assert self.others is not None
+            return self.others.turn(steps)
         session, tokens = self.sessions[name], list[int]()
         session.clock.take()
         observe.forget_costs(session)
@@ -78,7 +86,7 @@ class Pair:
 
 def run(settings: Settings) -> list[dict[str, Any]]:
     """A row for each model: medians of tokens a second, of the speed beside the model without a bank, and of milliseconds a
-    step by phase; and one that says whether somebody else's model was measured.
+    step by phase. Somebody else's has one, too, if only to say that it was left out.
 
     Raises:
         ConfigError: for settings without a bank, or that cannot be trained with on so many ranks; a corpus that cannot be
@@ -98,11 +106,12 @@ def run(settings: Settings) -> list[dict[str, Any]]:
         for number in range(len(configs)):
             (Path(folder) / str(number)).mkdir()
         with Workers(settings.ranks, Pair, configs, folder, config.train.seed) as workers:
-            turns = in_turns({name: partial(_turn, workers, name, settings.steps) for name in configs}, settings.rounds)
-            notes = {WITH: workers.call("filled")[0], WITHOUT: ""}
+            names = [*configs, *([] if memorizing.missing() else [memorizing.NAME])]
+            turns = in_turns({name: partial(_turn, workers, name, settings.steps) for name in names}, settings.rounds)
+            notes = workers.call("notes")[0]
     found = {name: medians(some) for name, some in turns.items()}
-    return [*({**_row(name, one, found[WITHOUT], settings.steps), "note": notes[name]} for name, one in found.items()),
-            _others()]
+    return [{"way": name, **(_row(found[name], found[WITHOUT], settings.steps) if name in found else {}), "note": note}
+            for name, note in notes.items()]
 
 
 def _turn(workers: Workers, name: str, steps: int) -> dict[str, float]:
@@ -111,12 +120,9 @@ def _turn(workers: Workers, name: str, steps: int) -> dict[str, float]:
     return {**by_rank[0], "wall": max(one["wall"] for one in by_rank), "cpu": sum(one["cpu"] for one in by_rank)}
 
 
-def _row(name: str, mine: dict[str, float], beside: dict[str, float], steps: int) -> dict[str, Any]:
+def _row(mine: dict[str, float], beside: dict[str, float], steps: int) -> dict[str, Any]:
     speed = (mine["tokens"] / mine["wall"]) / (beside["tokens"] / beside["wall"])
-    return {"way": name, "tokens/s": mine["tokens"] / mine["wall"], "speed": speed, "cpu ms": 1000 * mine["cpu"] / steps,
-            **{f"{phase} ms": mine[f"perf/{phase}_ms"] for phase in PHASES}, "bytes": round(mine["perf/bytes_received"])}
-
-
-def _others() -> dict[str, Any]:
-    there = importlib.util.find_spec(OTHERS.replace("-", "_")) is not None
-    return {"way": OTHERS, "note": "left out: installed, but nothing here trains it" if there else "left out: not installed"}
+    return {"tokens/s": mine["tokens"] / mine["wall"], "speed": speed, "cpu ms": 1000 * mine["cpu"] / steps,
+            "step ms": 1000 * mine["wall"] / steps,
+            **{f"{phase} ms": mine.get(f"perf/{phase}_ms") for phase in PHASES if phase != "step"},
+            "bytes": round(mine["perf/bytes_received"]) if "perf/bytes_received" in mine else None}
