@@ -19,6 +19,7 @@ from lmcode.config import ConfigError, LMCODEConfig, MemoryConfig
 from lmcode.data.tokenizer import check_vocab
 from lmcode.dist import Group, check_same, on_rank_0
 from lmcode.memories.experiences import Namespace, is_number_of_a_name, namespace_number
+from lmcode.memories.files import prepare_search
 from lmcode.model.generation.generate import Generation, Prompts, generate
 from lmcode.model.generation.sampling import Decoding
 from lmcode.model.lm import LMCODEOutput, MemoryLM, memory_shapes
@@ -148,6 +149,8 @@ class LMCODE(MemoryLM, Backbone):  # type: ignore[misc]  # its forward takes its
                         local_files_only: bool = False, token: str | bool | None = None) -> LMCODE:
         """Loads what `save_pretrained` or a training job wrote, in eval mode. A collective of `group`.
 
+        With memory.tier=hnsw graphs are taken from beside the folder, if they are kept there, or begun.
+
         Args:
             pretrained_model_name_or_path: the folder of a saved model, a run or a checkpoint, or the name of a repository of
                 the Hugging Face hub.
@@ -165,10 +168,14 @@ class LMCODE(MemoryLM, Backbone):  # type: ignore[misc]  # its forward takes its
         if on_rank_0(group, lambda: is_run_or_checkpoint(name)):
             folder = on_rank_0(group, lambda: checkpoint.find(name))
             config = load_run_config(folder / "config.yaml")
-            return checkpoint.read_model(folder, cls, config, group=group, device=device, memory=include_memory).eval()
+            model = checkpoint.read_model(folder, cls, config, group=group, device=device, memory=include_memory).eval()
+            prepare_search(folder, model.memories)
+            return model
         folder = pretrained.find(pretrained_model_name_or_path, group, revision=revision, cache_dir=cache_dir, token=token,
                                  force_download=force_download, local_files_only=local_files_only)
-        return pretrained.read(folder, cls, include_memory=include_memory, group=group, device=device)
+        model = pretrained.read(folder, cls, include_memory=include_memory, group=group, device=device)
+        prepare_search(folder, model.memories)
+        return model
 
     def push_to_hub(self, repo_id: str, *, include_memory: bool = True, private: bool | None = None,
                     token: str | None = None, commit_message: str | None = None) -> str:

@@ -19,6 +19,7 @@ COLLECTIVES = {"all_gather", "all_gather_int", "all_gather_rows", "all_to_all", 
                "all_gather_object", "broadcast"}
 OWNERS: dict[str, str | tuple[str, ...]] = {  # the one file or folder that may import a package
     "faiss": ("lmcode/memory/search/faiss_index.py", "lmcode/bench/peers.py"),  # peers
+    "memorizing_transformers_pytorch": "lmcode/bench/memorizing.py",
     "deepspeed": "lmcode/train/engine.py",
     "tensorboard": "lmcode/train/metrics.py",
     "torch.utils.tensorboard": "lmcode/train/metrics.py",
@@ -39,7 +40,7 @@ MAY_PRINT = ("lmcode/cli/command.py",)
 # The parts of lmcode from the ground up: each imports only those before it.
 ORDER = ("version", "processor", "config", "backbone_config", "precision", "protocol", "presets", "effects", "dist", "files",
          "model", "memory", "data", "memories", "jobs", "backbone", "saved", "language_model", "recipes", "opening", "eval",
-         "bench", "train", "report", "estimate", "doctor", "cli", "hf")
+         "train", "bench", "report", "estimate", "doctor", "cli", "hf")
 
 
 def reaches(names: set[str], package: str) -> set[str]:

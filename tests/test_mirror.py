@@ -14,7 +14,9 @@ NO_PACKAGE = {"cluster", "helpers", "launch", "tools"}  # folders of tests/ for 
 # Modules without a test file of their name, by the file in tests/ that holds what they promise.
 TESTED_IN = {
     "__main__": "launch/test_starts",
+    "bench/banks": "bench/test_evict",
     "bench/keys": "bench/test_search",
+    "bench/memorizing": "bench/test_step",
     "bench/peers": "bench/test_search",
     "bench/turns": "bench/test_search",
     "bench/workers": "bench/test_search",

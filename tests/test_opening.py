@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lmcode.config import ConfigError, MemoryConfig
 from lmcode.files.replace import beside
 from lmcode.memories.files import graph_folder
 from lmcode.memory import planning
-from lmcode.memory.search import hnsw
+from lmcode.memory.search import faiss_index, hnsw
 from lmcode.opening import open_model, shape_of
 from lmcode.presets import load_run_config
 from lmcode.saved import files, pretrained
@@ -184,7 +185,9 @@ def test_graphs_are_refused_in_training_with_the_tiers_that_it_may_have() -> Non
 def test_an_opened_model_has_its_graphs_beside_it_and_a_deletion_takes_them_away(tmp_path: Path,
                                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss")
+    made, build = list[int](), faiss_index.build_graph
     monkeypatch.setattr(hnsw, "LEAST_ENTRIES", 20)
+    monkeypatch.setattr(faiss_index, "build_graph", lambda key, **more: made.append(len(key)) or build(key, **more))
     key, model = torch.randn(1, 150, 8), LMCODE(SHAPE, memory=GRAPHS)
     model.banks[1].write(key, key, torch.zeros(150).long())
     model.save_pretrained(tmp_path / "model")
@@ -193,7 +196,14 @@ def test_an_opened_model_has_its_graphs_beside_it_and_a_deletion_takes_them_away
     kept = tmp_path / "model.graphs" / "layer-01"
     assert kept == graph_folder(tmp_path / "model", 1) and len([*kept.iterdir()]) == 2
     assert graph_folder(Path("runs/one/checkpoints/step-00000300"), 1) == Path("runs/one/graphs/layer-01")
-    LMCODE.from_pretrained(tmp_path / "model")  # it holds what it held
+    again = LMCODE.from_pretrained(tmp_path / "model")  # it holds what it held
+    again.banks[1].shard.searcher.graphs.wait()
+    assert planning.tend_graphs(again.banks[1].shard, again.group) and again.banks[1].shard.searcher.graphs.nodes == 150
+    assert sum(made) == 150 and len(made) == 2, "they were made once, and read"
+    snapshot = tmp_path / "snapshots" / "model"
+    shutil.copytree(tmp_path / "model", snapshot)
+    planning.build_graphs(LMCODE.from_pretrained(snapshot).banks[1])
+    assert len(made) == 4 and [*snapshot.parent.iterdir()] == [snapshot], "the hub's cache is left alone"
     other = open_model(tmp_path / "model", ["memory.tier=exact"])
     assert other.model.memory_config.tier == other.config.memory.tier == "exact"
     assert other.model.banks[1].content_hash() == opened.banks[1].content_hash()

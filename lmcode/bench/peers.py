@@ -1,4 +1,4 @@
-"""What others do with the same keys in one process: FAISS's brute force and inverted file, and torch's brute force."""
+"""What others do with the same keys in one process: FAISS's brute force, inverted file and graph, torch's brute force."""
 
 from __future__ import annotations
 
@@ -34,6 +34,25 @@ def faiss_ivf(query_ND: Tensor, key_MD: Tensor, k: int, threads: int, *, centroi
     index.set_direct_map_type(faiss.DirectMap.Array)  # type: ignore[attr-defined]  # faiss adds it when it is loaded
     index.add(key_MD.numpy())
     index.nprobe = probes
+
+    def search() -> Tensor:
+        faiss.omp_set_num_threads(threads)
+        return torch.from_numpy(index.search(query_ND.numpy(), k)[1])
+    return search
+
+
+def faiss_hnsw(query_ND: Tensor, key_MD: Tensor, k: int, threads: int, *, links: int, kept: int, width: int) -> Found:
+    """`faiss.IndexHNSWFlat` over all keys, made by all threads.
+
+    Args:
+        links, kept, width: M, efConstruction and efSearch.
+    """
+    import faiss
+
+    faiss.omp_set_num_threads(threads)
+    index = faiss.IndexHNSWFlat(key_MD.shape[1], links, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction, index.hnsw.efSearch = kept, width
+    index.add(key_MD.numpy())
 
     def search() -> Tensor:
         faiss.omp_set_num_threads(threads)

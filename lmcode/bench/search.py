@@ -2,25 +2,29 @@
 threads, on the same keys; everything included, gathering of queries and merging of hits too.
 
 Hits are compared as sets with those of `faiss.knn`, and by what their last one scores: equals at the end of a list may be
-others.
+others. What a way needs beforehand (lists, graphs) is made before anybody is timed, and its seconds are shown.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lmcode.bench import peers
 from lmcode.bench.keys import Vectors, random_vectors, trained_vectors
-from lmcode.bench.turns import Spent, Way, take_turns, timed
+from lmcode.bench.turns import Result, Spent, Way, take_turns, timed
 from lmcode.bench.workers import Workers
 from lmcode.config import TIERS, ConfigError, MemoryConfig, near_match
+from lmcode.memory.search.faiss_index import KEPT, LINKS
+from lmcode.memory.search.hnsw import LEAST_ENTRIES as LEAST_IN_GRAPH
+from lmcode.memory.search.plan import LEAST_ENTRIES as LEAST_IN_LISTS
 
 WRITTEN_AT_ONCE = 65536
 WIDTH = 64  # of random keys
@@ -39,7 +43,16 @@ class Settings:
     rounds: int
     tiers: tuple[str, ...]
     probes: int
+    width: int
     seed: int
+
+
+class Graphs(NamedTuple):
+    """The graphs of one worker: the seconds that they took, the entries in them, and the entries that it holds."""
+
+    seconds: float
+    nodes: int
+    entries: int
 
 
 class Slice:
@@ -71,6 +84,14 @@ class Slice:
         self.bank.use(replace(self.bank.plan, probes=probes))
         centroid_HXD = self.bank.plan.centroid_HXD
         return None if centroid_HXD is None else centroid_HXD[0]
+
+    def build(self, width: int) -> Graphs:
+        """Makes graphs, which are searched with so many entries in view."""
+        from lmcode.memory import planning
+
+        spent = timed(lambda: planning.build_graphs(self.bank))
+        self.bank.use(replace(self.bank.plan, width=width))
+        return Graphs(spent.wall, self.bank.shard.searcher.graphs.nodes, self.bank.shard.ledger.tally.live)
 
     def search(self, tier: str) -> Spent:
         """One search of all ranks."""
@@ -114,20 +135,51 @@ def _measure(settings: Settings, kind: str, vectors: Vectors) -> list[dict[str, 
         file = str(Path(folder) / "vectors.safetensors")
         save_file({"key": key_MD, "query": query_ND}, file)
         with Workers(settings.ranks, Slice, file, k) as workers:
-            centroid_XD = workers.call("prepare", settings.probes)[0] if "ivf" in settings.tiers else None
             brute = {"faiss.knn": peers.faiss_knn(query_ND, key_MD, k, settings.ranks),
                      "torch": peers.torch_brute(query_ND, key_MD, k, settings.ranks)}
-            if centroid_XD is not None:
-                brute["faiss.IndexIVFFlat"] = peers.faiss_ivf(query_ND, key_MD, k, settings.ranks, centroid_XD=centroid_XD,
-                                                              probes=settings.probes)
+            made: dict[str, float] = {}
+            notes: dict[str, str] = {}
+            if "ivf" in settings.tiers:
+                centroid_XD, made["lmcode ivf"] = _took(lambda: workers.call("prepare", settings.probes)[0])
+                notes["lmcode ivf"] = no_lists(centroid_XD)
+                if centroid_XD is not None:
+                    brute["faiss.IndexIVFFlat"], made["faiss.IndexIVFFlat"] = _took(lambda: peers.faiss_ivf(
+                        query_ND, key_MD, k, settings.ranks, centroid_XD=centroid_XD, probes=settings.probes))
+            if "hnsw" in settings.tiers:
+                graphs = workers.call("build", settings.width)
+                made["lmcode hnsw"], notes["lmcode hnsw"] = max(one.seconds for one in graphs), about_graphs(graphs)
+                brute["faiss.IndexHNSWFlat"], made["faiss.IndexHNSWFlat"] = _took(lambda: peers.faiss_hnsw(
+                    query_ND, key_MD, k, settings.ranks, links=LINKS, kept=KEPT, width=max(k, settings.width)))
             ways: dict[str, Way] = {name: _way(search) for name, search in brute.items()}
             ways.update({f"lmcode {tier}": _tier(workers, tier) for tier in settings.tiers})
             spent = take_turns(ways, settings.rounds)
             found = {name: search() for name, search in brute.items()}
             found.update({f"lmcode {tier}": torch.cat([ids for ids, _ in workers.call("hits", tier)])
                           for tier in settings.tiers})
-    return [_row(kind, len(key_MD), name, one, spent["faiss.knn"], recall(found[name], found["faiss.knn"], query_ND, key_MD))
-            for name, one in spent.items()]
+    return [{**_row(kind, len(key_MD), name, one, spent["faiss.knn"],
+                    recall(found[name], found["faiss.knn"], query_ND, key_MD)),
+             "made s": made.get(name), "note": notes.get(name, "")} for name, one in spent.items()]
+
+
+def _took(make: Callable[[], Result]) -> tuple[Result, float]:
+    """What is made, and how many seconds on the wall that takes."""
+    started = time.perf_counter()
+    return make(), time.perf_counter() - started
+
+
+def no_lists(centroid_XD: Tensor | None) -> str:
+    """Why `ivf` does not probe; empty if it does."""
+    return "" if centroid_XD is not None else f"no lists, so exact: they need {LEAST_IN_LISTS:,} entries"
+
+
+def about_graphs(graphs: list[Graphs]) -> str:
+    """What `hnsw` goes through, and why not through graphs alone."""
+    nodes, entries = sum(one.nodes for one in graphs), sum(one.entries for one in graphs)
+    if nodes == entries:
+        return "all entries in graphs"
+    small = f"virtual shards of fewer than {LEAST_IN_GRAPH:,} entries have none"
+    why = small if min(one.entries for one in graphs) < LEAST_IN_GRAPH else "the log says why they could not be made"
+    return f"{nodes:,} of {entries:,} entries in graphs, the rest exact: {why}" if nodes else f"no graphs, so exact: {why}"
 
 
 def _way(search: peers.Found) -> Way:

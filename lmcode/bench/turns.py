@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lmcode.files import durable
 from lmcode.version import MADE_BY
@@ -26,6 +26,7 @@ class Spent(NamedTuple):
 
 
 Way = Callable[[], Spent]
+Result = TypeVar("Result")
 
 
 def timed(action: Callable[[], object]) -> Spent:
@@ -35,15 +36,26 @@ def timed(action: Callable[[], object]) -> Spent:
     return Spent(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def take_turns(ways: Mapping[str, Way], rounds: int) -> dict[str, Spent]:
-    """Medians over rounds in which every way has its turn, after one that does not count."""
-    spent: dict[str, list[Spent]] = {name: [] for name in ways}
+def in_turns(ways: Mapping[str, Callable[[], Result]], rounds: int) -> dict[str, list[Result]]:
+    """What every way returns in its turn of each round, after a round that does not count."""
+    results: dict[str, list[Result]] = {name: [] for name in ways}
     for round_ in range(rounds + 1):
         for name, way in ways.items():
-            one = way()
+            result = way()
             if round_:
-                spent[name].append(one)
-    return {name: Spent(*(statistics.median(part) for part in zip(*some, strict=True))) for name, some in spent.items()}
+                results[name].append(result)
+    return results
+
+
+def take_turns(ways: Mapping[str, Way], rounds: int) -> dict[str, Spent]:
+    """Medians over the rounds of `in_turns`."""
+    return {name: Spent(*(statistics.median(part) for part in zip(*some, strict=True)))
+            for name, some in in_turns(ways, rounds).items()}
+
+
+def medians(some: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of each number its median."""
+    return {name: statistics.median(one[name] for one in some) for name in some[0]}
 
 
 def to_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -9,12 +9,15 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
 from lmcode.bench.turns import Spent
+from lmcode.config import ConfigError
 from lmcode.dist import free_port
+
+DONE, REFUSED, FAILED = "done", "refused", "failed"
 
 
 class Workers:
@@ -22,6 +25,9 @@ class Workers:
 
     Args:
         make: called in each with `arguments`, at module level; returns the object whose methods are called.
+
+    Raises:
+        ConfigError: what a worker refuses, here and in `call`. RuntimeError: with its traceback, what fails there.
     """
 
     def __init__(self, ranks: int, make: Callable[..., Any], *arguments: Any) -> None:
@@ -35,7 +41,11 @@ class Workers:
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
-        self._answers()
+        try:
+            self._answers()
+        except BaseException:
+            self._end()
+            raise
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
         """What the method returns on each rank."""
@@ -49,21 +59,31 @@ class Workers:
         return Spent(max(one.wall for one in spent), sum(one.cpu for one in spent))
 
     def _answers(self) -> list[Any]:
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            try:
-                fine, answer = pipe.recv()
-            except EOFError:
-                raise RuntimeError(f"rank {rank} of {len(self._pipes)} is gone") from None
-            if not fine:
-                raise RuntimeError(f"rank {rank} of {len(self._pipes)} failed:\n{answer}")
-            answers.append(answer)
-        return answers
+        """Those of all ranks; what the first one met that cannot go on, for the others can be waiting for it."""
+        answers: dict[int, Any] = {}
+        ranks = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        while len(answers) < len(ranks):
+            for pipe in wait([pipe for pipe, rank in ranks.items() if rank not in answers]):
+                assert isinstance(pipe, Connection)  # we gave it nothing else to wait for
+                where = f"rank {ranks[pipe]} of {len(ranks)}"
+                try:
+                    how, answer = pipe.recv()
+                except EOFError:
+                    raise RuntimeError(f"{where} is gone") from None
+                if how == REFUSED:
+                    raise ConfigError(answer)
+                if how == FAILED:
+                    raise RuntimeError(f"{where} failed:\n{answer}")
+                answers[ranks[pipe]] = answer
+        return [answers[rank] for rank in range(len(ranks))]
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end()
+
+    def _end(self) -> None:
         for process, pipe in zip(self._processes, self._pipes, strict=True):
             process.terminate()
             process.join()
@@ -81,11 +101,13 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection, make: Callable[..
         torch.set_num_threads(1)
         dist.start()
         made = make(*arguments)
-        pipe.send((True, None))
+        pipe.send((DONE, None))
         while True:
             method, given = pipe.recv()
-            pipe.send((True, getattr(made, method)(*given)))
+            pipe.send((DONE, getattr(made, method)(*given)))
     except EOFError:
         pass
+    except ConfigError as error:
+        pipe.send((REFUSED, str(error)))
     except Exception:
-        pipe.send((False, traceback.format_exc()))
+        pipe.send((FAILED, traceback.format_exc()))

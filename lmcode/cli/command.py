@@ -136,7 +136,8 @@ def build_parser() -> Parser:
     _add_report(commands)
     _add_export(commands)
     memory_commands.add_memory(commands, partial(_command, run=memory, overrides=False), _number, _ignore_local_rank)
-    bench_commands.add_bench(commands, partial(_command, run=bench, overrides=False), _number, _ignore_local_rank)
+    bench_commands.add_bench(commands, partial(_command, run=bench), _number, _ignore_local_rank,
+                             bench_commands.Presets(_add_source, _run_config))
     doctor_commands.add_doctor(partial(_command, commands, "doctor", doctor), _number, _add_source)
     _add_config(commands)
     return parser

@@ -81,9 +81,13 @@ def graph_folder(folder: Path, layer: int) -> Path:
 
 def prepare_search(folder: Path, memories: Memories) -> None:
     """Gives banks that were filled from a folder, and are searched approximately, what that takes and was not saved with
-    them. A collective."""
+    them. A collective.
+
+    Graphs are kept beside the folder, but not beside a snapshot of the hub's: that cache is not ours to write into.
+    """
+    ours = folder.parent.name != "snapshots"
     for layer, bank in memories.banks.items():
-        planning.prepare(bank, graphs=graph_folder(folder, layer))
+        planning.prepare(bank, graphs=graph_folder(folder, layer) if ours else None)
 
 
 def forget_graphs(folder: Path, memories: Memories) -> None:
