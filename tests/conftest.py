@@ -18,9 +18,17 @@ from lmcode import dist
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_RANK",
              "OMPI_COMM_WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
 
+# Files of minutes: begun first, so that no process is left alone with one of them at the end.
+LONG = ("tests/test_readme.py", "tests/saved/test_checkpoint.py", "tests/launch/test_starts.py", "tests/tools/test_chaos.py")
+
 # No verdict may depend on how fast a machine is.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in `LONG` come first; all others keep their order."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 @pytest.fixture(autouse=True)

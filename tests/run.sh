@@ -12,6 +12,6 @@ if [ $# -eq 0 ]; then
     "$LMCODE_PYTHON" -m ruff check .
     "$LMCODE_PYTHON" -m mypy
     export OMP_NUM_THREADS=1
-    set -- --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+    set -- --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=20
 fi
 exec "$LMCODE_PYTHON" -m pytest "$@"

@@ -54,7 +54,7 @@ def smoke(_: Path | None) -> dict[str, Trial | TextTrial]:
 
 def small(books: Path | None) -> dict[str, Trial | TextTrial]:
     """Trials of about a minute of training each, measured at several points; one on books where a path of some is given."""
-    training, lessons = Training(steps=1200, model=LARGE_BANK), ((NEAR, 0.4), (FAR, 0.6))
+    training, lessons = Training(steps=1200, streams=16, model=LARGE_BANK), ((NEAR, 0.4), (FAR, 0.6))
     text, cache = Training(steps=400, learning_rate=2e-3, warmup=40, model=TEXT_SHAPE), Path("runs/suite-corpora")
     trials: dict[str, Trial | TextTrial] = {
         "recall": Trial("values by their keys, two windows and more back", "pairs", training, lessons,
