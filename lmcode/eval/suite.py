@@ -40,6 +40,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "bias 0": {"model": {"memory_bias": 0.0}}, "no importance": {"memory": {"importance_weight": 0.0}},
     "every 4th token": {"memory": {"write": "every_nth"}}, "the surprising quarter": {"memory": {"write": "surprise"}}}
 WORLD_MODEL = {**LARGE_BANK, "vocab_size": 1024, "memory_layers": (0, 1), "memory_key_tokens": 2, "memory_values": "token"}
+NEWEST = {"newest in place of older": {"merge_above": 0.95, "merge_keep": "newest"}}
 RETENTION_SLOTS = 2048  # 8 streams with 16 facts each, read twice with a pause, fill half of it
 AnyTrial = Trial | TextTrial | ContinualTrial
 
@@ -110,17 +111,22 @@ def small(given: Given) -> dict[str, AnyTrial]:
 
 
 def worlds(sentences: Callable[[int], Sequence[Ids]] | None) -> dict[str, AnyTrial]:
-    """What one model that was told where people are answers of these, of things, and of people who went somewhere again."""
-    near = Worlds(count=4000, people=4, length=0, jitter=16, hops=None, sentences=sentences)
-    far = Worlds(count=2000, people=8, length=160, jitter=63, hops=None, sentences=sentences)
-    trial = Trial("where people are, told among other sentences", "tokens of other sentences",
-                  Training(steps=1500, model=WORLD_MODEL), ((near, 0.5), (far, 0.5)), {}, slots=262144, rivals=("no bank",))
-    one_hop = replace(far, count=8, jitter=0, hops=1)
-    asked = {"one hop": ("where people are", one_hop), "two hops": ("where things are", replace(one_hop, hops=2)),
-             "moved again": ("where people are who went somewhere again", replace(one_hop, again=8))}
-    return {name: replace(trial, title=f"{title}, told among other sentences",
+    """What a model that says of a thing who has it, and then where that is, answers of people, of things, and of people who
+    went somewhere again; and what one does that is to say at once where a thing is."""
+    far = Worlds(count=2000, people=8, length=160, jitter=63, hops=None, aloud=True, sentences=sentences)
+    near, one_hop = replace(far, count=4000, people=4, length=0, jitter=16), replace(far, count=8, jitter=0, hops=1)
+    two_hops = replace(one_hop, hops=2)
+    trial = Trial("", "tokens of other sentences", Training(steps=500, model=WORLD_MODEL), ((near, 0.5), (far, 0.5)), {},
+                  slots=262144, rivals=("no bank",))
+    at_once = replace(trial, training=trial.training.changed(steps=1500),
+                      lessons=[(replace(lesson, aloud=False), 0.5) for lesson in (near, far)])
+    asked = {"one hop": ("where people are", trial, one_hop), "two hops": ("who has a thing, and where", trial, two_hops),
+             "two hops at once": ("where things are", at_once, replace(two_hops, aloud=False)),
+             "moved again": ("where people are who went somewhere again", replace(trial, policies=NEWEST),
+                             replace(one_hop, again=8))}
+    return {name: replace(one, title=f"{title}, told among other sentences",
                           asked={n: replace(task, length=n) for n in (0, 1024, 4096, 16384)})
-            for name, (title, task) in asked.items()}
+            for name, (title, one, task) in asked.items()}
 
 
 SUITES = {"smoke": (smoke, (0,)), "small": (small, (0, 1, 2))}

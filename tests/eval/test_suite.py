@@ -145,3 +145,14 @@ def test_sentences_end_where_those_of_the_text_do(tmp_path: Path) -> None:
     said = [load_tokenizer(folder / "tokenizer").decode(list(one)).strip() for one in sentences]
     assert {"It is far.", "Is it so?", "Go on, then!"} <= {*said} and all(token < 290 for one in sentences for token in one)
     assert sum(one in ("It is far.", "Is it so?", "Go on, then!") for one in said) > 0.9 * len(said)
+
+
+def test_worlds_are_asked_of_what_was_taught_aloud_or_at_once() -> None:
+    trials, asked = suite.worlds(lambda size: [(size - 1,)]), {}
+    for name, trial in trials.items():
+        assert all(lesson.aloud == trial.asked[0].aloud for lesson, _ in trial.lessons), "as the lessons word it"
+        (case, *_) = trial.asked[1024].cases(0, vocab_size=trial.training.configs()[0].vocab_size)
+        asked[name] = len(case.reference)
+        assert {token for token in case.context if token < 512} == {511}, "sentences are told where there are some"
+    assert asked == {"one hop": 1, "two hops": 2, "two hops at once": 1, "moved again": 1}
+    assert {*trials} < {*suite.small(suite.Given())}
