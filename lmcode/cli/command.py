@@ -193,7 +193,8 @@ def _add_eval(commands: Any) -> None:
     parser = _command(
         commands, "eval", evaluate, overrides=True, help="held-out loss of a run, with the memory on and its controls",
         usage="lmcode eval RUN [--recipe NAME] [--windows N] [--task NAME] [--json] [section.key=value ...]\n"
-              "       lmcode eval --suite NAME [--trial NAME] [--seed N] [--books PATH] [--out FOLDER] [--json]",
+              "       lmcode eval --suite NAME [--trial NAME] [--seed N] [--books PATH] [--domains PATH PATH ...] "
+              "[--out FOLDER] [--json]",
         examples="  lmcode eval runs/books\n  lmcode eval runs/books --windows 16 eval.slots=4096\n"
                  "  lmcode eval models/smollm2 --recipe camelot data.path=books/\n"
                  "  lmcode eval --suite smoke --out runs/smoke")
@@ -207,6 +208,8 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--trial", metavar="NAME", action="append", default=[], help="only this trial of the suite")
     parser.add_argument("--seed", metavar="N", type=_number(int, lowest=0), action="append", help="only this seed")
     parser.add_argument("--books", metavar="PATH", type=Path, help="prose for the suite 'small', which has none of its own")
+    parser.add_argument("--domains", metavar="PATH", nargs="+", default=[],
+                        help="two or more texts for the suite 'small' to learn one after the other; NAME=PATH names one")
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="where results.json, results.md and index.html go")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -369,7 +372,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         check_folder(arguments.out)  # before what takes an hour
     result = suite.run_suite(arguments.suite, only=arguments.trial, seeds=arguments.seed, books=arguments.books,
-                             say=lambda line: print(line, file=sys.stderr, flush=True))
+                             domains=arguments.domains, say=lambda line: print(line, file=sys.stderr, flush=True))
     if arguments.out is not None:
         write_suite(result, arguments.out)
     print(json.dumps(result) if arguments.json else suite.to_markdown(result))

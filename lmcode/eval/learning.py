@@ -33,6 +33,7 @@ class Training:
 
     model, memory: settings that differ from `SHAPE` and from the defaults.
     steps: at most. seconds: at most, of the processor; None: no limit.
+    restarts: whether the learning rate runs its course in each stage, instead of once.
     """
 
     steps: int = 400
@@ -40,6 +41,7 @@ class Training:
     learning_rate: float = 3e-3
     warmup: int = 20
     seconds: float | None = None
+    restarts: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
 
@@ -85,6 +87,7 @@ def learn(training: Training, stages: Stages, *, seed: int,
     started, step, losses, namespace, state = time.process_time(), 0, [], 0, None
     ends = [round(training.steps * sum(share for _, share in stages[:number + 1])) for number in range(len(stages))]
     for (documents, _), end in zip(stages, ends, strict=True):
+        course = (step, end) if training.restarts else (0, training.steps)
         sampler = StreamSampler(documents, streams=training.streams, sequence_length=shape.context_length, seed=seed,
                                 first_step=step, first_namespace=namespace)
         while step < end and not over(training, started):
@@ -97,7 +100,7 @@ def learn(training: Training, stages: Stages, *, seed: int,
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 for group in optimizer.param_groups:
-                    group["lr"] = training.learning_rate * rate(step, training)
+                    group["lr"] = training.learning_rate * rate(step, *course, training.warmup)
                 optimizer.step()
                 losses.append(loss.item())
             model.memories.commit({layer: [read] for layer, read in output.memory.items()}, step=step)
@@ -107,11 +110,11 @@ def learn(training: Training, stages: Stages, *, seed: int,
     return Learned(model.eval(), step, time.process_time() - started, sum(tail) / max(1, len(tail)))
 
 
-def rate(step: int, training: Training) -> float:
-    """The learning rate's share of its peak: a warm-up, then half a cosine down to a tenth."""
-    if step < training.warmup:
-        return (step + 1) / training.warmup
-    done = (step - training.warmup) / max(1, training.steps - training.warmup)
+def rate(step: int, start: int, end: int, warmup: int) -> float:
+    """The learning rate's share of its peak in a course of steps: a warm-up, then half a cosine down to a tenth."""
+    if step - start < warmup:
+        return (step - start + 1) / warmup
+    done = (step - start - warmup) / max(1, end - start - warmup)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done)))
 
 

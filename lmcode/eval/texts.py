@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ from lmcode.data.corpus import Corpus, prepare_corpus
 from lmcode.eval.language import EDGES, profile, words_of
 from lmcode.eval.learning import Training, learn
 from lmcode.eval.reading import MODES
+from lmcode.eval.tasks.task import Ids
 from lmcode.eval.trial import Measured, Say, rivals
 
 SHAPE = {"vocab_size": 1024, "hidden_size": 96, "num_layers": 2, "num_heads": 4, "context_length": 128,
          "memory_head_dim": 48, "memory_bias": -4.0, "memory_top_k": 32, "long_term_memory_slots": 32768}
+SENTENCE_ENDS, SENTENCES_OF = ".!?", 500_000  # tokens of a text that sentences are taken from
 ALL, RETURNING = "all", "returning words"
 
 
@@ -78,3 +81,12 @@ def measured(name: str, trial: TextTrial, model: Backbone, corpus: Corpus, words
     far = [f"from token {edge}" for edge in EDGES]
     named = {ALL: found.loss, RETURNING: found.returning, **dict(zip(far, found.by_position[1:], strict=True))}
     return [Measured(name, control, point, seed, math.exp(-loss), loss) for point, loss in named.items() if loss is not None]
+
+
+@cache
+def sentences_of(path: str, folder: Path, vocab_size: int) -> list[Ids]:
+    """Sentences of a text, in a vocabulary of so many ids that is made for it and kept in `folder`."""
+    corpus = prepare_corpus(DataConfig(path=path), vocab_size=vocab_size, folder=folder)
+    ends = np.array([any(mark in corpus.tokenizer.decode([token]) for mark in SENTENCE_ENDS) for token in range(vocab_size)])
+    tokens = np.asarray(corpus.train.tokens[:SENTENCES_OF])
+    return [tuple(part.tolist()) for part in np.split(tokens, 1 + np.flatnonzero(ends[tokens])) if len(part)]

@@ -18,7 +18,8 @@ from lmcode.report.style import CSS
 from lmcode.version import MADE_BY
 
 FILES = ("results.json", "results.md", "index.html")
-UNITS = {"share": "Share of answers that are right, in per cent", "nats": "Held-out loss, nats per token"}
+UNITS = {"share": "Share of answers that are right, in per cent", "nats": "Held-out loss, nats per token",
+         "worse": "How much worse than before, in per cent"}
 
 
 def render_suite(result: Mapping[str, Any]) -> str:

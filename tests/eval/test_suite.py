@@ -9,13 +9,14 @@ import pytest
 
 from lmcode.cli import command
 from lmcode.config import ConfigError
+from lmcode.data.tokenizer import load_tokenizer
 from lmcode.eval import suite
 from lmcode.eval.learning import Training, learn
 from lmcode.eval.suite import missed, run_suite, to_markdown
 from lmcode.eval.tasks.recall import KeyValueRecall
 from lmcode.eval.tasks.shared import SharedFacts
 from lmcode.eval.tasks.task import documents_of
-from lmcode.eval.texts import TextTrial
+from lmcode.eval.texts import TextTrial, sentences_of
 from lmcode.eval.trial import Measured, Trial, cases_of, rivals, summarised
 from lmcode.report.suite import render_suite
 
@@ -134,3 +135,24 @@ def test_text_is_measured_beside_its_controls(monkeypatch: pytest.MonkeyPatch, t
     assert all(0 < loss < 6 for loss in losses.values()) and len(set(losses.values())) == 5
     table = to_markdown(result)
     assert "| held-out tokens | all |" in table and f"{losses['on']:.4f}" in table
+
+
+def test_sentences_end_where_those_of_the_text_do(tmp_path: Path) -> None:
+    for number in range(6):
+        (tmp_path / f"{number}.txt").write_text("It is far. Is it so? Go on, then! " * (20 + number))
+    sentences = sentences_of(str(tmp_path), tmp_path / "cache", 290)
+    (folder,) = (tmp_path / "cache").iterdir()
+    said = [load_tokenizer(folder / "tokenizer").decode(list(one)).strip() for one in sentences]
+    assert {"It is far.", "Is it so?", "Go on, then!"} <= {*said} and all(token < 290 for one in sentences for token in one)
+    assert sum(one in ("It is far.", "Is it so?", "Go on, then!") for one in said) > 0.9 * len(said)
+
+
+def test_worlds_are_asked_of_what_was_taught_aloud_or_at_once() -> None:
+    trials, asked = suite.worlds(lambda size: [(size - 1,)]), {}
+    for name, trial in trials.items():
+        assert all(lesson.aloud == trial.asked[0].aloud for lesson, _ in trial.lessons), "as the lessons word it"
+        (case, *_) = trial.asked[1024].cases(0, vocab_size=trial.training.configs()[0].vocab_size)
+        asked[name] = len(case.reference)
+        assert {token for token in case.context if token < 512} == {511}, "sentences are told where there are some"
+    assert asked == {"one hop": 1, "two hops": 2, "two hops at once": 1, "moved again": 1}
+    assert {*trials} < {*suite.small(suite.Given())}
