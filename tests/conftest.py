@@ -18,8 +18,7 @@ from lmcode import dist
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_RANK",
              "OMPI_COMM_WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
 
-# Files of minutes: begun first, so that no process is left alone with one of them at the end.
-LONG = ("tests/test_readme.py", "tests/saved/test_checkpoint.py", "tests/launch/test_starts.py", "tests/tools/test_chaos.py")
+LONG = ("tests/test_readme.py",)  # minutes: begun first, so that no process is left alone with it at the end
 
 # No verdict may depend on how fast a machine is.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
