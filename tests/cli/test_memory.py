@@ -388,7 +388,7 @@ def test_all_of_another_text_is_evaluated_and_how_much_of_how_much_is_said(run: 
     assert own["same_corpus"] and own["on"]["tokens"] < own["tokens_in_all"], "as many windows as the settings say"
     assert f"{own['on']['tokens']:,} of {own['tokens_in_all']:,} held-out tokens" in evaluate_path(run, [])
     for name in ("train", "valid"):
-        (tmp_path / f"{name}.txt").write_text(f"The key is under the {name}. " * 80)
+        (tmp_path / f"{name}.txt").write_text(f"The key is under the {name}. " * 20)
     here, lone = f"data.path={tmp_path}/*.txt", f"data.held_out={tmp_path / 'valid.txt'}"
     size = sum(len((tmp_path / f"{name}.txt").read_bytes()) + 1 for name in ("train", "valid"))
     other = json.loads(evaluate_path(run, [here], as_json=True))
