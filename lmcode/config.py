@@ -204,6 +204,11 @@ class MemoryConfig(Section):
                              f"{self.virtual_shards} < {self.group_size}")
         return self
 
+    @property
+    def newest_above(self) -> float | None:
+        """The similarity of keys above which the later of two entries is the one that counts; None: both do."""
+        return self.merge_above if self.merge_keep == "newest" else None
+
     def ranks_per_group(self, ranks: int) -> int:
         """The ranks of one memory group among `ranks`: all of them where groups of `group_size` do not share them out.
 

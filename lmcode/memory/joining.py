@@ -6,7 +6,8 @@ entry is as old as its last part. Newcomers are compared with what was there bef
 join one entry do so by ascending id. So nothing depends on the number of ranks.
 With `memory.merge_keep=newest` an entry takes the vectors of the newcomer that joins it, so that what was said last about a
 key is what is found; candidates that a later one of their text and step says anew (`superseded`) are not offered at all.
-Letters: E newcomers that this rank is to hold, or candidates; X those of them that join an entry, here or where they arrive.
+Letters: E newcomers that this rank is to hold, or candidates; N a block of them; X those that join an entry, here or where
+they arrive, or what a block is compared with.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lmcode.dist import Group
-from lmcode.memory.consolidate import pack_columns, unit_keys
+from lmcode.memory.consolidate import BLOCK, pack_columns, unit_keys
 from lmcode.memory.entry import Entries
 from lmcode.memory.placement import holder_of
 from lmcode.memory.rounds import nearest_two
@@ -64,9 +65,10 @@ def superseded(key_EHD: Tensor, text_E2: np.ndarray, *, above: float) -> np.ndar
     unit_ED = unit_keys(key_EHD.transpose(0, 1))
     gone_E = np.zeros(len(order_E), dtype=bool)
     for start, end, _ in zip(*runs(text_E2[order_E]), strict=True):
-        rows = torch.from_numpy(order_E[start:end]).to(unit_ED.device)
-        mean_XX = unit_ED[rows] @ unit_ED[rows].T / key_EHD.shape[1]
-        gone_E[order_E[start:end]] = (mean_XX > above).triu(1).any(1).cpu().numpy()
+        rows_ED = unit_ED[torch.from_numpy(order_E[start:end]).to(unit_ED.device)]
+        for first in range(0, end - start, BLOCK):  # a text may have too many rows for all pairs at once
+            mean_NX = rows_ED[first:first + BLOCK] @ rows_ED[first:].T / key_EHD.shape[1]
+            gone_E[order_E[start + first:min(end, start + first + BLOCK)]] = (mean_NX > above).triu(1).any(1).cpu().numpy()
     return gone_E
 
 
@@ -90,5 +92,5 @@ def _take_in(shard: Shard, vector_X2HD: Tensor, facts_X8: np.ndarray) -> None:
         now = np.flatnonzero(place_X == turn)
         rows = torch.from_numpy(order[now]).to(vector_X2HD.device)
         shard.absorb(survivor_X[now], vector_X2HD[rows], torch.from_numpy(facts_X8[order[now], 3:]).to(vector_X2HD.device),
-                     replace=shard.config.merge_keep == "newest")
+                     replace=shard.config.newest_above is not None)
         shard.ledger.update(shard.slots_of_ids(survivor_X[now]), {"step": step_X[now]})

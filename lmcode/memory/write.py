@@ -68,8 +68,8 @@ def gather_candidates(candidates: Sequence[Candidates], shard: Shard, group: Gro
     config, device = shard.config, shard.device
     vector_N2HD, criteria_N3 = entry.stack_candidates(candidates, heads=heads, head_dim=head_dim, device=device,
                                                       dtype=shard.value_HMD.dtype, max_norm=config.max_norm)
-    if config.merge_above is not None and config.merge_keep == "newest":
-        kept_N = torch.from_numpy(~superseded(vector_N2HD[:, 0], criteria_N3[:, :2].cpu().numpy(), above=config.merge_above))
+    if (above := config.newest_above) is not None:
+        kept_N = torch.from_numpy(~superseded(vector_N2HD[:, 0], criteria_N3[:, :2].cpu().numpy(), above=above))
         vector_N2HD, criteria_N3 = vector_N2HD[kept_N.to(device)], criteria_N3[kept_N.to(device)]
     counts = group.all_gather_int(len(criteria_N3), phase="writes", device=device)
     criteria = entry.unpack_criteria(group.all_gather_rows(criteria_N3, counts, phase="writes"))
@@ -100,9 +100,8 @@ def batch_of(key_HED: Tensor, value_HED: Tensor, namespace_E: Tensor, importance
     entry.check_batch(key_HED, value_HED, namespace_E, document_E, importance_E, heads=heads, head_dim=head_dim)
     key_EHD, value_EHD = (part.detach().transpose(0, 1).to(shard.device) for part in (key_HED, value_HED))
     names_E, documents_E = (column_E.cpu().long().numpy() for column_E in (namespace_E, document_E))
-    if shard.config.merge_above is not None and shard.config.merge_keep == "newest":
-        texts_E2 = np.stack([names_E, documents_E], axis=1)
-        names_E = np.where(superseded(key_EHD, texts_E2, above=shard.config.merge_above), -1, names_E)
+    if (above := shard.config.newest_above) is not None:
+        names_E = np.where(superseded(key_EHD, np.stack([names_E, documents_E], axis=1), above=above), -1, names_E)
     entries, accepted_E, clipped = entry.admit(key_EHD, value_EHD, names_E, importance_E.cpu().float().numpy(),
                                                document_E=documents_E, step=step, first_id=first_id,
                                                max_norm=shard.config.max_norm)

@@ -171,14 +171,14 @@ class _Reader:
     def result(self, tokenizer: Tokenizer | None) -> ReadDocuments:
         on, off = np.array(list(self.losses.values()), float).T
         whole = {layer: LayerQueries(*(np.concatenate(part, axis=1 if part[0].ndim == 3 or name.endswith("HN") else 0)
-                                for name, part in zip(LayerQueries._fields, zip(*parts, strict=True), strict=True)))
+                                       for name, part in zip(LayerQueries._fields, zip(*parts, strict=True), strict=True)))
                  for layer, parts in self.seen.items()}
         layers = {layer: summary(one, self.origin[layer], self.documents) for layer, one in whole.items()}
         shown = sorted(whole)[:: max(1, -(-len(whole) // SHOWN_LAYERS))]
         examples = [example for layer in shown for example in self._examples(layer, whole[layer], tokenizer)]
         used = sorted({place.document for place in self.losses})
         return ReadDocuments(tuple(self.documents.names[one] for one in used), len(on), float(on.mean()), float(off.mean()),
-                       layers, tuple(examples))
+                             layers, tuple(examples))
 
     def _examples(self, layer: int, one: LayerQueries, tokenizer: Tokenizer | None) -> Iterator[Example]:
         weight_HNK = softmax(one)
@@ -216,7 +216,7 @@ def asked(memory: LayerMemory, place_BT: np.ndarray, valid_BT: np.ndarray, strid
                                for part in (memory.share_HN.float(), memory.null_share_HN.float()))
     score_HNK, id_HNK = (by_token(part, len(kept_N))[:, :, 0].cpu().numpy()[:, kept_N] for part in memory.hits[:2])
     return LayerQueries(place_NT[kept_N], score_HNK, id_HNK, share_HN, null_share_HN,
-                 memory.gate_BT.cpu().numpy()[valid_BT])
+                        memory.gate_BT.cpu().numpy()[valid_BT])
 
 
 def by_token(part_HN: Tensor, tokens: int) -> Tensor:

@@ -116,8 +116,8 @@ def _facts(session: Session) -> CommitFacts:
     settings = to_yaml(session.config).encode()
     versions = {"lmcode": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
     return CommitFacts(step=session.step, world_size=session.group.size, versions=versions,
-                 virtual_shards=session.config.memory.virtual_shards,
-                 config=hashlib.blake2b(settings, digest_size=32).hexdigest())
+                       virtual_shards=session.config.memory.virtual_shards,
+                       config=hashlib.blake2b(settings, digest_size=32).hexdigest())
 
 
 def snapshot(session: Session) -> Parts:

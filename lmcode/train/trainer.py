@@ -280,7 +280,7 @@ class MemoryAwareTrainer:
         if former is not None:
             replay = _kept(former.replay, replay)
             data_pass = PassStart(first_step=former.step, first_namespace=free,
-                             first_pause=1 if replay is None or not len(replay) else 0)
+                                  first_pause=1 if replay is None or not len(replay) else 0)
             goes_on = not former.data_pass.over and former.corpus.meta["digest"] == corpus.meta["digest"] and all(
                 getattr(former.config.train, name) == getattr(train, name)
                 for name in ("streams", "sequence_length", "memory_sample_ratio"))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from lmcode.config import MemoryConfig
 from lmcode.dist import Group
+from lmcode.memory import joining
 from lmcode.memory.bank import LongTermMemory
+from lmcode.memory.joining import superseded
 from lmcode.protocol import Candidates
 from tests.helpers.ranks import run_on_ranks
 
@@ -99,6 +102,14 @@ def test_of_candidates_that_say_a_key_anew_the_last_is_found() -> None:
                                 torch.ones(len(values)), torch.ones(len(values)).bool())], [], step=step)
         found, _ = bank.look_up(key, torch.zeros(1).long())
         assert bank.stats()["live"] == 1 and torch.allclose(found, torch.full_like(found, values[-1]))
+
+
+def test_blocks_of_a_long_text_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    key_EHD = torch.cat([key.transpose(0, 1) for key, _ in batches()])
+    text_E2 = np.stack([np.arange(len(key_EHD)) % 2, np.zeros(len(key_EHD), np.int64)], axis=1)
+    whole = superseded(key_EHD, text_E2, above=0.9)
+    monkeypatch.setattr(joining, "BLOCK", 4)
+    assert 0 < whole.sum() < len(whole) and (superseded(key_EHD, text_E2, above=0.9) == whole).all()
 
 
 def _hashes() -> list[str]:
