@@ -1,28 +1,23 @@
 """The bank of one layer: the face of what all ranks of a group do together, reads and writes.
 
 How a read goes is in `read`, how a write does in `write`; what is measured is in `measure`, and how banks are copied and
-restored in `lifecycle`. A method that is called collective
-must be called by all ranks of the group in the same order. Each issues a number of collectives that depends on settings
-only, never on data: zero rows take part as padding.
+restored in `lifecycle`. A method that is called collective must be called by all ranks of the group in the same order. Each
+issues a number of collectives that depends on settings only, never on data: zero rows take part as padding.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lmcode.config import ConfigError, MemoryConfig
 from lmcode.dist import Group
-from lmcode.memory import entry, measure, planning
-from lmcode.memory.joining import join_nearest
+from lmcode.memory import entry, measure, planning, write
 from lmcode.memory.placement import shards_of
-from lmcode.memory.read import Reader, check_search, turned
+from lmcode.memory.read import Reader, checked, turned
 from lmcode.memory.rounds import consolidate_shards
 from lmcode.memory.search.choice import TierChoice
 from lmcode.memory.search.faiss_index import check_top_k
@@ -30,8 +25,7 @@ from lmcode.memory.search.plan import Plan, first_plan
 from lmcode.memory.search.tier import tier_of
 from lmcode.memory.searcher import Scope
 from lmcode.memory.shard import Predicate, Shard
-from lmcode.memory.states import COUNTERS, digest_of
-from lmcode.memory.write import Admitted, batch_of, count_hits, gather_candidates
+from lmcode.memory.states import COUNTERS, digest_of_all
 from lmcode.precision import without_autocast
 from lmcode.protocol import Candidates, ConsolidationReport, Hits, check_threshold
 
@@ -40,12 +34,8 @@ class LongTermMemory:
     """One logical memory over the ranks of a group; a `Retriever`. No module, parameter or buffer.
 
     Memory groups of `config.group_size` consecutive ranks (by default a single one, of all) each hold it whole, a slice per
-    rank. Reads stay inside; between the groups travel candidates and hit statistics, so that all change alike.
-
-    A read is `search`, then `attend`: the phases are those of `read.Reader`.
-    The group counts bytes and seconds as queries, hits, values, gradients, writes and stats. Reads change nothing but
-    counters. Whatever changes entries (`commit`, `write`, `delete`, `consolidate`, `load`) makes earlier hits stale:
-    attending to those is an error.
+    rank. Reads stay inside; between the groups travel candidates and hit statistics, so that all change alike. Reads change
+    nothing but counters. Whatever changes entries makes earlier hits stale: attending to those is an error.
 
     Attributes:
         group, inside, between: all ranks; this rank's memory group; the ranks with the same slice, one of each group.
@@ -80,11 +70,9 @@ class LongTermMemory:
         except ValueError as error:
             raise ConfigError(f"bank: {error}") from None
         self.reader = Reader(self.shard, self.group, self.inside)
-        self.shard.searcher.use(first_plan(config.tier))
+        self.use(first_plan(config.tier))
         self.next_id = self.rejected = self.clipped = 0
-        nobody_N = torch.zeros(0, dtype=torch.int64)
-        self.sample = measure.Sample(torch.zeros(heads, 0, head_dim), nobody_N, nobody_N, config.scope)
-        self.unmeasured = False
+        self.sample, self.unmeasured = measure.no_sample(heads, head_dim, config.scope), False
 
     @torch.no_grad()
     @without_autocast()
@@ -108,24 +96,19 @@ class LongTermMemory:
         """
         k = self.top_k if top_k is None else top_k
         scope = self.config.scope if scope is None else scope
-        namespace_N, document_N = self._checked(query_HND, namespace_N, document_N, scope, k)
-        self.sample = measure.sample_of_all(query_HND, namespace_N, document_N, scope, self.config.recall_queries,
-                                            group=self.group)
+        names = checked(query_HND, namespace_N, document_N, scope, k, shard=self.shard)
+        self.sample = measure.sample_of_all(query_HND, *names, scope, self.config.recall_queries, group=self.group)
         if tier is None:
             planning.before_search(self, scope)
             tier = self._tier(scope, k, query_HND.shape[1])
-        return self.reader.search(query_HND.transpose(0, 1), namespace_N, document_N, scope=scope, k=k, tier=tier,
-                                  ragged=ragged)
+        return self.reader.search(query_HND.transpose(0, 1), *names, scope=scope, k=k, tier=tier, ragged=ragged)
 
     @without_autocast()
     def attend(self, query_HND: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
         """Phase 4: softmax attention over `hits`, (value_HND in the query's dtype, logsumexp_HN fp32). Collective.
 
-        Differentiable once with respect to the query; entries are constants. The backward pass is collective, too. A
-        query without hits gets value 0, log-sum-exp `NO_SCORE` and gradient 0.
-
-        Args:
-            query_HND: the queries that `hits` were searched with.
+        Differentiable once with respect to the query, `query_HND` of the search; entries are constants. The backward pass is
+        collective, too. A query without hits gets value 0, log-sum-exp `NO_SCORE` and gradient 0.
 
         Raises:
             ValueError: if the bank has changed since the search.
@@ -147,25 +130,12 @@ class LongTermMemory:
     def look_up(self, query_HND: Tensor, namespace_N: Tensor,
                 document_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`attend` to a fresh `search`, without gradient; faster for few queries on one rank. Collective."""
-        namespace_N, document_N = self._checked(query_HND, namespace_N, document_N, self.config.scope, self.top_k)
-        approximate = tier_of(self._tier(self.config.scope, self.top_k, query_HND.shape[1])).approximate
-        found = None if approximate else self.reader.look_up(query_HND.transpose(0, 1), namespace_N, document_N, self.top_k)
-        if found is None:
-            return self.attend(query_HND, self.search(query_HND, namespace_N, document_N))
-        value_HND, lse_HN, doubtful_N = turned(found[0]), turned(found[1]), found[2]
-        if bool(doubtful_N.any()):
-            unsure_HND = query_HND[:, doubtful_N]
-            parts = self.attend(unsure_HND, self.search(unsure_HND, namespace_N[doubtful_N], document_N[doubtful_N]))
-            value_HND[:, doubtful_N], lse_HN[:, doubtful_N] = parts[0].float(), parts[1]
-        return value_HND.to(query_HND.dtype), lse_HN
-
-    def _checked(self, query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None, scope: Scope,
-                 k: int) -> tuple[Tensor, Tensor]:
-        """Namespaces and documents of queries, unknown ones where no documents are given, on the device of the bank wherever
-        the caller has them; ValueError for queries that do not fit."""
-        document_N = torch.full_like(namespace_N, entry.UNKNOWN) if document_N is None else document_N
-        check_search(query_HND, namespace_N, document_N, scope, k, heads=self.heads, head_dim=self.head_dim)
-        return namespace_N.to(self.device), document_N.to(self.device)
+        names = checked(query_HND, namespace_N, document_N, self.config.scope, self.top_k, shard=self.shard)
+        tier = self._tier(self.config.scope, self.top_k, query_HND.shape[1])
+        if tier_of(tier).approximate:
+            return self.attend(query_HND, self.search(query_HND, *names))
+        value_NHD, lse_NH = self.reader.look_up(query_HND.transpose(0, 1), *names, k=self.top_k, tier=tier)
+        return turned(value_NHD).to(query_HND.dtype), turned(lse_NH)
 
     def _tier(self, scope: Scope, k: int, queries: int) -> str:
         return self.choice.pick(scope, self.plan, live=self.shard.ledger.tally.live, k=k, queries=queries)
@@ -184,22 +154,20 @@ class LongTermMemory:
         """Counts the attention that entries received in this step, then writes what the policy chooses. Collective.
 
         Called once per optimizer step, with a list item per micro-batch; either list may be empty, `hits` on all ranks
-        alike, as every rank took part in every search. A hit is credited with its share of the softmax over its query's
-        hits, times the query's `credit_HN`. The global order of
-        candidates is rank, list item, position; the policy looks at all valid ones in that order, so its choice does
-        not depend on the number of ranks or memory groups.
+        alike. A hit is credited with its share of the softmax over its query's hits, times the query's `credit_HN`. The
+        global order of candidates is rank, list item, position; the policy looks at all valid ones in that order, so its
+        choice does not depend on the number of ranks or memory groups.
 
         Raises:
             ValueError: if any of the hits is stale, or its credit not one number for each query.
         """
         tickets = [self.reader.ticket_of(one) for one in hits]
-        self.shard.touch(*count_hits(hits, tickets, self.shard, self.inside, self.between), step)
-        evicted, clipped = sum(self.shard.evicted.values()), self.clipped
-        offered, batch = gather_candidates(candidates, self.shard, self.group, self.inside, first_id=self.next_id, step=step)
-        id_E = self._store(batch)
+        self.shard.touch(*write.count_hits(hits, tickets, self.shard, self.inside, self.between), step)
+        offered, batch = write.gather_candidates(candidates, self.shard, self.group, self.inside, first_id=self.next_id,
+                                                 step=step)
+        evicted, id_E = write.store(self, batch)
         written = int((id_E >= 0).sum())
-        return entry.CommitReport(offered, written, len(id_E) - written, self.clipped - clipped,
-                                  sum(self.shard.evicted.values()) - evicted)
+        return entry.CommitReport(offered, written, len(id_E) - written, batch.clipped, evicted)
 
     @torch.no_grad()
     @without_autocast()
@@ -212,19 +180,9 @@ class LongTermMemory:
             importance_E: fp32, cut off at 10; rows where it is not positive are rejected; 1 when None.
             document_E: int64, the text that each entry was written from; -1, or None: unknown.
         """
-        return torch.from_numpy(self._store(batch_of(key_HED, value_HED, namespace_E, importance_E, document_E, self.shard,
-                                                     first_id=self.next_id, step=step)))
-
-    def _store(self, batch: Admitted) -> np.ndarray:
-        entries = batch.entries
-        if self.config.merge_above is not None:
-            entries = join_nearest(entries, self.shard, self.inside, above=self.config.merge_above,
-                                   tier=self.choice.tiers["global"])
-        self.shard.write(entries)
-        self.next_id += len(batch.id_E)
-        self.rejected += int((batch.id_E < 0).sum())
-        self.clipped += batch.clipped
-        return batch.id_E
+        batch = write.batch_of(key_HED, value_HED, namespace_E, importance_E, document_E, self.shard, first_id=self.next_id,
+                               step=step)
+        return torch.from_numpy(write.store(self, batch)[1])
 
     def delete(self, *, ids: Sequence[int] | None = None, namespace: int | None = None, before_step: int | None = None,
                predicate: Predicate | None = None) -> int:
@@ -239,8 +197,7 @@ class LongTermMemory:
         deleted = measure.totals(self.inside, self.device, self.shard.delete(slot_E))[0]
         if deleted:
             self.shard.searcher.forget(slot_E)
-        if deleted and self.plan.centroid_HXD is not None:  # they are means of what is to be gone
-            self.use(Plan(self.plan.probing))
+            self.use(self.plan.without_centroids())
         return deleted
 
     @without_autocast()
@@ -248,10 +205,8 @@ class LongTermMemory:
         """Merges pairs of entries of one text whose keys are less than a cosine distance apart. Collective.
 
         A text is a document in a namespace; entries of unknown document are one text of their namespace. So no entry is a
-        mean of what two documents say, and deleting one of them leaves nothing of it. The price is that texts which say the
-        same, in one namespace, keep an entry each.
-
-        One call is one round, see `rounds`. A threshold outside (0, 2] is a ValueError.
+        mean of what two documents say, and deleting one of them leaves nothing of it. One call is one round, see `rounds`.
+        A threshold outside (0, 2] is a ValueError.
         """
         check_threshold(threshold)
         return consolidate_shards(self.shard, self.inside, threshold, tier=self.choice.tiers["global"])
@@ -264,26 +219,19 @@ class LongTermMemory:
         An entry counts once, however many memory groups hold it; but in `live_by_rank` for each rank that does. `chances`
         are the live entries that eviction will pass over once, `spared` those that it has passed over.
         """
-        counts, blind = measure.count_entries(self.shard, self.group, self.between.size, self.reader.blind_queries)
-        return {**counts, "rejected": self.rejected, "clipped": self.clipped, "blind_queries": blind,
-                "next_id": self.next_id}
+        return measure.count_entries(self)
 
     def state(self, shard: int) -> dict[str, Tensor]:
         """A copy of one virtual shard of this rank, with the bank's counters: see `Shard.state`."""
         return {**self.shard.state(shard), **{name: torch.tensor(getattr(self, name)) for name in COUNTERS}}
 
     def load(self, shard: int, state: Mapping[str, Tensor]) -> None:
-        """Replaces one virtual shard of this rank, and the bank's counters, by a `state`.
-
-        Raises:
-            ValueError: if the state does not fit this bank; nothing has changed then.
-        """
+        """Replaces one virtual shard of this rank, and the bank's counters, by a `state`; ValueError, and nothing has
+        changed, if it does not fit this bank."""
         self.shard.load(shard, state)
         for name in COUNTERS:
             setattr(self, name, int(state[name]))
 
     def content_hash(self) -> str:
         """blake2b over all virtual shards in order: equal for equal contents, on any number of ranks. Collective."""
-        parts = self.inside.all_gather_object([(shard, digest_of(self.state(shard))) for shard in self.owned])
-        whole = b"".join(digest for _, digest in sorted(itertools.chain(*parts)))
-        return hashlib.blake2b(whole, digest_size=32).hexdigest()
+        return digest_of_all({shard: self.state(shard) for shard in self.owned}, self.inside)

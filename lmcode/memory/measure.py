@@ -14,7 +14,6 @@ from torch import Tensor
 from lmcode.dist import Group
 from lmcode.memory.read import holders_of
 from lmcode.memory.searcher import Scope
-from lmcode.memory.shard import Shard
 from lmcode.protocol import Hits
 
 if TYPE_CHECKING:
@@ -30,21 +29,29 @@ class Sample(NamedTuple):
     scope: Scope
 
 
+def no_sample(heads: int, head_dim: int, scope: Scope) -> Sample:
+    """The sample of a bank that nobody has asked yet."""
+    nobody_N = torch.zeros(0, dtype=torch.int64)
+    return Sample(torch.zeros(heads, 0, head_dim), nobody_N, nobody_N, scope)
+
+
 def totals(group: Group, device: torch.device, *numbers: int) -> list[int]:
     """Each number's sum over the ranks of a group. Collective."""
     return group.all_reduce(torch.tensor(numbers, device=device), phase="stats").tolist()
 
 
-def count_entries(shard: Shard, group: Group, groups: int, blind_queries: int) -> tuple[dict[str, Any], int]:
-    """What `LongTermMemory.stats` says of entries, and all blind queries. Collective of all ranks, in so many groups."""
-    tally, by_rank = shard.ledger.tally, [0] * group.size
+def count_entries(bank: LongTermMemory) -> dict[str, Any]:
+    """What `LongTermMemory.stats` returns. Collective."""
+    shard, group, tally = bank.shard, bank.group, bank.shard.ledger.tally
+    by_rank = [0] * group.size
     by_rank[group.rank] = tally.live
-    numbers = *by_rank, sum(shard.evicted.values()), tally.merged, tally.chances, tally.spared, blind_queries
-    *by_rank, evicted, merged, chances, spared, blind = totals(group, shard.key_HMD.device, *numbers)
-    once = (number // groups for number in (sum(by_rank), evicted, merged, chances, spared))
+    numbers = *by_rank, sum(shard.evicted.values()), tally.merged, tally.chances, tally.spared, bank.reader.blind_queries
+    *by_rank, evicted, merged, chances, spared, blind = totals(group, bank.device, *numbers)
+    once = (number // bank.between.size for number in (sum(by_rank), evicted, merged, chances, spared))
     live, evicted, merged, chances, spared = once
     return {"slots": shard.slots, "live": live, "live_by_rank": by_rank, "fill": live / shard.slots, "evicted": evicted,
-            "chances": chances, "spared": spared, "merged": merged}, blind
+            "chances": chances, "spared": spared, "merged": merged, "rejected": bank.rejected, "clipped": bank.clipped,
+            "blind_queries": blind, "next_id": bank.next_id}
 
 
 def ages(hits: Hits, *, step: int) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lmcode.dist import Group
+from lmcode.memory.entry import UNKNOWN
 from lmcode.memory.merge import logsumexp_of, merge_lists, pack_cuts, unpack_cuts, winners
 from lmcode.memory.placement import holder_of
 from lmcode.memory.search.faiss_index import check_top_k
@@ -141,11 +142,27 @@ class Reader:
         parts: tuple[Tensor, ...] = align_rows(by_rank, holder_NHK).split(shard.value_HMD.shape[-1], dim=-1)
         return parts
 
-    def look_up(self, query_NHD: Tensor, namespace_N: Tensor, document_N: Tensor, k: int) -> tuple[Tensor, ...] | None:
-        """`search` and `attend` in one go (`Searcher.look_up`), for few queries on one rank, from which nothing is hidden.
+    def look_up(self, query_NHD: Tensor, namespace_N: Tensor, document_N: Tensor, *, k: int,
+                tier: str) -> tuple[Tensor, Tensor]:
+        """`attend` to a `search` of the config's scope, fp32 value_NHD and logsumexp_NH; the short way where that leads to
+        the same hits without a doubt."""
 
-        None where that is not so.
-        """
+        def long_way(some: Tensor | slice) -> tuple[Tensor, Tensor]:
+            hits = self.search(query_NHD[some], namespace_N[some], document_N[some], scope=self.config.scope, k=k, tier=tier,
+                               ragged=False)
+            return self.attend(query_NHD[some], hits)
+
+        found = self.short_way(query_NHD, namespace_N, document_N, k)
+        if found is None:
+            return long_way(slice(None))
+        value_NHD, lse_NH, doubtful_N = found
+        if bool(doubtful_N.any()):
+            value, lse_NH[doubtful_N] = long_way(doubtful_N)
+            value_NHD[doubtful_N] = value.float()
+        return value_NHD, lse_NH
+
+    def short_way(self, query_NHD: Tensor, namespace_N: Tensor, document_N: Tensor, k: int) -> tuple[Tensor, ...] | None:
+        """`Searcher.look_up`, for few queries on one rank, from which nothing is hidden. None where that is not so."""
         if self.inside.size > 1 or not 0 < len(query_NHD) <= LOOKED_UP:
             return None
         if self.config.scope != "document" and bool((document_N >= 0).any()):
@@ -221,16 +238,22 @@ def holders_of(ids: Tensor, virtual_shards: int, ranks: int) -> Tensor:
     return torch.from_numpy(holder_of(ids.cpu().numpy(), virtual_shards, ranks)).to(ids.device)
 
 
-def check_search(query_HND: Tensor, namespace_N: Tensor, document_N: Tensor, scope: Scope, k: int, *, heads: int,
-                 head_dim: int) -> None:
-    """Raises ValueError for shapes that do not fit a bank, an unknown scope, or K outside 1..2048."""
-    H, N, D = query_HND.shape
+def checked(query_HND: Tensor, namespace_N: Tensor, document_N: Tensor | None, scope: Scope, k: int, *,
+            shard: Shard) -> tuple[Tensor, Tensor]:
+    """Namespaces and documents of queries, unknown ones where none are given, on the shard's device wherever they were.
+
+    Raises:
+        ValueError: shapes that do not fit the shard, an unknown scope, or K outside 1..2048.
+    """
+    (heads, _, head_dim), (H, N, D) = shard.key_HMD.shape, query_HND.shape
+    document_N = torch.full_like(namespace_N, UNKNOWN) if document_N is None else document_N
     if (H, D) != (heads, head_dim) or not namespace_N.shape == document_N.shape == (N,):
         raise ValueError(f"queries must be [{heads}, N, {head_dim}], namespaces and documents [N]: got "
                          f"{tuple(query_HND.shape)}, {tuple(namespace_N.shape)} and {tuple(document_N.shape)}")
     if isinstance(scope, str) and scope not in SCOPES:
         raise ValueError(f"scope must be 'document', 'global' or a list of namespaces: got '{scope}'")
     check_top_k(k)
+    return namespace_N.to(shard.device), document_N.to(shard.device)
 
 
 def exchange_mode(mode: str, ranks: int, k: int) -> str:

@@ -8,7 +8,7 @@ Letters: N queries or candidates of this rank; E chosen candidates or entries; X
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +16,14 @@ from torch import Tensor
 
 from lmcode.dist import Group
 from lmcode.memory import entry
-from lmcode.memory.joining import superseded
+from lmcode.memory.joining import join_nearest, superseded
 from lmcode.memory.placement import holder_of
 from lmcode.memory.shard import Shard
 from lmcode.memory.ticket import Ticket
 from lmcode.protocol import Candidates, Hits
+
+if TYPE_CHECKING:
+    from lmcode.memory.bank import LongTermMemory
 
 
 class Admitted(NamedTuple):
@@ -106,3 +109,19 @@ def batch_of(key_HED: Tensor, value_HED: Tensor, namespace_E: Tensor, importance
                                                document_E=documents_E, step=step, first_id=first_id,
                                                max_norm=shard.config.max_norm)
     return Admitted(np.where(accepted_E, first_id + np.arange(E), -1), clipped, entries)
+
+
+def store(bank: LongTermMemory, batch: Admitted) -> tuple[int, np.ndarray]:
+    """Puts a batch into a bank, joined with what is there if `memory.merge_above` says so, and counts it. Collective.
+
+    Returns how many entries of this rank had to go for it, and the ids of its rows, int64 [E], -1 where rejected.
+    """
+    entries, shard = batch.entries, bank.shard
+    if bank.config.merge_above is not None:
+        entries = join_nearest(entries, shard, bank.inside, above=bank.config.merge_above, tier=bank.choice.tiers["global"])
+    before = sum(shard.evicted.values())
+    shard.write(entries)
+    bank.next_id += len(batch.id_E)
+    bank.rejected += int((batch.id_E < 0).sum())
+    bank.clipped += batch.clipped
+    return sum(shard.evicted.values()) - before, batch.id_E

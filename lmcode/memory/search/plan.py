@@ -56,6 +56,10 @@ class Plan:
         """Of each head; 0 without centroids."""
         return 0 if self.centroid_HXD is None else self.centroid_HXD.shape[1]
 
+    def without_centroids(self) -> Plan:
+        """The plan once entries are gone of which centroids are means; this one if it has none."""
+        return self if self.centroid_HXD is None else Plan(self.probing)
+
 
 def first_plan(tier: str) -> Plan:
     """The plan of an empty bank whose settings name this tier."""
