@@ -1,7 +1,7 @@
 """Shared by the chaos tools: a very small real run, rank processes that can be killed, and how a verdict is printed.
 
-Ranks are forked from one server process that has imported everything, so that a start costs a fraction of a second; in all
-else they are ordinary ranks with a gloo group of their own.
+Ranks are forked (`tests.helpers.forked`), so that a start costs a fraction of a second; in all else they are ordinary ranks
+with a gloo group of their own.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import multiprocessing
 import os
 import signal
 import sys
@@ -31,14 +30,11 @@ from lmcode.train.session import Session
 from lmcode.train.start import open_run, set_up
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.helpers import small_run  # noqa: E402
+from tests.helpers import forked, small_run  # noqa: E402
+from tests.helpers.forked import CONTEXT  # noqa: E402
 
 STAGES = ("cpu", "zero1", "zero2", "zero3", "zero3_offload")
 TIMEOUT_S = 600.0
-CONTEXT = multiprocessing.get_context("forkserver")
-# All that a rank would otherwise import by the time it trains, most of it through the engine's first optimizer.
-CONTEXT.set_forkserver_preload(["lmcode.train.loop", "deepspeed.runtime.zero.muon.muon_optimizer", "faiss",
-                                "safetensors.numpy", "torch.utils.tensorboard", "torch._inductor.compile_fx", "setuptools"])
 
 
 def settings(folder: Path, name: str, **sections: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +70,7 @@ class Ranks:
         port, job = dist.free_port(), cls([], [])
         for rank in range(ranks):
             ours, theirs = CONTEXT.Pipe(duplex=False)
-            process = CONTEXT.Process(target=_be_rank, args=(rank, ranks, port, log, theirs, function, args), daemon=True)
+            process = forked.process(_be_rank, rank, ranks, port, log, theirs, function, args)
             process.start()
             theirs.close()
             job.processes.append(process)

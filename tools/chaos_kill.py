@@ -204,7 +204,7 @@ def kill_index_writers(folder: Path, kills: int, seed: int) -> int:
     chance, path, unreadable = random.Random(seed), str(folder / "baseline.index"), 0
     for _ in range(kills):
         ours, theirs = chaos.CONTEXT.Pipe(duplex=False)
-        process = chaos.CONTEXT.Process(target=write_index_for_ever, args=(path, theirs), daemon=True)
+        process = chaos.forked.process(write_index_for_ever, path, theirs)
         process.start()
         theirs.close()
         seconds = [ours.recv() for _ in range(3)]

@@ -1,12 +1,11 @@
 """Runs a function on several real processes that form a gloo group, for tests; a lost rank fails instead of hanging.
 
-Starting a process costs seconds (it imports torch), so let one call make many checks.
+They are forked (`forked`), so a call costs little.
 """
 
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import pickle
 import signal
@@ -21,6 +20,8 @@ from typing import Any
 
 from lmcode import dist
 from lmcode.dist import free_port
+from tests.helpers import forked
+from tests.helpers.forked import CONTEXT
 from tests.helpers.patience import PATIENCE_S
 
 
@@ -42,15 +43,13 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, time
         RankError: as soon as one rank raises or dies, with its traceback; or after `timeout_s`, with the ranks that
             had not finished and their stacks. The other processes are killed.
     """
-    context = multiprocessing.get_context("spawn")
     port = free_port()
     processes, pipes = [], []
     with tempfile.TemporaryDirectory() as folder:
         try:
             for rank in range(world_size):
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_child, daemon=True,
-                                          args=(rank, world_size, port, theirs, folder, function, args))
+                ours, theirs = CONTEXT.Pipe(duplex=False)
+                process = forked.process(_child, rank, world_size, port, theirs, folder, function, args)
                 process.start()
                 theirs.close()
                 processes.append(process)

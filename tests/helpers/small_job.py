@@ -1,11 +1,7 @@
-"""A very small training job on several real processes, through the command line, for tests and tools that hurt it.
-
-The processes are forked from a server that has imported torch and DeepSpeed once, which saves most of a start.
-"""
+"""A very small training job on several real processes, through the command line, for tests and tools that hurt it."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lmcode.dist import free_port
+from tests.helpers import forked
 from tests.helpers.patience import PATIENCE_S
 
 SETTINGS = ["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.vocab_size=257",
@@ -22,8 +19,6 @@ SETTINGS = ["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "
             "model.memory_top_k=8", "model.short_term_memory_size=8", "data.tokenizer=bytes", "train.sequence_length=32",
             "train.streams=4", "eval.streams=4", "train.warmup_steps=2", "train.log_every=1", "eval.every=0",
             "eval.final_windows=2"]
-PRELOAD = ["tests.helpers.small_job", "lmcode.train.loop", "deepspeed.runtime.zero.stage_1_and_2", "faiss",
-           "torch.utils.tensorboard", "torch._inductor.compile_fx"]
 
 Sabotage = Callable[[Any], None]  # gets the module `loop` and changes what it likes
 
@@ -48,15 +43,13 @@ class Job:
 
     def __init__(self, folder: Path, text: Path, *words: str, ranks: int = 2,
                  sabotage: dict[int, Sabotage] | None = None) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
         self.run = folder / "run"
         self._said = [folder / f"said-{rank}.txt" for rank in range(ranks)]
         arguments = ["train", "--preset", "tiny", *SETTINGS, f"data.path={text}", f"data.cache={folder / 'cache'}",
                      f"train.run_dir={self.run}", *words]
         port = free_port()
-        self.processes = [context.Process(target=_rank, args=(rank, ranks, port, str(self._said[rank]), arguments,
-                                                              (sabotage or {}).get(rank))) for rank in range(ranks)]
+        self.processes = [forked.process(_rank, rank, ranks, port, str(self._said[rank]), arguments,
+                                         (sabotage or {}).get(rank)) for rank in range(ranks)]
 
     def __enter__(self) -> Job:
         for process in self.processes:
