@@ -26,7 +26,8 @@ from pydantic import (
 TIERS = {"exact": "lmcode.memory.search.exact:ExactTier", "faiss-flat": "lmcode.memory.search.flat:FlatTier",
          "ivf": "lmcode.memory.search.ivf:IvfTier", "hnsw": "lmcode.memory.search.hnsw:HnswTier"}
 EVICTIONS = {name: f"lmcode.memory.evict:{name}" for name in ("clock", "fifo", "lru", "oldest", "importance", "random")}
-RECIPES = {"camelot": "lmcode.recipes.camelot:Camelot", "lmcode": "lmcode.recipes.own_read:OwnRead",
+RECIPES = {"camelot": "lmcode.recipes.camelot:Camelot", "knn": "lmcode.recipes.knn:KnnLM",
+           "lmcode": "lmcode.recipes.own_read:OwnRead",
            "longmem": "lmcode.recipes.longmem:LongMem", "memorag": "lmcode.recipes.memorag:MemoRAG",
            "mplus": "lmcode.recipes.mplus:MPlus"}
 FAISS_GPU_MAX_K = 2048  # largest k of GPU FAISS without cuVS; kept on every machine so that a config is portable

@@ -1,14 +1,15 @@
-"""Perplexity of a frozen transformers model on books: alone, with a sliding cache, with the memories of recipe camelot.
+"""Perplexity of a frozen transformers model on books: alone, with a sliding cache, with the memories of a recipe.
 
     python tools/smollm2.py models/smollm2
     python tools/backbone_perplexity.py models/smollm2 book.txt [book.txt ...] --windows 128 512 --marks 2048 8192
+    python tools/backbone_perplexity.py models/smollm2 book.txt [book.txt ...] --recipe knn --slots 131072 --cache 512
 
-A book is read window by window up to the last mark, with sinks and a cache of 128 and no memory; what leaves the cache
-goes into the memory of every setting. At each mark a copy of each setting's memory reads on and the next tokens are
-scored; all settings have the same past and are scored on the same tokens. "equal bytes" gives the bytes that a memory in the
-upper half of the layers holds at the mark to a longer sliding cache in all layers; "full" is one window, which ends with
-the scored tokens. Lines are printed as soon as they are known, and go to a file with --results; what stands there already
-is not measured again.
+A book is read window by window up to the last mark, with sinks and a cache of `--cache` and no memory; what the recipe
+offers meanwhile goes into the memory of every setting. At each mark a copy of each setting's memory reads on and the next
+tokens are scored; all settings have the same past and are scored on the same tokens. "equal bytes" gives the bytes that a
+setting's memory holds at the mark to a longer sliding cache in all layers, as far as the model has positions; "full" is one
+window, which ends with the scored tokens. Lines are printed as soon as they are known, and go to a file with --results; what
+stands there already is not measured again.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from lmcode.recipes.attached import Attached
 
 
 class Setting(NamedTuple):
-    """A memory. layers: 'upper', 'all' or their numbers. merge: similarity above which a newcomer joins its nearest slot;
-    None: none does. cache: whether sinks and the cache stay visible beside it."""
+    """A memory. layers: 'upper', 'all', 'own' (the recipe's) or their numbers. merge: similarity above which a newcomer
+    joins its nearest slot; None: none does. cache: whether sinks and the cache stay visible beside it."""
 
     layers: str | tuple[int, ...] = "upper"
     merge: float | None = None
@@ -45,9 +46,10 @@ class Setting(NamedTuple):
     top_k: int = 32
 
 
-SETTINGS = {"nothing merged (our default)": Setting(), "merged above .95": Setting(merge=0.95),
-            "merged above .9": Setting(merge=0.9),
+SETTINGS = {"knn": Setting("own", top_k=64), "nothing merged (our default)": Setting(),
+            "merged above .95": Setting(merge=0.95), "merged above .9": Setting(merge=0.9),
             "as in the paper, R .9": Setting("all", 0.9, cache=False, bias=0.0, distance=256)}
+USUAL = {"camelot": [name for name in SETTINGS if name != "knn"], "knn": ["knn"]}
 
 
 def stored(setting: Setting) -> tuple[str | tuple[int, ...], float | None]:
@@ -63,18 +65,30 @@ def nll(logits_TV: torch.Tensor, target_T: torch.Tensor) -> float:
 class Lab:
     """A model with hooks, tokens of a book, and how they are scored."""
 
-    def __init__(self, folder: str, *, slots: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, folder: str, *, recipe: str = "camelot", slots: int, cache: int = 128,
+                 dtype: torch.dtype = torch.float32, **options: Any) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         self.memory = MemoryConfig(importance_weight=0.0, virtual_shards=1, tier="exact", max_norm=1e6)
-        attach(self.model, "camelot", memory=self.memory, long_term_memory_slots=slots,
-               memory_layers=tuple(range(self.model.config.num_hidden_layers)))
+        self.slots, self.cache, self.layers = slots, cache, self.model.config.num_hidden_layers
+        if recipe == "camelot":
+            options["memory_layers"] = tuple(range(self.layers))
+        attach(self.model, recipe, memory=self.memory, long_term_memory_slots=slots, cache=cache, **options)
         self.attached: Attached = self.model.lmcode
-        self.slots, self.layers = slots, self.model.config.num_hidden_layers
 
     def layers_of(self, setting: Setting) -> list[int]:
+        if setting.layers == "own":
+            return self.attached.config.memory_layer_indices
         if not isinstance(setting.layers, str):
             return [*setting.layers]
         return list(range(self.layers // 2 if setting.layers == "upper" else 0, self.layers))
+
+    def equal_cache(self, setting: Setting, mark: int, window: int) -> int:
+        """Tokens of a sliding cache in all layers that has the bytes of the setting's cache and of its memory at a mark; no
+        more than the model has positions for."""
+        sizes, config = self.attached.anatomy.sizes, self.attached.config
+        numbers = len(self.layers_of(setting)) * config.memory_heads * config.memory_head_dim * min(self.slots, mark)
+        tokens = round(numbers / (self.layers * sizes["kv_heads"] * sizes["head_dim"]))
+        return min((self.cache if setting.cache else 0) + tokens, sizes["positions"] - self.attached.options.sinks - window)
 
     def banks(self, setting: Setting) -> dict[int, LongTermMemory]:
         config = self.memory.model_copy(update={"merge_above": setting.merge}) if setting.merge else self.memory
@@ -88,7 +102,9 @@ class Lab:
             return self.attached(ids_T[None], state=state, namespace_B=torch.zeros(1, dtype=torch.int64))
 
     def use(self, setting: Setting) -> None:
-        """Makes the recipe read as the setting says."""
+        """Makes the recipe camelot read as the setting says."""
+        if self.attached.config.recipe != "camelot":
+            return
         config = self.attached.recipe.config
         self.attached.recipe.config = config.model_copy(update={"memory_bias": setting.bias})
         self.attached.recipe.options = self.attached.options.model_copy(update={"distance": setting.distance})
@@ -181,7 +197,7 @@ class Rows:
 
     @staticmethod
     def name_of(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row[name] for name in ("book", "window", "mark", "scored", "slots", "dtype", "setting"))
+        return tuple(row[name] for name in ("book", "window", "mark", "scored", "slots", "cache", "dtype", "setting"))
 
     def measure(self, row: dict[str, Any], call: Callable[[], float]) -> None:
         """Adds the perplexity of the scored tokens, whose summed loss `call` finds."""
@@ -200,12 +216,12 @@ def measure(lab: Lab, book: Path, window: int, arguments: argparse.Namespace, to
     """All numbers of a book with windows of one length."""
     marks, scored, full = sorted(arguments.marks), arguments.scored, arguments.full
     ids_N = torch.tensor(tokenizer(book.read_text(encoding="utf-8"))["input_ids"])[:max(marks) + scored + 1]
-    settings = {name: SETTINGS[name] for name in arguments.settings}
+    settings = {name: SETTINGS[name] for name in arguments.settings or USUAL[arguments.recipe]}
     banks = {stored(setting): lab.banks(setting) for setting in settings.values()}
 
     def said(mark: int, name: str, call: Callable[[], float]) -> None:
         rows.measure({"book": book.stem[:40], "window": window, "mark": mark, "scored": scored, "slots": lab.slots,
-                      "dtype": arguments.dtype, "setting": name}, call)
+                      "cache": lab.cache, "dtype": arguments.dtype, "setting": name}, call)
 
     state, at = None, 0
     for mark in marks:
@@ -216,11 +232,10 @@ def measure(lab: Lab, book: Path, window: int, arguments: argparse.Namespace, to
                 commit(some, output, at, hits=False)
             state, at = output.state, at + length
         if not arguments.no_baselines:
-            equal = 128 + min(lab.slots, mark) // 2
             said(mark, "plain", functools.partial(score_plain, lab, ids_N, mark, scored, window))
-            said(mark, "sinks and cache of 128", functools.partial(score_cache, lab, ids_N, mark, scored, window, 128))
-            said(mark, f"sinks and cache of equal bytes, {equal}",
-                 functools.partial(score_cache, lab, ids_N, mark, scored, window, equal))
+            for cache in sorted({lab.cache, *(lab.equal_cache(setting, mark, window) for setting in settings.values())}):
+                said(mark, f"sinks and cache of {cache}",
+                     functools.partial(score_cache, lab, ids_N, mark, scored, window, cache))
             said(mark, f"full, {full}", functools.partial(score_full, lab, ids_N, mark, scored, full))
         for name, setting in settings.items():
             said(mark, name, functools.partial(score_memory, lab, ids_N, mark, scored, window, setting=setting,
@@ -235,17 +250,22 @@ def main() -> None:
     parser.add_argument("--marks", nargs="+", type=int, default=[2048, 8192, 32768])
     parser.add_argument("--scored", type=int, default=2048, help="tokens behind each mark (%(default)s)")
     parser.add_argument("--slots", type=int, default=8192, help="of a memory (%(default)s)")
-    parser.add_argument("--settings", nargs="*", default=list(SETTINGS), help=f"of {', '.join(SETTINGS)}; or JSON")
+    parser.add_argument("--recipe", choices=list(USUAL), default="camelot", help="whose memories (%(default)s)")
+    parser.add_argument("--cache", type=int, default=128, help="tokens beside a memory (%(default)s)")
+    parser.add_argument("--width", type=int, help="of the recipe knn's keys; its usual one if left out")
+    parser.add_argument("--settings", nargs="*", help=f"of {', '.join(SETTINGS)}; or JSON; all of the recipe's if left out")
     parser.add_argument("--full", type=int, default=2048, help="tokens of the one full window (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (%(default)s)")
     parser.add_argument("--no-baselines", action="store_true")
     parser.add_argument("--results", type=Path, help="file that lines are added to, and whose rows are not measured again")
     arguments = parser.parse_args()
-    for name in arguments.settings:
+    for name in arguments.settings or ():
         if name.startswith("{"):
             given = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(name).items()}
             SETTINGS[name] = Setting(**given)
-    lab = Lab(arguments.model, slots=arguments.slots, dtype=getattr(torch, arguments.dtype))
+    options = {} if arguments.width is None else {"memory_head_dim": arguments.width}
+    lab = Lab(arguments.model, recipe=arguments.recipe, slots=arguments.slots, cache=arguments.cache,
+              dtype=getattr(torch, arguments.dtype), **options)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     rows = Rows(arguments.results)
     for window in arguments.windows:

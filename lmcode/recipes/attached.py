@@ -137,6 +137,8 @@ class Attached(Backbone):
                 module.register_forward_hook(functools.partial(self._watched, number), with_kwargs=True)
         if recipe.changes_model:
             base.register_forward_hook(self._after_model)
+        if recipe.changes_head:
+            self.backbone.get_output_embeddings().register_forward_hook(self._after_head)
 
     def _begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         current = self._pass
@@ -177,6 +179,9 @@ class Attached(Backbone):
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
         output.last_hidden_state = self.recipe.after_model(output.last_hidden_state, self._running)
         return output
+
+    def _after_head(self, module: nn.Module, args: Any, logits_BTX: Tensor) -> Tensor:
+        return self.recipe.after_head(logits_BTX, self._running)
 
     def _attend(self, current: Pass, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *,
                 scaling: float, dropout: float = 0.0, sliding_window: int | None = None, **others: Any) -> Tensor:
@@ -242,7 +247,7 @@ class Attached(Backbone):
                                    pending_valid_B=state.pending_valid_B & ~reset_B)
         namespace_B = torch.arange(B, device=device) if namespace_B is None else namespace_B
         seen_BT = torch.ones_like(input_ids, dtype=torch.bool) if valid_BT is None else valid_BT
-        current = Pass(self._retrievers, namespace_B, document_B, seen_BT, reset_B, state, self._at_once)
+        current = Pass(self._retrievers, namespace_B, document_B, seen_BT, reset_B, state, self._at_once, input_ids)
         logits_BTX = self._run(current, input_ids)
         loss = token_loss_BT = None
         target_BT = aligned_targets(labels, targets_BT, valid_BT)

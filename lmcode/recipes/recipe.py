@@ -2,9 +2,9 @@
 
 A recipe is one class in one file, and a line in `config.RECIPES`. It says which layers have a memory and what their entries
 are (`settings`), how what was found enters the model (`recall` joins the softmax of a layer's attention, `after_layer`
-changes what a layer hands on, `after_model` what the head is given; `watched` sees all layers), and what is offered for
-writing (`offered`). All else, searching over ranks, commits, checkpoints, deletion, is the product's. A recipe reads and
-never writes.
+changes what a layer hands on, `after_model` what the head is given, `after_head` what it makes of that; `watched` sees all
+layers), and what is offered for writing (`offered`). All else, searching over ranks, commits, checkpoints, deletion, is the
+product's. A recipe reads and never writes.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Pass:
         reset_B: bool, streams that start a document here, or None.
         at_once: texts are read to be stored: no row is carried, and whole windows leave it.
         state: what the streams carried here; None in a call in transformers' manner, which keeps its past in its own cache.
+        ids_BT: the window's tokens; None in a call in transformers' manner.
         tables, row_tables: of rotation, for the tokens of this window and for the row that was carried here.
         own: by layer, keys before their rotation and values of this window's tokens, detached: [B, H, T, D].
         tapes: by layer, as in our own model.
@@ -58,6 +59,7 @@ class Pass:
     reset_B: Tensor | None = None
     state: Carried | None = None
     at_once: bool = False
+    ids_BT: Tensor | None = None
     tables: Tables | None = None
     row_tables: Tables | None = None
     own: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -125,6 +127,7 @@ class Recipe(nn.Module, ABC):
         joins_attention: whether `recall` is asked in the memory layers.
         changes_layers: whether `after_layer` is.
         changes_model: whether `after_model` is.
+        changes_head: whether `after_head` is.
         watches: whether `watched` is told of all layers.
         offers_by_token: whether candidates are one for each token of the window.
 
@@ -137,6 +140,7 @@ class Recipe(nn.Module, ABC):
     joins_attention: ClassVar[bool] = False
     changes_layers: ClassVar[bool] = False
     changes_model: ClassVar[bool] = False
+    changes_head: ClassVar[bool] = False
     watches: ClassVar[bool] = False
     offers_by_token: ClassVar[bool] = False
     own_layers: int = 0
@@ -180,6 +184,10 @@ class Recipe(nn.Module, ABC):
     def after_model(self, hidden_BTD: Tensor, current: Pass) -> Tensor:
         """What the head is given: the last hidden states, normalised."""
         return hidden_BTD
+
+    def after_head(self, logits_BTX: Tensor, current: Pass) -> Tensor:
+        """The logits, X ids of the vocabulary, of the window's last T tokens where transformers was asked for no others."""
+        return logits_BTX
 
     def auxiliary(self, current: Pass) -> Tensor | None:
         """A loss at each token, fp32 [B, T], that trains what the loss of the tokens does not; asked for in training only.

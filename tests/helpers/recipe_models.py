@@ -33,7 +33,8 @@ FAMILIES: dict[str, functools.partial[PretrainedConfig]] = {
     "gpt_neox": functools.partial(GPTNeoXConfig, **SIZES),
 }
 # What differs between recipes in a test: a new recipe joins by a line.
-OPTIONS: dict[str, dict[str, Any]] = {"camelot": {"memory_bias": 0.0}, "lmcode": {"memory_bias": 0.0},
+OPTIONS: dict[str, dict[str, Any]] = {"camelot": {"memory_bias": 0.0}, "knn": {"memory_bias": -2.0},
+                                     "lmcode": {"memory_bias": 0.0},
                                      "longmem": {}, "memorag": {"ratio": 3},
                                      "mplus": {"memory_bias": 0.0, "pool": 8, "compressed": 4}}
 assert set(OPTIONS) == set(RECIPES)

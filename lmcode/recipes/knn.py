@@ -1,0 +1,203 @@
+"""Recipe `knn`: tokens that followed contexts like the present one get a share of the probability of the next token.
+
+After the continuous cache (Grave, Joulin & Usunier, "Improving Neural Language Models with a Continuous Cache", ICLR 2017,
+arXiv 1612.04426) and kNN-LM (Khandelwal et al., "Generalization through Memorization", ICLR 2020, arXiv 1911.00172). An
+entry's key is a small projection of a hidden state, its value the token that followed. The one thing to know: what was found
+enters behind the head, as a mixture of two distributions, so the backbone computes what it computes without a memory;
+README.md says what the papers do, what this does, and what each choice earned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lmcode.config import ConfigError, LMCODEConfig
+from lmcode.protocol import Candidates, NullRetriever
+from lmcode.recipes import recipe
+from lmcode.recipes.anatomy import Anatomy
+from lmcode.recipes.recipe import LayerCall, Left, Pass, check_settings
+
+FOUND, KEYS = "knn found", "knn keys"  # notes of a pass
+DIGITS, BASE = 3, 128  # of a token's id in a value: exact in bf16, and enough for two million tokens
+SIGN = 0.125  # size of the components of a value that prove it is one token's
+TEMPERATURE, SLOPE, SPREAD, USUAL = 28.0, 16.0, -0.5, 0.7  # where training begins; see README.md
+BIAS = -5.0
+
+
+class Options(recipe.Options):
+    """Settings of this recipe beside `sinks` and `cache`."""
+
+    seed: int = Field(0, ge=0, description="of the projection of hidden states to keys")
+
+
+class Found(NamedTuple):
+    """The neighbours of each token of a window: cosine_BTK fp32; token_BTK int64, -1 where there is none."""
+
+    cosine_BTK: Tensor
+    token_BTK: Tensor
+
+
+class KnnLM(recipe.Recipe):
+    """A projection that is never trained, and four numbers that may be: a temperature, and how far the share opens."""
+
+    Options = Options
+    changes_layers = changes_head = offers_by_token = True
+
+    def __init__(self, anatomy: Anatomy, config: LMCODEConfig, options: Any) -> None:
+        super().__init__(anatomy, config, options)
+        self.memory_layer = config.memory_layer_indices[0]
+        generator = torch.Generator().manual_seed(options.seed)
+        projection_DX = torch.randn(config.hidden_size, config.memory_head_dim, generator=generator, device="cpu")
+        self.register_buffer("projection_DX", projection_DX, persistent=False)
+        self.log_temperature = nn.Parameter(torch.full((1,), math.log(TEMPERATURE)))
+        self.bias, self.slope, self.spread = (nn.Parameter(torch.full((1,), number))
+                                              for number in (config.memory_bias, SLOPE, SPREAD))
+
+    @staticmethod
+    def settings(sizes: Mapping[str, int], options: Any) -> dict[str, Any]:
+        """One memory at four fifths of the depth, keys of 64 numbers: see README.md."""
+        return {"memory_layers": (max(0, 4 * sizes["num_layers"] // 5 - 1),), "memory_heads": 1, "memory_head_dim": 64,
+                "memory_top_k": 64, "long_term_memory_slots": 131072, "memory_bias": BIAS}
+
+    @staticmethod
+    def check(model: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+        check_settings("knn", model, {"memory_heads": 1, "retrieval_stride": 1, "successor_values": True})
+        if model["memory_layers"] == "all" or len(model["memory_layers"]) != 1:
+            raise ConfigError("with the recipe knn model.memory_layers must be one layer, whose hidden states are keys: got "
+                              f"{model['memory_layers']!r}")
+        if model["memory_head_dim"] < 2 * DIGITS:
+            raise ConfigError(f"with the recipe knn model.memory_head_dim must be at least {2 * DIGITS}, to hold a token: "
+                              f"got {model['memory_head_dim']}")
+
+    # Reading
+
+    def after_layer(self, layer: int, hidden_BTD: Tensor, current: Pass, call: LayerCall) -> Tensor:
+        """Looks the hidden states up and hands them on as they are."""
+        tape = current.tape(layer)
+        if tape.hits is None:
+            with torch.no_grad():
+                key_BTX = self.keys_of(hidden_BTD)
+                current.notes[KEYS] = key_BTX
+                query_HND = (key_BTX * self.log_temperature.exp()).flatten(0, 1)[None]
+                namespace_N, document_N = current.asking(1)
+                hits = current.retrievers[layer].search(query_HND, namespace_N, document_N)
+                tape.record(hits=hits)
+                current.notes[FOUND] = self._found(hits, current, query_HND)
+        return hidden_BTD
+
+    def keys_of(self, hidden_BTD: Tensor) -> Tensor:
+        """What is stored and looked up: hidden states as the last norm would have them, projected, of length 1, fp32.
+
+        Without that norm a few components that are large everywhere would be all that a cosine sees.
+        """
+        normed_BTD: Tensor = self.anatomy.norm(hidden_BTD)
+        projection: Any = self.projection_DX
+        return F.normalize(normed_BTD.float() @ projection, dim=-1)
+
+    def _found(self, hits: Any, current: Pass, query_HND: Tensor) -> Found:
+        B, T = current.valid_BT.shape
+        retriever = current.retrievers[self.memory_layer]
+        cosine_NK = (hits.score_HNK / self.log_temperature.exp())[0]
+        token_NK = torch.full_like(hits.id_HNK[0], -1)
+        if not isinstance(retriever, NullRetriever):
+            token_NK = tokens_in(retriever.fetch(hits)[1][0]).where(hits.valid_HNK[0], -1)
+        return Found(cosine_NK.unflatten(0, (B, T)), token_NK.unflatten(0, (B, T)))
+
+    def after_head(self, logits_BTX: Tensor, current: Pass) -> Tensor:
+        """log((1 - share) * p + share * p_knn), as logits; those of the plain model where nothing was found."""
+        found = current.notes[FOUND]
+        share_BT, weight_BTK = self.mixture(found)
+        self._record(share_BT.detach(), current)
+        T = logits_BTX.shape[1]  # transformers leaves out the first ones if they are not asked for
+        token_BTK, share_BT, weight_BTK = found.token_BTK[:, -T:], share_BT[:, -T:], weight_BTK[:, -T:]
+        any_BT = (token_BTK >= 0).any(-1)
+        if not bool(any_BT.any()):
+            return logits_BTX
+        mixed_BTX = mixed(logits_BTX.float(), token_BTK, weight_BTK, share_BT)
+        return mixed_BTX.to(logits_BTX.dtype).where(any_BT[..., None], logits_BTX)
+
+    def mixture(self, found: Found) -> tuple[Tensor, Tensor]:
+        """The share of the neighbours in the mixture, [B, T], 0 where there are none, and the weight of each, [B, T, K].
+
+        Weights are a softmax of cosines; the share is a sigmoid of how near the nearest one is and of how evenly they are
+        weighed (the logarithm of how many count).
+        """
+        is_BTK = found.token_BTK >= 0
+        score_BTK = (found.cosine_BTK * self.log_temperature.exp()).masked_fill(~is_BTK, -torch.inf)
+        any_BT = is_BTK.any(-1)
+        score_BTK = score_BTK.masked_fill(~any_BT[..., None], 0.0)
+        best_BT = found.cosine_BTK.where(is_BTK, -1.0).amax(-1)
+        even_BT = score_BTK.logsumexp(-1) - score_BTK.amax(-1)
+        share_BT = torch.sigmoid(self.bias + self.slope * (best_BT - USUAL) + self.spread * even_BT)
+        return share_BT.where(any_BT, 0.0), score_BTK.softmax(-1)
+
+    def _record(self, share_BT: Tensor, current: Pass) -> None:
+        current.record_share(self.memory_layer, share_BT[:, None], share_BT, 1)
+
+    def learned_numbers(self, layer: int) -> dict[str, list[float]]:
+        numbers = {"temperature": self.log_temperature.exp(), "bias": self.bias, "slope": self.slope, "spread": self.spread}
+        return {name: number.detach().tolist() for name, number in numbers.items()}
+
+    # Writing
+
+    def offered(self, layer: int, current: Pass, left: Left, known_BT: Tensor) -> Candidates:
+        """One entry for each token of the window: the key of the token before it, which may be the last of the window
+        before, and itself as the value."""
+        key_BTX, state = current.notes[KEYS], current.state
+        if current.ids_BT is None or state is None:
+            raise ValueError("the recipe knn writes tokens: it must be given their ids, window by window")
+        before_BTX = torch.cat([state.recipe[0].to(key_BTX)[:, None], key_BTX[:, :-1]], dim=1)
+        known_before_BT = torch.cat([state.pending_valid_B[:, None], current.valid_BT[:, :-1]], dim=1)
+        value_BTX = values_of(current.ids_BT, self.config.memory_head_dim)
+        return current.candidates(before_BTX[:, None], value_BTX[:, None], known_BT, current.valid_BT & known_before_BT)
+
+    def blank_state(self, num_streams: int, device: torch.device | None) -> tuple[Tensor, ...]:
+        """The key of the last token."""
+        return (torch.zeros(num_streams, self.config.memory_head_dim, device=device),)
+
+    def next_state(self, current: Pass) -> tuple[Tensor, ...]:
+        key_BTX, state = current.notes[KEYS], current.state
+        assert state is not None
+        length_B = current.valid_BT.sum(dim=1)
+        last_BX = key_BTX[torch.arange(len(length_B), device=key_BTX.device), (length_B - 1).clamp(min=0)]
+        return (last_BX.where((length_B > 0)[:, None], state.recipe[0].to(last_BX)),)
+
+
+def values_of(id_BT: Tensor, width: int) -> Tensor:
+    """Tokens as values, fp32 [B, T, width], exact in bf16: three digits, and signs that follow from the id.
+
+    Entries that are merged are means. One of two tokens then is no token's value, as it lacks some of the signs.
+    """
+    place = torch.arange(width - DIGITS, device=id_BT.device)
+    digit_BTX = id_BT[..., None] // BASE ** torch.arange(DIGITS, device=id_BT.device) % BASE
+    mixed_BTX = (id_BT[..., None] + 1) * 2654435761 + place * 40503  # Knuth's multiplicative hash, a bit for each place
+    sign_BTX = (mixed_BTX ^ (mixed_BTX >> 13)) >> (place % 11 + 7) & 1
+    return torch.cat([digit_BTX / BASE, (2.0 * sign_BTX - 1.0) * SIGN], dim=-1).float()
+
+
+def tokens_in(value_NKX: Tensor) -> Tensor:
+    """The ids that these are the values of, int64 [N, K]; -1 where they are no token's."""
+    digit_NKX = (value_NKX[..., :DIGITS] * BASE).round().long().clamp(0, BASE - 1)
+    id_NK = (digit_NKX * BASE ** torch.arange(DIGITS, device=value_NKX.device)).sum(-1)
+    exact_NK = (values_of(id_NK, value_NKX.shape[-1]) - value_NKX).abs().amax(-1) < 1 / (4 * BASE)
+    return id_NK.where(exact_NK, -1)
+
+
+def mixed(logits_BTX: Tensor, token_BTK: Tensor, weight_BTK: Tensor, share_BT: Tensor) -> Tensor:
+    """Logits of the mixture of softmax(logits) and of the weights of these tokens, which has the share; fp32.
+
+    The log-sum-exp stays what it is. X: ids of the vocabulary.
+    """
+    lse_BT1 = logits_BTX.logsumexp(-1, keepdim=True)
+    near_BTX = torch.zeros_like(logits_BTX).scatter_add(-1, token_BTK.clamp(min=0), weight_BTK.where(token_BTK >= 0, 0.0))
+    share_BT1 = share_BT[..., None]
+    both_BTX = (1.0 - share_BT1) * (logits_BTX - lse_BT1).exp() + share_BT1 * near_BTX
+    mixture: Tensor = both_BTX.clamp(min=torch.finfo(torch.float32).tiny).log() + lse_BT1
+    return mixture
