@@ -2,7 +2,7 @@
 
     python tools/smollm2.py models/smollm2
     python tools/backbone_perplexity.py models/smollm2 book.txt [book.txt ...] --windows 128 512 --marks 2048 8192
-    python tools/backbone_perplexity.py models/smollm2 book.txt [book.txt ...] --recipe knn --slots 131072 --cache 512
+    python tools/backbone_perplexity.py models/smollm2 book.txt [book.txt ...] --recipe knn --slots 8192 131072
 
 A book is read window by window up to the last mark, with sinks and a cache of `--cache` and no memory; what the recipe
 offers meanwhile goes into the memory of every setting. At each mark a copy of each setting's memory reads on and the next
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import math
 import time
@@ -52,9 +53,9 @@ SETTINGS = {"knn": Setting("own", top_k=64), "nothing merged (our default)": Set
 USUAL = {"camelot": [name for name in SETTINGS if name != "knn"], "knn": ["knn"]}
 
 
-def stored(setting: Setting) -> tuple[str | tuple[int, ...], float | None]:
+def stored(setting: Setting, slots: int) -> tuple[str | tuple[int, ...], float | None, int]:
     """What decides the contents of a memory."""
-    return setting.layers, setting.merge
+    return setting.layers, setting.merge, slots
 
 
 def nll(logits_TV: torch.Tensor, target_T: torch.Tensor) -> float:
@@ -65,14 +66,14 @@ def nll(logits_TV: torch.Tensor, target_T: torch.Tensor) -> float:
 class Lab:
     """A model with hooks, tokens of a book, and how they are scored."""
 
-    def __init__(self, folder: str, *, recipe: str = "camelot", slots: int, cache: int = 128,
+    def __init__(self, folder: str, *, recipe: str = "camelot", cache: int = 128,
                  dtype: torch.dtype = torch.float32, **options: Any) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         self.memory = MemoryConfig(importance_weight=0.0, virtual_shards=1, tier="exact", max_norm=1e6)
-        self.slots, self.cache, self.layers = slots, cache, self.model.config.num_hidden_layers
+        self.cache, self.layers = cache, self.model.config.num_hidden_layers
         if recipe == "camelot":
             options["memory_layers"] = tuple(range(self.layers))
-        attach(self.model, recipe, memory=self.memory, long_term_memory_slots=slots, cache=cache, **options)
+        attach(self.model, recipe, memory=self.memory, cache=cache, **options)
         self.attached: Attached = self.model.lmcode
 
     def layers_of(self, setting: Setting) -> list[int]:
@@ -82,17 +83,18 @@ class Lab:
             return [*setting.layers]
         return list(range(self.layers // 2 if setting.layers == "upper" else 0, self.layers))
 
-    def equal_cache(self, setting: Setting, mark: int, window: int) -> int:
-        """Tokens of a sliding cache in all layers that has the bytes of the setting's cache and of its memory at a mark; no
-        more than the model has positions for."""
+    def equal_cache(self, setting: Setting, entries: int, window: int) -> int:
+        """Tokens of a sliding cache in all layers that has the bytes of the setting's cache and of its memory of so many
+        entries; no more than the model has positions for."""
         sizes, config = self.attached.anatomy.sizes, self.attached.config
-        numbers = len(self.layers_of(setting)) * config.memory_heads * config.memory_head_dim * min(self.slots, mark)
+        numbers = len(self.layers_of(setting)) * config.memory_heads * config.memory_head_dim * entries
         tokens = round(numbers / (self.layers * sizes["kv_heads"] * sizes["head_dim"]))
         return min((self.cache if setting.cache else 0) + tokens, sizes["positions"] - self.attached.options.sinks - window)
 
-    def banks(self, setting: Setting) -> dict[int, LongTermMemory]:
+    def banks(self, setting: Setting, slots: int) -> dict[int, LongTermMemory]:
         config = self.memory.model_copy(update={"merge_above": setting.merge}) if setting.merge else self.memory
-        return {layer: lifecycle.like(self.attached.banks[layer], config=config) for layer in self.layers_of(setting)}
+        return {layer: lifecycle.like(self.attached.banks[layer], slots=slots, config=config)
+                for layer in self.layers_of(setting)}
 
     def read(self, ids_T: torch.Tensor, state: Any, banks: dict[int, LongTermMemory], *, alone: bool = False) -> Any:
         """One window; `alone`: sees neither sinks nor cache."""
@@ -217,10 +219,10 @@ def measure(lab: Lab, book: Path, window: int, arguments: argparse.Namespace, to
     marks, scored, full = sorted(arguments.marks), arguments.scored, arguments.full
     ids_N = torch.tensor(tokenizer(book.read_text(encoding="utf-8"))["input_ids"])[:max(marks) + scored + 1]
     settings = {name: SETTINGS[name] for name in arguments.settings or USUAL[arguments.recipe]}
-    banks = {stored(setting): lab.banks(setting) for setting in settings.values()}
+    banks = {stored(setting, slots): lab.banks(setting, slots) for setting in settings.values() for slots in arguments.slots}
 
-    def said(mark: int, name: str, call: Callable[[], float]) -> None:
-        rows.measure({"book": book.stem[:40], "window": window, "mark": mark, "scored": scored, "slots": lab.slots,
+    def said(mark: int, name: str, call: Callable[[], float], slots: int = 0) -> None:
+        rows.measure({"book": book.stem[:40], "window": window, "mark": mark, "scored": scored, "slots": slots,
                       "cache": lab.cache, "dtype": arguments.dtype, "setting": name}, call)
 
     state, at = None, 0
@@ -233,13 +235,16 @@ def measure(lab: Lab, book: Path, window: int, arguments: argparse.Namespace, to
             state, at = output.state, at + length
         if not arguments.no_baselines:
             said(mark, "plain", functools.partial(score_plain, lab, ids_N, mark, scored, window))
-            for cache in sorted({lab.cache, *(lab.equal_cache(setting, mark, window) for setting in settings.values())}):
+            equal = {lab.equal_cache(setting, min(slots, mark), window)
+                     for setting in settings.values() for slots in arguments.slots}
+            for cache in sorted({lab.cache, *equal}):
                 said(mark, f"sinks and cache of {cache}",
                      functools.partial(score_cache, lab, ids_N, mark, scored, window, cache))
             said(mark, f"full, {full}", functools.partial(score_full, lab, ids_N, mark, scored, full))
-        for name, setting in settings.items():
-            said(mark, name, functools.partial(score_memory, lab, ids_N, mark, scored, window, setting=setting,
-                                               past=Past(state, banks[stored(setting)])))
+        for (name, setting), slots in itertools.product(settings.items(), arguments.slots):
+            past = Past(state, banks[stored(setting, slots)])
+            said(mark, name, functools.partial(score_memory, lab, ids_N, mark, scored, window, setting=setting, past=past),
+                 slots)
 
 
 def main() -> None:
@@ -249,7 +254,7 @@ def main() -> None:
     parser.add_argument("--windows", nargs="+", type=int, default=[128, 512, 2048])
     parser.add_argument("--marks", nargs="+", type=int, default=[2048, 8192, 32768])
     parser.add_argument("--scored", type=int, default=2048, help="tokens behind each mark (%(default)s)")
-    parser.add_argument("--slots", type=int, default=8192, help="of a memory (%(default)s)")
+    parser.add_argument("--slots", nargs="+", type=int, default=[8192], help="of a memory (%(default)s)")
     parser.add_argument("--recipe", choices=list(USUAL), default="camelot", help="whose memories (%(default)s)")
     parser.add_argument("--cache", type=int, default=128, help="tokens beside a memory (%(default)s)")
     parser.add_argument("--width", type=int, help="of the recipe knn's keys; its usual one if left out")
@@ -264,7 +269,7 @@ def main() -> None:
             given = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(name).items()}
             SETTINGS[name] = Setting(**given)
     options = {} if arguments.width is None else {"memory_head_dim": arguments.width}
-    lab = Lab(arguments.model, recipe=arguments.recipe, slots=arguments.slots, cache=arguments.cache,
+    lab = Lab(arguments.model, recipe=arguments.recipe, cache=arguments.cache,
               dtype=getattr(torch, arguments.dtype), **options)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     rows = Rows(arguments.results)

@@ -112,10 +112,24 @@ def ask(model: Any, question: str, *, namespace: Namespace = 0, top_k: int = 5, 
     passages = fused(lists)[:top_k]
     text = ""
     if answer_tokens:
-        told = "\n\n".join(passage.text for passage in passages)
-        written, = _written(memory, [ANSWER.format(passages=told, question=question)], namespace, answer_tokens)
-        text = written.strip().split("\n")[0]
+        told = [passage.text for passage in passages]
+        text, = answers_to(memory, [question], [told], namespace=namespace, new=answer_tokens)
     return Consultation(clues, passages, text)
+
+
+@torch.no_grad()
+def answers_to(model: Any, questions: Sequence[str], passages: Sequence[Sequence[str]], *, namespace: Namespace = 0,
+               new: int = 48) -> list[str]:
+    """The first line that a model writes behind each question with its passages before it. Collective; one batch.
+
+    Args:
+        passages: for each question, as many as there are to be read before it.
+        new: tokens for each answer, of which it uses those of one line.
+    """
+    memory = getattr(model, "lmcode", model)
+    prompts = [ANSWER.format(passages="\n\n".join(told), question=question)
+               for question, told in zip(questions, passages, strict=True)]
+    return [written.strip().split("\n")[0] for written in _written(memory, prompts, namespace, new)]
 
 
 def fused(lists: Sequence[Sequence[Retrieved]]) -> tuple[Retrieved, ...]:
