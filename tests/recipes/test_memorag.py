@@ -10,7 +10,7 @@ import torch
 from lmcode.data.tokenizer import ByteTokenizer
 from lmcode.dist import Group
 from lmcode.memories.experiences import Retrieved
-from lmcode.recipes.memorag import ask, clues_for, compress, fused
+from lmcode.recipes.memorag import answers_to, ask, clues_for, compress, fused
 from lmcode.recipes.recipe import Left
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.recipe_models import attached
@@ -101,3 +101,11 @@ def test_a_question_finds_its_passage_on_any_number_of_ranks() -> None:
     alone, (one, other) = _answers(), run_on_ranks(_answers, 2)
     assert alone == one == other
     assert alone[0][0] == () and alone[0][1][0] == DOCUMENTS[2]
+
+
+def test_answers_of_a_batch_are_those_of_each_question_alone() -> None:
+    model = model_with(DOCUMENTS)
+    questions, told = [QUESTION, "What?"], [DOCUMENTS[:2], []]
+    alone = [answers_to(model, [one], [passages], namespace="docs", new=6)[0]
+             for one, passages in zip(questions, told, strict=True)]
+    assert answers_to(model, questions, told, namespace="docs", new=6) == alone and alone[0] != alone[1]
