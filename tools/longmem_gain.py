@@ -1,70 +1,127 @@
-"""Whether what a recipe trains learns to read its memory: a tiny backbone, texts that repeat themselves far away.
+"""Whether what a recipe trains learns to read its memory: a small backbone, texts that repeat themselves far away.
 
-    python tools/longmem_gain.py [--recipe longmem] [--seeds 0 1 2] [--backbone-steps 200] [--steps 150]
+    python tools/longmem_gain.py [--recipe longmem] [--seeds 0 1 2] [--text 'FOLDER/*.py'] [--backbone-steps N] [--steps N]
 
-A backbone of four layers is trained on windows that hold 16 random symbols twice, so that it learns to copy within a window,
-and frozen. A text has six windows: three of random symbols, then the same three again; what repeats lies 96 tokens back,
-where neither the window (32) nor the cache (8) reaches, and within a window nothing does. The same part (the side
-network of longmem, the read of lmcode), from the same start and on the same texts, is trained with its memory and
-without. Scored are the last three windows of fresh texts,
-nats per token; to guess blindly costs log 64 = 4.159. A line is printed as soon as it is known.
+A small Llama is trained on single windows and frozen. The same part (the side network of longmem, the read of lmcode), from
+the same start and on the same texts, is trained with its memory and without. A text has some windows that are only read,
+then those that are learned from. Scored are the latter in fresh texts, nats per token. A line is printed as soon as it is
+known.
+
+Without `--text`, texts are random symbols: three windows, then the same three again; what repeats lies 96 tokens back, where
+neither the window (32) nor the cache (8) reaches, and within a window nothing does; the backbone has learned to copy within
+a window. To guess blindly costs log 64 = 4.159. With it, texts are excerpts of 16 windows of 64 tokens, of which all but the
+first four are scored; those that are scored are of documents that neither the backbone nor the recipe was trained on.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import tempfile
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lmcode.config import DataConfig
+from lmcode.data.corpus import Documents, prepare_corpus
 from lmcode.recipes.attach import attach
 
-SYMBOLS, WINDOW, CACHE, FRESH = 64, 32, 8, 3
 STREAMS, SCORED = 16, 32  # texts of a training step; fresh texts that are scored
 
 
-def trained_backbone(seed: int, steps: int) -> Any:
-    """A model that copies within a window."""
+class Texts(Protocol):
+    """Where texts come from. first: windows that are only read. width: of the backbone."""
+
+    vocab: int
+    window: int
+    cache: int
+    first: int
+    width: int
+
+    def batch(self, count: int, *, fresh: bool = False) -> Tensor:
+        """Ids [count, T] of whole texts, drawn by torch's generator."""
+
+    def windows(self, count: int) -> Tensor:
+        """Ids [count, T] for the backbone to learn from."""
+
+
+class Symbols:
+    """Random symbols, said twice."""
+
+    vocab, window, cache, first, width = 64, 32, 8, 3, 64
+
+    def batch(self, count: int, *, fresh: bool = False) -> Tensor:
+        half_BT = torch.randint(0, self.vocab, (count, self.first * self.window))
+        return torch.cat([half_BT, half_BT], dim=1)
+
+    def windows(self, count: int) -> Tensor:
+        half_BT = torch.randint(0, self.vocab, (count, self.window // 2))
+        return torch.cat([half_BT, half_BT], dim=1)
+
+
+class Excerpts:
+    """Pieces of documents."""
+
+    vocab, window, cache, first, width, length = 1024, 64, 16, 4, 128, 16 * 64
+
+    def __init__(self, path: str, folder: Path) -> None:
+        corpus = prepare_corpus(DataConfig(path=path, tokenizer="bpe"), vocab_size=self.vocab, folder=folder)
+        self.corpus = corpus
+
+    def batch(self, count: int, *, fresh: bool = False) -> Tensor:
+        return self._cut(self.corpus.held_out if fresh else self.corpus.train, count, self.length)
+
+    def windows(self, count: int) -> Tensor:
+        return self._cut(self.corpus.train, count, 2 * self.window)
+
+    @staticmethod
+    def _cut(documents: Documents, count: int, length: int) -> Tensor:
+        long = np.flatnonzero(np.diff(documents.offsets) >= length)
+        rows = []
+        for at in long[torch.randint(0, len(long), (count,)).numpy()]:
+            tokens = documents.document(int(at))
+            start = int(torch.randint(0, len(tokens) - length + 1, ()))
+            rows.append(torch.from_numpy(tokens[start:start + length].astype(np.int64)))
+        return torch.stack(rows)
+
+
+def trained_backbone(texts: Texts, seed: int, steps: int) -> Any:
+    """A model that has learned from single windows."""
     torch.manual_seed(seed)
     model: Any = LlamaForCausalLM(LlamaConfig(
-        vocab_size=SYMBOLS, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
-        max_position_embeddings=512))
+        vocab_size=texts.vocab, hidden_size=texts.width, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=2 * texts.width, max_position_embeddings=512))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for step in range(steps):
-        half_BT = torch.randint(0, SYMBOLS, (64, WINDOW // 2))
-        ids_BT = torch.cat([half_BT, half_BT], dim=1)
-        logits_BTV = model(ids_BT[:, :-1]).logits[:, WINDOW // 2:]
-        loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, WINDOW // 2 + 1:].flatten())
+        ids_BT = texts.windows(64)
+        loss = model(ids_BT, labels=ids_BT).loss
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 0 or step == steps - 1:
-            print(f"seed {seed}: backbone, step {step}: {float(loss.detach()):.3f} where it can copy", flush=True)
+            print(f"seed {seed}: backbone, step {step}: {float(loss.detach()):.3f}", flush=True)
     return model.eval()
 
 
-def texts(count: int) -> torch.Tensor:
-    """Ids [count, 2 * FRESH * WINDOW]: random ones, then the same again."""
-    half_BT = torch.randint(0, SYMBOLS, (count, FRESH * WINDOW))
-    return torch.cat([half_BT, half_BT], dim=1)
-
-
-def read(model: Any, ids_BT: torch.Tensor, *, optimizer: Any = None, memory: bool, first: int) -> float:
-    """Reads texts window by window, in namespaces from `first` on: the mean loss of the windows that repeat. With an
-    optimizer each of those is a training step."""
-    backbone, state, losses = model.lmcode, None, []
+def read(model: Any, texts: Texts, ids_BT: Tensor, *, optimizer: Any = None, memory: bool, namespace: int) -> float:
+    """Reads texts window by window, in namespaces from this one on: the mean loss of the windows behind the first ones. With
+    an optimizer each of those is a training step."""
+    backbone, state, losses, window = model.lmcode, None, [], texts.window
     targets_BT = torch.cat([ids_BT[:, 1:], torch.full_like(ids_BT[:, :1], -100)], dim=1)
-    namespace_B = torch.arange(first, first + len(ids_BT))
+    namespace_B = torch.arange(namespace, namespace + len(ids_BT))
     with backbone.reading_from(backbone.banks if memory else {}):
-        for number, start in enumerate(range(0, ids_BT.shape[1], WINDOW)):
-            part, repeats = slice(start, start + WINDOW), number >= FRESH
-            with torch.set_grad_enabled(optimizer is not None and repeats):
+        for number, start in enumerate(range(0, ids_BT.shape[1], window)):
+            part, counts = slice(start, start + window), number >= texts.first
+            with torch.set_grad_enabled(optimizer is not None and counts):
                 output = backbone(ids_BT[:, part], targets_BT=targets_BT[:, part], state=state, namespace_B=namespace_B)
             state = output.state
-            if repeats:
+            if counts:
                 losses.append(float(output.loss.detach()))
                 if optimizer is not None:
                     optimizer.zero_grad()
@@ -75,47 +132,51 @@ def read(model: Any, ids_BT: torch.Tensor, *, optimizer: Any = None, memory: boo
     return sum(losses) / len(losses)
 
 
-def fresh_loss(model: Any, *, memory: bool) -> float:
+def fresh_loss(model: Any, texts: Texts, *, memory: bool) -> float:
     """The loss on texts that no training has seen, the same for every model."""
     with torch.random.fork_rng():
         torch.manual_seed(10**6)
-        ids_BT = texts(SCORED)
+        ids_BT = texts.batch(SCORED, fresh=True)
     model.lmcode.eval()
-    return read(model, ids_BT, memory=memory, first=10**9)
+    return read(model, texts, ids_BT, memory=memory, namespace=10**9)
 
 
-def run(recipe: str, seed: int, backbone_steps: int, steps: int) -> None:
+def run(texts: Texts, recipe: str, seed: int, backbone_steps: int, steps: int) -> None:
     """One backbone, and what the recipe trains, with memory and without."""
-    backbone = trained_backbone(seed, backbone_steps)
+    backbone = trained_backbone(texts, seed, backbone_steps)
     for memory, kind in ((True, "with"), (False, "without")):
         torch.manual_seed(seed)
-        model = attach(copy.deepcopy(backbone), recipe, sinks=0, cache=CACHE, long_term_memory_slots=4096,
+        model = attach(copy.deepcopy(backbone), recipe, sinks=0, cache=texts.cache, long_term_memory_slots=4096,
                        memory={"virtual_shards": 4})
         optimizer = torch.optim.AdamW(model.lmcode.recipe.parameters(), lr=1e-3)
         if memory:
-            print(f"seed {seed}: frozen backbone {fresh_loss(model, memory=True):.3f}", flush=True)
+            print(f"seed {seed}: frozen backbone {fresh_loss(model, texts, memory=False):.3f}", flush=True)
         torch.manual_seed(seed + 1)
         started = time.monotonic()
         for step in range(steps):
             model.lmcode.train()
-            loss = read(model, texts(STREAMS), optimizer=optimizer, memory=memory, first=step * STREAMS)
+            loss = read(model, texts, texts.batch(STREAMS), optimizer=optimizer, memory=memory, namespace=step * STREAMS)
             if step % 25 == 24:
                 print(f"seed {seed}: {kind} memory, {step + 1} batches: {loss:.3f} in training, "
                       f"{time.monotonic() - started:.0f} s", flush=True)
-        print(f"seed {seed}: trained {kind} memory: {fresh_loss(model, memory=memory):.3f}", flush=True)
+        print(f"seed {seed}: trained {kind} memory: {fresh_loss(model, texts, memory=memory):.3f}", flush=True)
         if memory:
-            print(f"seed {seed}: the same, its memory switched off: {fresh_loss(model, memory=False):.3f}", flush=True)
+            off = fresh_loss(model, texts, memory=False)
+            print(f"seed {seed}: the same, its memory switched off: {off:.3f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", choices=("longmem", "lmcode"), default="longmem")
+    parser.add_argument("--text", help="files to cut texts from; random symbols if left out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--backbone-steps", type=int, default=200)
     parser.add_argument("--steps", type=int, default=150)
     arguments = parser.parse_args()
-    for seed in arguments.seeds:
-        run(arguments.recipe, seed, arguments.backbone_steps, arguments.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        texts: Texts = Excerpts(arguments.text, Path(folder)) if arguments.text else Symbols()
+        for seed in arguments.seeds:
+            run(texts, arguments.recipe, seed, arguments.backbone_steps, arguments.steps)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from lmcode.memory.search.plan import Plan, first_plan
 from lmcode.memory.search.tier import tier_of
 from lmcode.memory.searcher import Scope
 from lmcode.memory.shard import Predicate, Shard
-from lmcode.memory.states import COUNTERS, digest_of_all
+from lmcode.memory.states import COUNTERS
 from lmcode.precision import without_autocast
 from lmcode.protocol import Candidates, ConsolidationReport, Hits, check_threshold
 
@@ -234,4 +234,4 @@ class LongTermMemory:
 
     def content_hash(self) -> str:
         """blake2b over all virtual shards in order: equal for equal contents, on any number of ranks. Collective."""
-        return digest_of_all({shard: self.state(shard) for shard in self.owned}, self.inside)
+        return measure.content_hash(self)

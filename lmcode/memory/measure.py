@@ -6,6 +6,8 @@ Letters: N queries; X those of them that are in a sample.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from lmcode.dist import Group
 from lmcode.memory.read import holders_of
 from lmcode.memory.searcher import Scope
+from lmcode.memory.states import digest_of
 from lmcode.protocol import Hits
 
 if TYPE_CHECKING:
@@ -52,6 +55,13 @@ def count_entries(bank: LongTermMemory) -> dict[str, Any]:
     return {"slots": shard.slots, "live": live, "live_by_rank": by_rank, "fill": live / shard.slots, "evicted": evicted,
             "chances": chances, "spared": spared, "merged": merged, "rejected": bank.rejected, "clipped": bank.clipped,
             "blind_queries": blind, "next_id": bank.next_id}
+
+
+def content_hash(bank: LongTermMemory) -> str:
+    """What `LongTermMemory.content_hash` returns. Collective."""
+    parts = bank.inside.all_gather_object([(shard, digest_of(bank.state(shard))) for shard in bank.owned])
+    whole = b"".join(digest for _, digest in sorted(itertools.chain(*parts)))
+    return hashlib.blake2b(whole, digest_size=32).hexdigest()
 
 
 def ages(hits: Hits, *, step: int) -> Tensor:

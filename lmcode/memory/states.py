@@ -9,14 +9,12 @@ Letters: M slots of the virtual shard.
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lmcode.dist import Group
 from lmcode.memory.entry import MAX_IMPORTANCE, METADATA
 from lmcode.memory.placement import virtual_shard_of
 
@@ -91,10 +89,3 @@ def digest_of(state: Mapping[str, Tensor]) -> bytes:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()
-
-
-def digest_of_all(states: Mapping[int, Mapping[str, Tensor]], group: Group) -> str:
-    """blake2b, in hexadecimal, over the states of all ranks in the order of their virtual shards. Collective."""
-    parts = group.all_gather_object([(shard, digest_of(state)) for shard, state in states.items()])
-    whole = b"".join(digest for _, digest in sorted(itertools.chain(*parts)))
-    return hashlib.blake2b(whole, digest_size=32).hexdigest()
