@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import signal
 import sys
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lmcode.dist import free_port
+from lmcode.files import durable
 from tests.helpers import forked
 from tests.helpers.patience import PATIENCE_S
 
@@ -101,6 +104,40 @@ class Job:
     def _everything(self, problem: str) -> str:
         said = "\n".join(f"--- rank {rank}\n{self.said(rank)[-3000:]}" for rank in range(len(self.processes)))
         return f"{problem}\n{said}"
+
+
+# Settings of a job that is killed again and again: saved in every step, of a length that nothing depends on.
+KILLED = ["train.save_every=1", "train.min_learning_rate=1.0"]
+
+
+def killed_after_saving(folder: Path, text: Path, *words: str, chance: random.Random, ranks: int = 1, steps: int = 1) -> int:
+    """Starts a job with `KILLED`, or lets it go on, and kills all ranks, a drawn one first, soon after it has saved so many
+    steps more; the newest step on the disk."""
+    checkpoints = folder / "run" / "checkpoints"
+    reached = len(durable.steps(checkpoints)) and durable.step_of(durable.steps(checkpoints)[-1])[0]
+    with Job(folder, text, "--resume", "auto", *KILLED, *words, "train.total_steps=10000", ranks=ranks) as job:
+        job.until(lambda: any(durable.step_of(path)[0] >= reached + steps for path in durable.steps(checkpoints)))
+        time.sleep(chance.random() * 0.2)
+        for rank in chance.sample(range(ranks), ranks):
+            job.send(rank, signal.SIGKILL)
+        assert job.end() == [-signal.SIGKILL] * ranks
+    found, skipped = durable.newest_verified(checkpoints)
+    assert skipped == []
+    return durable.step_of(found)[0]
+
+
+def trained_to(folder: Path, text: Path, step: int, *words: str, ranks: int = 1) -> Path:
+    """Such a job, begun or resumed, that ends with this step; its run folder."""
+    with Job(folder, text, "--resume", "auto", *KILLED, *words, f"train.total_steps={step}", ranks=ranks) as job:
+        assert job.end() == [0] * ranks, job.said(0)[-3000:]
+    return job.run
+
+
+def what_was_computed(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without speeds and seconds, in its order."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    kept = [{tag: value for tag, value in row.items() if not tag.startswith("perf/")} for row in rows]
+    return [row for row in kept if len(row) > 1]
 
 
 def _rank(rank: int, ranks: int, port: int, said: str, arguments: list[str], sabotage: Sabotage | None) -> None:

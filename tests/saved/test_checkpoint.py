@@ -9,8 +9,6 @@ import os
 import random
 import resource
 import shutil
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from lmcode.train.session import Session
 from lmcode.train.start import open_run, set_up
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.same_hits import assert_same_hits
-from tests.helpers.small_job import Job, write_text
+from tests.helpers.small_job import killed_after_saving, trained_to, what_was_computed, write_text
 from tests.helpers.small_run import settings, start, write_corpus
 
 STAGES = ("cpu", "zero1", "zero2", "zero3", "zero2-bf16", "zero3-bf16", "cpu-bf16")
@@ -506,33 +504,7 @@ def test_the_command_line_hands_resume_on(monkeypatch: pytest.MonkeyPatch, finis
 # Kills
 
 
-KILLED = ["train.save_every=1", "train.min_learning_rate=1.0", "train.memory_sample_ratio=0.25", "train.replay_slots=2000",
-          "model.dropout=0.1"]
-
-
-def kill_while_it_saves_every_step(folder: Path, text: Path, chance: random.Random) -> int:
-    """Starts a job, or lets it go on, and kills it soon after it has saved something new; the newest step on the disk."""
-    checkpoints = folder / "run" / "checkpoints"
-    reached = len(durable.steps(checkpoints)) and durable.step_of(durable.steps(checkpoints)[-1])[0]
-    with Job(folder, text, "--resume", "auto", *KILLED, "train.total_steps=10000", ranks=1) as job:
-        job.until(lambda: any(durable.step_of(path)[0] > reached for path in durable.steps(checkpoints)))
-        time.sleep(chance.random() * 0.2)
-        job.send(0, signal.SIGKILL)
-        assert job.end() == [-signal.SIGKILL]
-    found, skipped = durable.newest_verified(checkpoints)
-    assert skipped == []
-    return durable.step_of(found)[0]
-
-
-def train_to(folder: Path, text: Path, step: int) -> None:
-    with Job(folder, text, "--resume", "auto", *KILLED, f"train.total_steps={step}", ranks=1) as job:
-        assert job.end() == [0], job.said(0)[-3000:]
-
-
-def what_was_computed(run: Path) -> list[dict]:
-    """metrics.jsonl without speeds and seconds, in its order."""
-    kept = [{tag: value for tag, value in row.items() if not tag.startswith("perf/")} for row in rows_of(run)]
-    return [row for row in kept if len(row) > 1]
+DRAWING = ["train.memory_sample_ratio=0.25", "train.replay_slots=2000", "model.dropout=0.1"]
 
 
 def test_ten_kills_and_resumes_in_a_row_equal_one_run(tmp_path: Path) -> None:
@@ -541,12 +513,10 @@ def test_ten_kills_and_resumes_in_a_row_equal_one_run(tmp_path: Path) -> None:
     text, chance = write_text(tmp_path / "text"), random.Random(1)
     for name in ("killed", "straight"):
         (tmp_path / name).mkdir()
-    reached = [kill_while_it_saves_every_step(tmp_path / "killed", text, chance) for _ in range(10)]
+    reached = [killed_after_saving(tmp_path / "killed", text, *DRAWING, chance=chance) for _ in range(10)]
     assert sorted(set(reached)) == reached, "each job got further than the one before"
     last = reached[-1] + 1
-    train_to(tmp_path / "killed", text, last)
-    train_to(tmp_path / "straight", text, last)
-    killed, straight = (tmp_path / name / "run" for name in ("killed", "straight"))
+    killed, straight = (trained_to(tmp_path / name, text, last, *DRAWING) for name in ("killed", "straight"))
     assert what_was_computed(killed) == what_was_computed(straight)
     assert [row["step"] for row in what_was_computed(killed) if "train/loss" in row] == list(range(1, last + 1))
     folders = [run / "checkpoints" / f"step-{last:08d}" for run in (killed, straight)]
