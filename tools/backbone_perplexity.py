@@ -133,7 +133,7 @@ def score_plain(lab: Lab, ids_N: torch.Tensor, mark: int, scored: int, window: i
     """Windows that see nothing before themselves."""
     total = 0.0
     for start in range(mark, mark + scored, window):
-        part_T = ids_N[start:start + window + 1]
+        part_T = ids_N[start:min(start + window, mark + scored) + 1]
         with torch.no_grad(), lab.attached.reading_from({}):
             total += nll(lab.model(part_T[None, :-1]).logits[0], part_T[1:])
     return total
@@ -181,7 +181,7 @@ def score_memory(lab: Lab, ids_N: torch.Tensor, mark: int, scored: int, window: 
     lab.use(setting)
     total = 0.0
     for start in range(mark, mark + scored, window):
-        part_T = ids_N[start:start + window + 1]
+        part_T = ids_N[start:min(start + window, mark + scored) + 1]
         output = lab.read(part_T[:-1], state, forks, alone=not setting.cache)
         total += nll(output.logits[0], part_T[1:])
         commit(forks, output, start, hits=True)
