@@ -15,6 +15,7 @@ from lmcode.memory.consolidate import unit_keys
 from lmcode.memory.ledger import Ledger
 from lmcode.memory.search.exact import Stack, stack_rows
 from lmcode.memory.search.tier import Rows
+from lmcode.protocol import NO_SCORE
 
 KEPT_ROWS = 16384  # rows that are copied for searches
 STACKED_ROWS = 65536  # rows that are copied for look-ups
@@ -49,16 +50,24 @@ class Views:
         return Rows(self.key_HMD, self._addend_M, on_device(self._ledger.columns["id"], self.key_HMD), None)
 
     def of_namespaces(self, names: Names | None) -> Rows:
-        """The rows of these namespaces; None: of all, or the whole table where that costs less."""
+        """The rows of these namespaces; None: of all. Where that costs less, the whole table, in which others are empty."""
         if names in self._kept:
             return self._kept[names]
         slot_E = self._slots_of(names)
-        # From half full on, scores of empty slots cost less than a copy of the live rows.
-        if names is None and (2 * len(slot_E) >= self._ledger.num_slots > 0):
-            return self.table()
+        # From half of them on, scores of the other slots cost less than a copy of the rows.
+        if 2 * len(slot_E) >= self._ledger.num_slots > 0:
+            return self.table() if names is None else self._table_of(slot_E)
         slots = on_device(slot_E, self.key_HMD)
         id_E = on_device(self._ledger.columns["id"][slot_E], self.key_HMD)
         return self._keep(names, Rows(self.key_HMD.index_select(1, slots), self._addend_M[slots], id_E, slots))
+
+    def _table_of(self, slot_E: np.ndarray) -> Rows:
+        """All slots, those that are not among these as if they were empty; no key is copied."""
+        slots, id_M = on_device(slot_E, self.key_HMD), np.full(self._ledger.num_slots, -1, np.int64)
+        id_M[slot_E] = self._ledger.columns["id"][slot_E]
+        addend_M = torch.full_like(self._addend_M, NO_SCORE).index_copy(0, slots, self._addend_M[slots])
+        everywhere_M = torch.arange(len(id_M), device=slots.device)  # and not None: these are not the rows of a whole bank
+        return Rows(self.key_HMD, addend_M, on_device(id_M, self.key_HMD), everywhere_M)
 
     def of_text(self, text: tuple[int, int]) -> Rows:
         """The rows of a text (namespace and document), with their `unit_keys` for keys and nothing added to scores."""

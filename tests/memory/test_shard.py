@@ -174,6 +174,27 @@ def test_index_by_namespace_follows_every_change() -> None:
             assert keys == sorted(keys)
 
 
+@pytest.mark.parametrize("tier", ["exact", "faiss-flat", "ivf", "hnsw"])
+def test_a_namespace_that_fills_most_of_a_shard_is_searched_where_it_lies(tier: str) -> None:
+    """No key is copied, and nobody else's entry is found, not even where fewer are left than were asked for."""
+    shard = make_shard(slots=40, tier=tier, scope="global")
+    fill(shard, 20, namespaces=1)
+    fill(shard, 12, first_id=20, namespaces=3)
+    assert shard.views.of_namespaces((0,)).key_HMD.data_ptr() == shard.key_HMD.data_ptr()
+    assert shard.views.of_namespaces((1,)).key_HMD.shape[1] < 20
+    query = torch.randn(4, H, D, generator=torch.Generator().manual_seed(9))
+    nobody = np.full(4, -1)
+    wanted = shard.ledger.slots_of_namespaces(np.array([0]))
+    expected = torch.einsum("nhd,hmd->nhm", query, shard.key_HMD[:, wanted]) + shard.addend_M[wanted]
+    order = expected.argsort(-1, descending=True)
+    for k in (5, 36):
+        score, ids, slot = shard.searcher.search(query, np.ones(4, np.int64), nobody, k, scope=[0], tier=tier)
+        found = min(k, len(wanted))
+        assert torch.equal(slot[..., :found], torch.from_numpy(wanted)[order[..., :found]])
+        torch.testing.assert_close(score[..., :found], expected.gather(-1, order)[..., :found])
+        assert bool((ids[..., found:] == -1).all()) and bool((ids[..., :found] >= 0).all())
+
+
 def test_a_deleted_slot_keeps_nothing() -> None:
     shard = make_shard()
     fill(shard, 30)
