@@ -35,13 +35,15 @@ STREAMS, SCORED = 16, 32  # texts of a training step; fresh texts that are score
 
 
 class Texts(Protocol):
-    """Where texts come from. first: windows that are only read. width: of the backbone."""
+    """Where texts come from. first: windows that are only read. width: of the backbone. distance: at which longmem reads
+    what it finds, one that the backbone has learned from."""
 
     vocab: int
     window: int
     cache: int
     first: int
     width: int
+    distance: int
 
     def batch(self, count: int, *, fresh: bool = False) -> Tensor:
         """Ids [count, T] of whole texts, drawn by torch's generator."""
@@ -53,7 +55,7 @@ class Texts(Protocol):
 class Symbols:
     """Random symbols, said twice."""
 
-    vocab, window, cache, first, width = 64, 32, 8, 3, 64
+    vocab, window, cache, first, width, distance = 64, 32, 8, 3, 64, 16
 
     def batch(self, count: int, *, fresh: bool = False) -> Tensor:
         half_BT = torch.randint(0, self.vocab, (count, self.first * self.window))
@@ -67,7 +69,7 @@ class Symbols:
 class Excerpts:
     """Pieces of documents."""
 
-    vocab, window, cache, first, width, length = 1024, 64, 16, 4, 128, 16 * 64
+    vocab, window, cache, first, width, distance, length = 1024, 64, 16, 4, 128, 64, 16 * 64
 
     def __init__(self, path: str, folder: Path) -> None:
         corpus = prepare_corpus(DataConfig(path=path, tokenizer="bpe"), vocab_size=self.vocab, folder=folder)
@@ -144,10 +146,11 @@ def fresh_loss(model: Any, texts: Texts, *, memory: bool) -> float:
 def run(texts: Texts, recipe: str, seed: int, backbone_steps: int, steps: int) -> None:
     """One backbone, and what the recipe trains, with memory and without."""
     backbone = trained_backbone(texts, seed, backbone_steps)
+    options = {"distance": texts.distance} if recipe == "longmem" else {}
     for memory, kind in ((True, "with"), (False, "without")):
         torch.manual_seed(seed)
         model = attach(copy.deepcopy(backbone), recipe, sinks=0, cache=texts.cache, long_term_memory_slots=4096,
-                       memory={"virtual_shards": 4})
+                       memory={"virtual_shards": 4}, **options)
         optimizer = torch.optim.AdamW(model.lmcode.recipe.parameters(), lr=1e-3)
         if memory:
             print(f"seed {seed}: frozen backbone {fresh_loss(model, texts, memory=False):.3f}", flush=True)
