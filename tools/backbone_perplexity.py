@@ -69,7 +69,8 @@ class Lab:
     def __init__(self, folder: str, *, recipe: str = "camelot", cache: int = 128,
                  dtype: torch.dtype = torch.float32, **options: Any) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        self.memory = MemoryConfig(importance_weight=0.0, virtual_shards=1, tier="exact", max_norm=1e6)
+        self.memory = MemoryConfig(importance_weight=0.0, virtual_shards=1, tier="exact", max_norm=1e6,
+                                   dtype="bf16" if dtype == torch.bfloat16 else "fp32")
         self.cache, self.layers = cache, self.model.config.num_hidden_layers
         if recipe == "camelot":
             options["memory_layers"] = tuple(range(self.layers))
