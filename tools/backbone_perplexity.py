@@ -265,6 +265,8 @@ def main() -> None:
     parser.add_argument("--no-baselines", action="store_true")
     parser.add_argument("--results", type=Path, help="file that lines are added to, and whose rows are not measured again")
     arguments = parser.parse_args()
+    if arguments.full < arguments.scored:
+        parser.error(f"--full must be at least --scored: got {arguments.full} and {arguments.scored}")
     for name in arguments.settings or ():
         if name.startswith("{"):
             given = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(name).items()}
