@@ -193,11 +193,16 @@ def tokens_in(value_NKX: Tensor) -> Tensor:
 def mixed(logits_BTX: Tensor, token_BTK: Tensor, weight_BTK: Tensor, share_BT: Tensor) -> Tensor:
     """Logits of the mixture of softmax(logits) and of the weights of these tokens, which has the share; fp32.
 
-    The log-sum-exp stays what it is. X: ids of the vocabulary.
+    The log-sum-exp stays what it is. Most ids of the vocabulary are nobody's next token and only lose the share, so all are
+    passed over twice, and logarithms of sums are taken of K alone. A token may come several times: each time adds its part
+    of what changes. X: ids of the vocabulary.
     """
-    lse_BT1 = logits_BTX.logsumexp(-1, keepdim=True)
-    near_BTX = torch.zeros_like(logits_BTX).scatter_add(-1, token_BTK.clamp(min=0), weight_BTK.where(token_BTK >= 0, 0.0))
-    share_BT1 = share_BT[..., None]
-    both_BTX = (1.0 - share_BT1) * (logits_BTX - lse_BT1).exp() + share_BT1 * near_BTX
-    mixture: Tensor = both_BTX.clamp(min=torch.finfo(torch.float32).tiny).log() + lse_BT1
-    return mixture
+    tiny, is_BTK = torch.finfo(torch.float32).tiny, token_BTK >= 0
+    at_BTK, weight_BTK = token_BTK.clamp(min=0), weight_BTK.where(is_BTK, 0.0)
+    share_BT1 = share_BT.clamp(tiny, 1.0 - 1e-6)[..., None]
+    near_BTK = torch.zeros_like(logits_BTX).scatter_add(-1, at_BTK, weight_BTK).gather(-1, at_BTK).clamp(min=tiny)
+    lse_BT1, kept_BT1 = logits_BTX.logsumexp(-1, keepdim=True), torch.log1p(-share_BT1)
+    own_BTK = logits_BTX.gather(-1, at_BTK) + kept_BT1
+    both_BTK = torch.logaddexp(own_BTK, near_BTK.log() + share_BT1.log() + lse_BT1)
+    change_BTK = ((both_BTK - own_BTK) * weight_BTK / near_BTK).where(is_BTK, 0.0)
+    return (logits_BTX + kept_BT1).scatter_add(-1, at_BTK, change_BTK)

@@ -92,17 +92,38 @@ def test_means_of_two_tokens_are_no_token() -> None:
         assert bool((tokens_in(one * weight + other * (1 - weight)) == -1).all())
 
 
-def test_the_mixture_is_a_distribution_and_its_gradient_is_finite() -> None:
+def plainly(logits: torch.Tensor, token: torch.Tensor, weight: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """The mixture over the whole vocabulary."""
+    weight = weight.where(token >= 0, 0.0)
+    near = torch.zeros_like(logits).scatter_add(-1, token.clamp(min=0), weight)
+    return ((1 - share[..., None]) * logits.softmax(-1) + share[..., None] * near).log()
+
+
+def test_the_mixture_and_its_gradient_are_those_of_all_probabilities() -> None:
+    parts = []
+    for mix in (mixed, plainly):
+        torch.manual_seed(1)
+        logits = (torch.randn(2, 3, 11, dtype=torch.float64) * 3).requires_grad_()
+        weight = torch.rand(2, 3, 4, dtype=torch.float64).softmax(-1).requires_grad_()
+        share = torch.tensor([[0.1, 0.3, 0.9]] * 2, dtype=torch.float64).requires_grad_()
+        token = torch.tensor([[[3, 3, 7, 0], [0, 1, 2, 3], [5, 5, 5, 5]], [[10, -1, -1, -1], [9, 9, -1, -1], [4, 4, 2, 2]]])
+        ours = mix(logits, token, weight, share).log_softmax(-1)
+        (ours * torch.randn(2, 3, 11, dtype=torch.float64)).sum().backward()
+        parts.append((ours, logits.grad, share.grad, weight.grad))
+    for one, other in zip(*parts, strict=True):  # the weights of the second row do not sum to 1, where tokens are missing
+        torch.testing.assert_close(one[0], other[0], rtol=1e-9, atol=1e-9)
+
+
+def test_the_mixture_stays_finite() -> None:
     torch.manual_seed(0)
     logits = (torch.randn(2, 3, 11) * 200).requires_grad_()  # most probabilities are 0 in fp32
     weight = torch.rand(2, 3, 4).softmax(-1).requires_grad_()
-    share = torch.tensor([[0.0, 0.3, 0.9]] * 2).requires_grad_()
-    token = torch.randint(0, 11, (2, 3, 4))
+    share = torch.tensor([[0.0, 0.3, 1.0]] * 2).requires_grad_()
+    token = torch.randint(-1, 11, (2, 3, 4))
     ours = mixed(logits, token, weight, share)
-    torch.testing.assert_close(ours.logsumexp(-1), logits.logsumexp(-1))
     torch.testing.assert_close(ours[:, 0].softmax(-1), logits[:, 0].softmax(-1))
-    ours.gather(-1, token[..., :1]).sum().backward()
-    assert all(bool(one.grad.isfinite().all()) for one in (logits, weight, share))
+    ours.gather(-1, token[..., :1].clamp(min=0)).sum().backward()
+    assert all(bool(one.isfinite().all()) for one in (ours, logits.grad, weight.grad, share.grad))
 
 
 @pytest.mark.parametrize(("options", "message"), [
