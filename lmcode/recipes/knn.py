@@ -99,7 +99,7 @@ class KnnLM(recipe.Recipe):
         """
         normed_BTD: Tensor = self.anatomy.norm(hidden_BTD)
         projection: Any = self.projection_DX
-        return F.normalize(normed_BTD.float() @ projection, dim=-1)
+        return F.normalize(normed_BTD.float() @ projection.float(), dim=-1)  # a model may be made bf16 afterwards
 
     def _found(self, hits: Any, current: Pass, query_HND: Tensor) -> Found:
         B, T = current.valid_BT.shape

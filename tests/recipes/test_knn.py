@@ -77,6 +77,13 @@ def test_repeated_text_becomes_likelier() -> None:
     assert float(after.mean()) < 0.5 * float(before.mean())
 
 
+def test_a_model_may_be_made_bf16_afterwards() -> None:
+    model, ids_BT = attached("llama", "knn", **EVERYTHING), tokens(1, 20, seed=4)
+    read(model, ids_BT, window=8)
+    expected = model(ids_BT).logits
+    torch.testing.assert_close(model.to(torch.bfloat16)(ids_BT).logits.float(), expected, rtol=0, atol=0.3)
+
+
 @given(st.lists(st.integers(0, BASE**DIGITS - 1), min_size=1, max_size=50), st.sampled_from([6, 32, 64]))
 def test_a_value_is_one_token(ids: list[int], width: int) -> None:
     id_N = torch.tensor(ids)
