@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmcode.config import ConfigError, LMCODEConfig
-from lmcode.protocol import Candidates, NullRetriever
+from lmcode.model.long_term import Window, last_keys, make_candidates
+from lmcode.protocol import Candidates, Hits, NullRetriever
 from lmcode.recipes import recipe
 from lmcode.recipes.anatomy import Anatomy
-from lmcode.recipes.recipe import LayerCall, Left, Pass, check_settings
+from lmcode.recipes.recipe import LayerCall, Left, Pass, check_one_layer, check_settings
 
 FOUND, KEYS = "knn found", "knn keys"  # notes of a pass
 DIGITS, BASE = 3, 128  # of a token's id in a value: exact in bf16, and enough for two million tokens
@@ -38,7 +39,8 @@ class Options(recipe.Options):
 
 
 class Found(NamedTuple):
-    """The neighbours of each token of a window: cosine_BTK fp32; token_BTK int64, -1 where there is none."""
+    """The neighbours of each token of a window: cosine_BTK fp32, with what `memory.importance_weight` adds, over the
+    temperature; token_BTK int64, -1 where there is none."""
 
     cosine_BTK: Tensor
     token_BTK: Tensor
@@ -69,9 +71,7 @@ class KnnLM(recipe.Recipe):
     @staticmethod
     def check(model: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
         check_settings("knn", model, {"memory_heads": 1, "retrieval_stride": 1, "successor_values": True})
-        if model["memory_layers"] == "all" or len(model["memory_layers"]) != 1:
-            raise ConfigError("with the recipe knn model.memory_layers must be one layer, whose hidden states are keys: got "
-                              f"{model['memory_layers']!r}")
+        check_one_layer("knn", model, "whose hidden states are keys")
         if model["memory_head_dim"] < 2 * DIGITS:
             raise ConfigError(f"with the recipe knn model.memory_head_dim must be at least {2 * DIGITS}, to hold a token: "
                               f"got {model['memory_head_dim']}")
@@ -89,7 +89,7 @@ class KnnLM(recipe.Recipe):
                 namespace_N, document_N = current.asking(1)
                 hits = current.retrievers[layer].search(query_HND, namespace_N, document_N)
                 tape.record(hits=hits)
-                current.notes[FOUND] = self._found(hits, current, query_HND)
+                current.notes[FOUND] = self._found(hits, current)
         return hidden_BTD
 
     def keys_of(self, hidden_BTD: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class KnnLM(recipe.Recipe):
         projection: Any = self.projection_DX
         return F.normalize(normed_BTD.float() @ projection.float(), dim=-1)  # a model may be made bf16 afterwards
 
-    def _found(self, hits: Any, current: Pass, query_HND: Tensor) -> Found:
+    def _found(self, hits: Hits, current: Pass) -> Found:
         B, T = current.valid_BT.shape
         retriever = current.retrievers[self.memory_layer]
         cosine_NK = (hits.score_HNK / self.log_temperature.exp())[0]
@@ -114,7 +114,7 @@ class KnnLM(recipe.Recipe):
         """log((1 - share) * p + share * p_knn), as logits; those of the plain model where nothing was found."""
         found = current.notes[FOUND]
         share_BT, weight_BTK = self.mixture(found)
-        self._record(share_BT.detach(), current)
+        current.record_share(self.memory_layer, share_BT.detach()[:, None], share_BT.detach(), 1)
         T = logits_BTX.shape[1]  # transformers leaves out the first ones if they are not asked for
         token_BTK, share_BT, weight_BTK = found.token_BTK[:, -T:], share_BT[:, -T:], weight_BTK[:, -T:]
         any_BT = (token_BTK >= 0).any(-1)
@@ -138,9 +138,6 @@ class KnnLM(recipe.Recipe):
         share_BT = torch.sigmoid(self.bias + self.slope * (best_BT - USUAL) + self.spread * even_BT)
         return share_BT.where(any_BT, 0.0), score_BTK.softmax(-1)
 
-    def _record(self, share_BT: Tensor, current: Pass) -> None:
-        current.record_share(self.memory_layer, share_BT[:, None], share_BT, 1)
-
     def learned_numbers(self, layer: int) -> dict[str, list[float]]:
         numbers = {"temperature": self.log_temperature.exp(), "bias": self.bias, "slope": self.slope, "spread": self.spread}
         return {name: number.detach().tolist() for name, number in numbers.items()}
@@ -150,24 +147,24 @@ class KnnLM(recipe.Recipe):
     def offered(self, layer: int, current: Pass, left: Left, known_BT: Tensor) -> Candidates:
         """One entry for each token of the window: the key of the token before it, which may be the last of the window
         before, and itself as the value."""
-        key_BTX, state = current.notes[KEYS], current.state
-        if current.ids_BT is None or state is None:
+        if current.ids_BT is None:
             raise ValueError("the recipe knn writes tokens: it must be given their ids, window by window")
-        before_BTX = torch.cat([state.recipe[0].to(key_BTX)[:, None], key_BTX[:, :-1]], dim=1)
-        known_before_BT = torch.cat([state.pending_valid_B[:, None], current.valid_BT[:, :-1]], dim=1)
         value_BTX = values_of(current.ids_BT, self.config.memory_head_dim)
-        return current.candidates(before_BTX[:, None], value_BTX[:, None], known_BT, current.valid_BT & known_before_BT)
+        made = make_candidates(current.notes[KEYS][None], value_BTX[None], self._window(current), successor_values=True)
+        return made._replace(surprise_N=known_BT.flatten())
+
+    @staticmethod
+    def _window(current: Pass) -> Window:
+        state: Any = current.state
+        return Window(current.namespace_B, state.pending_valid_B, current.reset_B, current.valid_BT,
+                      pending_key_BHD=state.recipe[0][:, None], document_B=current.document_B)
 
     def blank_state(self, num_streams: int, device: torch.device | None) -> tuple[Tensor, ...]:
         """The key of the last token."""
         return (torch.zeros(num_streams, self.config.memory_head_dim, device=device),)
 
     def next_state(self, current: Pass) -> tuple[Tensor, ...]:
-        key_BTX, state = current.notes[KEYS], current.state
-        assert state is not None
-        length_B = current.valid_BT.sum(dim=1)
-        last_BX = key_BTX[torch.arange(len(length_B), device=key_BTX.device), (length_B - 1).clamp(min=0)]
-        return (last_BX.where((length_B > 0)[:, None], state.recipe[0].to(last_BX)),)
+        return (last_keys(current.notes[KEYS][None], self._window(current))[:, 0],)
 
 
 def values_of(id_BT: Tensor, width: int) -> Tensor:

@@ -18,14 +18,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmcode.config import ConfigError, LMCODEConfig
+from lmcode.config import LMCODEConfig
 from lmcode.precision import without_autocast
 from lmcode.protocol import Candidates, NullRetriever
 from lmcode.recipes import foreign, recipe
 from lmcode.recipes.anatomy import Anatomy
 from lmcode.recipes.chunks import Waiting, attend_chunks, chunk_query, in_chunks
 from lmcode.recipes.joint import answers_of, queries_of
-from lmcode.recipes.recipe import Left, Pass, check_settings
+from lmcode.recipes.recipe import Left, Pass, check_one_layer, check_settings
 
 RETRIEVED = 64  # tokens that a query finds, in the paper
 REMEMBERED = 65536  # tokens that its memory holds
@@ -92,10 +92,7 @@ class LongMem(recipe.Recipe):
         width = model["recipe_options"]["chunk"] * sizes["head_dim"]
         check_settings("longmem", model, {"memory_heads": sizes["kv_heads"], "memory_head_dim": width, "retrieval_stride": 1,
                                           "successor_values": False})
-        layers = model["memory_layers"]
-        if layers == "all" or len(layers) != 1:
-            raise ConfigError("with the recipe longmem model.memory_layers must be one layer, whose keys and values are "
-                              f"stored: got {layers!r}")
+        check_one_layer("longmem", model, "whose keys and values are stored")
 
     # The side network
 

@@ -106,6 +106,13 @@ def check_settings(recipe: str, model: Mapping[str, Any], wanted: Mapping[str, A
                               f"{model[name]!r}")
 
 
+def check_one_layer(recipe: str, model: Mapping[str, Any], whose: str) -> None:
+    """Refuses memories in any number of layers but one, by ConfigError, which says what that layer is for."""
+    layers = model["memory_layers"]
+    if layers == "all" or len(layers) != 1:
+        raise ConfigError(f"with the recipe {recipe} model.memory_layers must be one layer, {whose}: got {layers!r}")
+
+
 @dataclass(frozen=True)
 class Left:
     """What a memory may be written from: the tokens that left a layer's carried row in this pass; [B, T], in their order.
