@@ -56,7 +56,7 @@ class Views:
         slot_E = self._slots_of(names)
         # From half of them on, scores of the other slots cost less than a copy of the rows.
         if 2 * len(slot_E) >= self._ledger.num_slots > 0:
-            return self.table() if names is None else self._table_of(slot_E)
+            return self.table() if names is None else self._keep(names, self._table_of(slot_E))
         slots = on_device(slot_E, self.key_HMD)
         id_E = on_device(self._ledger.columns["id"][slot_E], self.key_HMD)
         return self._keep(names, Rows(self.key_HMD.index_select(1, slots), self._addend_M[slots], id_E, slots))
