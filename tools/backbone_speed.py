@@ -24,7 +24,8 @@ import torch
 import transformers
 
 from lmcode.backbone_config import read_sizes
-from lmcode.bench.turns import in_turns, timed, to_table, write_json
+from lmcode.bench.turns import check_result, in_turns, timed, to_table, write_json
+from lmcode.config import ConfigError
 from lmcode.recipes import foreign
 from lmcode.recipes.attach import attach
 from lmcode.recipes.attached import Attached
@@ -189,6 +190,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="JSON file")
     arguments = parser.parse_args()
     arguments.contexts = sorted({PROMPT, *arguments.contexts})
+    try:
+        if arguments.results is not None:
+            check_result(arguments.results, "--results")
+    except ConfigError as error:
+        parser.error(str(error))
     torch.set_num_threads(arguments.threads)  # FAISS takes as many
     sizes, most = read_sizes(arguments.folder), arguments.contexts[-1] + max(WINDOW, arguments.new)
     if most > sizes["positions"]:

@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from lmcode.config import ConfigError
 from lmcode.files import durable
+from lmcode.files.replace import is_free
 from lmcode.version import MADE_BY
 
 
@@ -73,6 +75,14 @@ def _spelled(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.3f}" if abs(value) < 10 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def check_result(path: Path, option: str = "--out") -> None:
+    """Raises ConfigError where a result may not be written: no such folder, or a file that is no result of ours."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} must lie in a folder that exists: got '{path}'")
+    if not is_free(path, MADE_BY):
+        raise ConfigError(f"'{path}' exists and is no result of lmcode bench: give another file")
 
 
 def write_json(path: Path, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmcode.config import EVICTIONS, ConfigError, RunConfig
+from lmcode.config import EVICTIONS, RunConfig
 
 Command = Callable[..., argparse.ArgumentParser]
 Number = Callable[..., Callable[[str], int | float]]
@@ -41,14 +41,10 @@ def add_bench(commands: Any, command: Command, number: Number, ignore_local_rank
 
 def bench(arguments: argparse.Namespace) -> str:
     """Measures, writes the file that was asked for, and returns the table."""
-    from lmcode.bench.turns import to_table, write_json
-    from lmcode.files.replace import is_free
-    from lmcode.version import MADE_BY
+    from lmcode.bench.turns import check_result, to_table, write_json
 
-    if arguments.out is not None and not arguments.out.parent.is_dir():
-        raise ConfigError(f"--out must lie in a folder that exists: got '{arguments.out}'")
-    if arguments.out is not None and not is_free(arguments.out, MADE_BY):
-        raise ConfigError(f"'{arguments.out}' exists and is no result of lmcode bench: give another file")
+    if arguments.out is not None:
+        check_result(arguments.out)
     asked, rows = arguments.measure(arguments)
     if arguments.out is not None:
         write_json(arguments.out, asked, rows)
